@@ -1,0 +1,105 @@
+"""The front end: image in, features, matches and tracks out. Node and offline tool call this."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+
+from scfeat_ros.extractor import Extractor
+from scfeat_ros.features import FrameResult, Matches
+from scfeat_ros.matcher import epipolar_inliers, match
+from scfeat_ros.tracker import Tracker
+
+
+class FrontEnd:
+    """Extractor, matcher and tracker over a stream of images of one camera.
+
+    Args:
+        extractor: image -> Features.
+        ratio: ratio-test threshold, None for none (see `matcher.match`).
+        min_similarity: smallest cosine similarity of a match.
+        epipolar_threshold: if given, matches farther than this from the epipolar line of the
+            best fundamental matrix are dropped, pixels.
+        max_gap: seconds without a frame after which tracks end.
+    """
+
+    def __init__(
+        self,
+        extractor: Extractor,
+        ratio: float | None = None,
+        min_similarity: float = -1.0,
+        epipolar_threshold: float | None = None,
+        max_gap: float = 1.0,
+    ) -> None:
+        self.extractor = extractor
+        self.ratio = ratio
+        self.min_similarity = min_similarity
+        self.epipolar_threshold = epipolar_threshold
+        self.tracker = Tracker(max_gap)
+
+    def reset(self) -> None:
+        """Forget the previous frame."""
+        self.tracker.reset()
+
+    def process(
+        self,
+        image: np.ndarray,
+        stamp: int,
+        frame_id: str = "",
+        mask: np.ndarray | None = None,
+    ) -> FrameResult:
+        """Extract features from an image and match them to those of the previous one.
+
+        Args:
+            image: (H, W, 3) uint8 RGB or (H, W) uint8 grey.
+            stamp: time of the image in nanoseconds.
+            frame_id: the camera's optical frame; a change resets the tracker.
+            mask: (H, W) bool or uint8, non-zero where keypoints are wanted.
+
+        Raises:
+            ValueError: an image or mask of another shape or dtype.
+        """
+        started = time.perf_counter()
+        features = self.extractor(image, mask=mask)
+        extracted = time.perf_counter()
+        reset = self.tracker.reset_reason(features, stamp, frame_id)
+        if reset:
+            self.tracker.reset()
+        previous = self.tracker.previous
+        matches = Matches.empty()
+        previous_keypoints = np.zeros((0, 2), np.float32)
+        if previous is not None:
+            matches = match(
+                previous.features,
+                features,
+                self.ratio,
+                self.min_similarity,
+                self.extractor.device,
+            )
+            previous_keypoints = previous.features.keypoints[matches.indices[:, 0]]
+            if self.epipolar_threshold is not None:
+                inliers, _ = epipolar_inliers(
+                    previous_keypoints,
+                    features.keypoints[matches.indices[:, 1]],
+                    self.epipolar_threshold,
+                )
+                matches, previous_keypoints = matches.select(inliers), previous_keypoints[inliers]
+        matched = time.perf_counter()
+        track_ids, track_lengths = self.tracker.update(features, matches, stamp, frame_id)
+        return FrameResult(
+            stamp=stamp,
+            frame_id=frame_id,
+            features=features,
+            track_ids=track_ids,
+            track_lengths=track_lengths,
+            matches=matches,
+            previous_stamp=None if previous is None else previous.stamp,
+            previous_keypoints=previous_keypoints,
+            reset=reset,
+            timings={
+                "extract": extracted - started,
+                "match": matched - extracted,
+                "track": time.perf_counter() - matched,
+            },
+        )

@@ -1,0 +1,110 @@
+"""Features x Features -> Matches: mutual nearest neighbours, ratio test, epipolar check."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+import torch
+
+from scfeat_ros.features import Features, Matches
+
+PAPER_RATIO = 0.80
+"""Ratio-test threshold of the paper's reconstruction experiments (Sec. IV-D)."""
+
+
+def match(
+    first: Features,
+    second: Features,
+    ratio: float | None = None,
+    min_similarity: float = -1.0,
+    device: str | torch.device = "cpu",
+) -> Matches:
+    """Match two sets of features by mutual nearest neighbours in descriptor space.
+
+    Args:
+        first, second: features with unit-norm descriptors of the same length D.
+        ratio: if given, keep a match only where the distance to the nearest neighbour is
+            below `ratio` times that to the second nearest, both ways (paper: 0.80).
+        min_similarity: smallest cosine similarity of a match.
+        device: torch device for the similarity matrix.
+
+    Returns:
+        Matches sorted by the index in `first`; empty where either side is empty.
+
+    Raises:
+        ValueError: descriptors of different lengths, or a ratio outside (0, 1].
+    """
+    if first.descriptors.shape[1] != second.descriptors.shape[1]:
+        raise ValueError(
+            f"descriptors have {first.descriptors.shape[1]} and {second.descriptors.shape[1]} "
+            "dimensions: features of different models cannot be matched"
+        )
+    if ratio is not None and not 0.0 < ratio <= 1.0:
+        raise ValueError(f"ratio must lie in (0, 1], got {ratio}")
+    if len(first) == 0 or len(second) == 0:
+        return Matches.empty()
+    with torch.inference_mode():
+        a = torch.from_numpy(first.descriptors).to(device)
+        b = torch.from_numpy(second.descriptors).to(device)
+        similarity = a @ b.T
+        best, forward = similarity.max(dim=1)
+        backward = similarity.argmax(dim=0)
+        rows = torch.arange(len(a), device=similarity.device)
+        keep = (backward[forward] == rows) & (best >= min_similarity)
+        if ratio is not None:
+            keep &= _passes_ratio(similarity, ratio) & _passes_ratio(similarity.T, ratio)[forward]
+        rows = rows[keep]
+        indices = torch.stack([rows, forward[rows]], dim=1).cpu().numpy()
+        return Matches(indices, best[rows].float().cpu().numpy())
+
+
+def _passes_ratio(similarity: torch.Tensor, ratio: float) -> torch.Tensor:
+    """Rows of a (N, M) cosine-similarity matrix whose nearest neighbour is clearly nearest.
+
+    A row with a single candidate passes: there is nothing to confuse it with.
+    """
+    if similarity.shape[1] < 2:
+        return torch.ones(len(similarity), dtype=torch.bool, device=similarity.device)
+    # |a - b|^2 = 2 - 2 cos for unit vectors
+    squared = (2 - 2 * similarity.topk(2, dim=1).values).clamp_min(0)
+    return squared[:, 0] < ratio**2 * squared[:, 1]
+
+
+def epipolar_inliers(
+    first: np.ndarray, second: np.ndarray, threshold: float = 1.0, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Which correspondences agree with one fundamental matrix (OpenCV's USAC_MAGSAC).
+
+    Args:
+        first, second: (M, 2) corresponding points in pixels.
+        threshold: largest distance from the epipolar line in pixels.
+        seed: state of the random sampler, so that the answer is repeatable.
+
+    Returns:
+        (M,) bool mask and the (3, 3) float64 fundamental matrix; with fewer than 8 points
+        or where none fits, nothing is an inlier and the matrix is None.
+    """
+    none = np.zeros(len(first), bool), None
+    if len(first) < 8:
+        return none
+    parameters = cv2.UsacParams()
+    parameters.randomGeneratorState = seed
+    parameters.confidence = 0.9999
+    parameters.maxIterations = 1000
+    parameters.threshold = threshold
+    parameters.score = cv2.SCORE_METHOD_MAGSAC
+    parameters.sampler = cv2.SAMPLING_UNIFORM
+    parameters.loMethod = cv2.LOCAL_OPTIM_SIGMA
+    parameters.loIterations = 10
+    parameters.loSampleSize = 50
+    try:
+        matrix, mask = cv2.findFundamentalMat(
+            np.ascontiguousarray(first, np.float64),
+            np.ascontiguousarray(second, np.float64),
+            parameters,
+        )
+    except cv2.error:  # degenerate input, e.g. all points in one place
+        return none
+    if matrix is None or matrix.shape != (3, 3):
+        return none
+    return mask.ravel().astype(bool), matrix

@@ -1,0 +1,58 @@
+"""One setup for both worlds: `pip install .` and `colcon build`."""
+
+import re
+from glob import glob
+from pathlib import Path
+
+from setuptools import setup
+
+NAME = "scfeat_ros"
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / NAME / "__init__.py").read_text())[1]
+
+setup(
+    name=NAME,
+    version=VERSION,
+    description="SCFeat learned local features for ROS 2, recorded bags and images",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    maintainer="scfeat_ros maintainers",
+    maintainer_email="maintainers@scfeat-ros.invalid",
+    python_requires=">=3.10",
+    packages=[
+        NAME,
+        f"{NAME}.model",
+        "scfeat_training",
+        "scfeat_training.evaluation",
+    ],
+    package_dir={"scfeat_training": "training"},
+    package_data={
+        NAME: ["weights/*.safetensors", "weights/*.md"],
+        "scfeat_training": ["configs/*.yaml"],
+        "scfeat_training.evaluation": ["*.csv", "*.yaml"],
+    },
+    data_files=[
+        ("share/ament_index/resource_index/packages", [f"resource/{NAME}"]),
+        (f"share/{NAME}", ["package.xml"]),
+        (f"share/{NAME}/launch", sorted(glob("launch/*.py"))),
+        (f"share/{NAME}/config", sorted(glob("config/*"))),
+    ],
+    install_requires=[
+        "numpy>=1.21",
+        "opencv-python-headless>=4.6,<5",
+        "pyyaml>=5.4",
+        "rosbags>=0.10",
+        "rosbags-image>=0.9",
+        "safetensors>=0.4",
+        "torch>=2.1",
+        "tqdm>=4.60",
+    ],
+    entry_points={
+        "console_scripts": [
+            "scfeat = scfeat_ros.cli:main",
+            "extractor = scfeat_ros.node:main",
+        ]
+    },
+    zip_safe=False,
+)
