@@ -1,0 +1,1 @@
+"""The SCFeat network, one idea of the paper per file."""

@@ -1,0 +1,84 @@
+"""Detection network: peakiness measurement and detection head (Sec. III-C)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from scfeat_ros.model.sampling import upsample
+
+
+def peakiness(x: torch.Tensor) -> torch.Tensor:
+    """Peakiness score map (Eq. 4-6).
+
+    The maps are first divided by the image's largest magnitude, so that the score does not
+    depend on their scale. (The magnitude, not the signed maximum: the normalized image of a dark
+    scene has no positive value, and a division by a number near zero would blow it up.)
+
+    Args:
+        x: (B, C, H, W) maps.
+
+    Returns:
+        (B, 1, H, W): over the channels, the largest product of the channel-wise score (against
+        the mean over channels) and the local score (against the mean of the 3x3 neighbourhood,
+        border reflected).
+    """
+    x = x / x.abs().amax(dim=(1, 2, 3), keepdim=True).clamp_min(1e-6)
+    local_mean = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), 3, stride=1)
+    channel_score = F.softplus(x - x.mean(dim=1, keepdim=True))
+    local_score = F.softplus(x - local_mean)
+    return (channel_score * local_score).amax(dim=1, keepdim=True)
+
+
+class ConvInstanceNorm(nn.Module):
+    """CONV-I of Fig. 4 (c): convolution, InstanceNorm, PReLU."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int = 3) -> None:
+        super().__init__()
+        # no bias: the normalization would take it away again
+        self.conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False)
+        self.norm = nn.InstanceNorm2d(outputs, affine=True)
+        self.activation = nn.PReLU()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.activation(self.norm(self.conv(x)))
+
+
+class Detector(nn.Module):
+    """Bridge map, stem map and image -> keypoint score map (Eq. 7-13).
+
+    Args:
+        channels: channels of F_cn and F_0 together.
+        left, right: channels of Layer_0 on the quarter-resolution and the image branch.
+        hidden: channels of Layer_1.
+    """
+
+    def __init__(self, channels: int, left: int, right: int, hidden: int) -> None:
+        super().__init__()
+        self.layer0_left = ConvInstanceNorm(channels, left)
+        self.layer0_right = ConvInstanceNorm(3, right)
+        self.layer1 = ConvInstanceNorm(left + right, hidden)
+        self.layer2 = nn.Conv2d(hidden, 1, 1, bias=False)
+        self.layer2_norm = nn.InstanceNorm2d(1, affine=True)
+
+    def forward(
+        self, image: torch.Tensor, bridged: torch.Tensor, stem: torch.Tensor
+    ) -> torch.Tensor:
+        """Score map of a normalized image.
+
+        Args:
+            image: (B, 3, H, W) normalized image I_o.
+            bridged: (B, C, H/4, W/4), F_cn.
+            stem: (B, 64, H/4, W/4), F_0.
+
+        Returns:
+            (B, 1, H, W) non-negative scores (Eq. 13).
+        """
+        maps = torch.cat([bridged, stem], dim=1)
+        left_peaks, right_peaks = peakiness(maps), peakiness(image)
+        left = upsample(self.layer0_left(left_peaks * maps), 4)
+        right = self.layer0_right(right_peaks * image)
+        hidden = self.layer1(torch.cat([left, right], dim=1))
+        response = F.softplus(self.layer2_norm(self.layer2(hidden)))
+        return upsample(left_peaks, 4) * right_peaks * response

@@ -1,0 +1,148 @@
+"""ResNet encoder up to layer3, with torchvision's state-dict keys (torchvision is not needed)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+STEM_CHANNELS = 64
+
+RESNETS: dict[str, tuple[str, tuple[int, int, int]]] = {
+    "resnet10": ("basic", (1, 1, 1)),
+    "resnet18": ("basic", (2, 2, 2)),
+    "resnet34": ("basic", (3, 4, 6)),
+    "resnet50": ("bottleneck", (3, 4, 6)),
+}
+"""Block type and number of blocks in layer1, layer2, layer3."""
+
+
+def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
+
+
+def _projection(inputs: int, outputs: int, stride: int) -> nn.Sequential | None:
+    """The shortcut's 1x1 convolution, None where the identity fits."""
+    if stride == 1 and inputs == outputs:
+        return None
+    return nn.Sequential(_conv(inputs, outputs, 1, stride), nn.BatchNorm2d(outputs))
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions with a shortcut (ResNet-18 and -34)."""
+
+    expansion = 1
+
+    def __init__(self, inputs: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = _conv(inputs, width, 3, stride)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = _conv(width, width, 3)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.downsample = _projection(inputs, width, stride)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = self.relu(self.bn1(self.conv1(x)))
+        return self.relu(self.bn2(self.conv2(x)) + shortcut)
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3, 1x1 convolutions with a shortcut (ResNet-50); the 3x3 carries the stride."""
+
+    expansion = 4
+
+    def __init__(self, inputs: int, width: int, stride: int) -> None:
+        super().__init__()
+        outputs = width * self.expansion
+        self.conv1 = _conv(inputs, width, 1)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = _conv(width, width, 3, stride)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = _conv(width, outputs, 1)
+        self.bn3 = nn.BatchNorm2d(outputs)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = _projection(inputs, outputs, stride)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.relu(self.bn2(self.conv2(x)))
+        return self.relu(self.bn3(self.conv3(x)) + shortcut)
+
+
+class EncoderFeatures(NamedTuple):
+    """Feature maps of the encoder; strides relative to the image."""
+
+    stem: torch.Tensor
+    """(B, 64, H/4, W/4): after max pooling, the paper's F_0."""
+    layer1: torch.Tensor
+    """(B, C1, H/4, W/4)"""
+    layer2: torch.Tensor
+    """(B, C2, H/8, W/8)"""
+    layer3: torch.Tensor
+    """(B, C3, H/16, W/16)"""
+
+
+class ResNetEncoder(nn.Module):
+    """ResNet without layer4 and classifier.
+
+    Args:
+        name: a key of `RESNETS`.
+
+    Attributes:
+        channels: channels of layer1, layer2 and layer3.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        if name not in RESNETS:
+            raise ValueError(f"unknown encoder '{name}', choose one of {', '.join(RESNETS)}")
+        kind, blocks = RESNETS[name]
+        block = {"basic": BasicBlock, "bottleneck": Bottleneck}[kind]
+        self.channels = tuple(width * block.expansion for width in (64, 128, 256))
+        self.conv1 = _conv(3, STEM_CHANNELS, 7, stride=2)
+        self.bn1 = nn.BatchNorm2d(STEM_CHANNELS)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
+        self.layer1 = self._layer(block, STEM_CHANNELS, 64, blocks[0], stride=1)
+        self.layer2 = self._layer(block, self.channels[0], 128, blocks[1], stride=2)
+        self.layer3 = self._layer(block, self.channels[1], 256, blocks[2], stride=2)
+
+    @staticmethod
+    def _layer(
+        block: type[BasicBlock] | type[Bottleneck], inputs: int, width: int, count: int, stride: int
+    ) -> nn.Sequential:
+        rest = [block(width * block.expansion, width, 1) for _ in range(count - 1)]
+        return nn.Sequential(block(inputs, width, stride), *rest)
+
+    def forward(self, image: torch.Tensor) -> EncoderFeatures:
+        """Encode a normalized (B, 3, H, W) image."""
+        stem = self.maxpool(self.relu(self.bn1(self.conv1(image))))
+        layer1 = self.layer1(stem)
+        layer2 = self.layer2(layer1)
+        return EncoderFeatures(stem, layer1, layer2, self.layer3(layer2))
+
+    def load_torchvision(self, state: dict[str, torch.Tensor]) -> None:
+        """Take over weights under torchvision's names; deeper layers of the file are ignored.
+
+        A file with more blocks than this encoder (ResNet-18 into `resnet10`) gives its first
+        ones.
+
+        Raises:
+            ValueError: a weight of this encoder is missing in the file or has another shape.
+        """
+        own = self.state_dict()
+        for key, value in own.items():
+            if key not in state:
+                if key.endswith("num_batches_tracked"):
+                    continue
+                raise ValueError(f"encoder weights: '{key}' is missing")
+            if state[key].shape != value.shape:
+                raise ValueError(
+                    f"encoder weights: '{key}' has shape {tuple(state[key].shape)}, "
+                    f"expected {tuple(value.shape)}"
+                )
+            value.copy_(state[key])

@@ -1,0 +1,39 @@
+"""Between image pixels and feature maps: one coordinate convention for the whole project.
+
+The centre of the top-left pixel of an image is (0, 0). A map at stride s covers the image with
+cells of s x s pixels, so image position x lies at (x + 0.5) / s - 0.5 on the map: PyTorch's
+`align_corners=False`, used alike for upsampling and sampling.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def sample(feature_map: torch.Tensor, points: torch.Tensor, stride: int = 4) -> torch.Tensor:
+    """Bilinear samples of a feature map at image positions (the grid sampling of Eq. 23).
+
+    Args:
+        feature_map: (B, C, h, w).
+        points: (B, N, 2), x and y in pixels of the image; positions outside take the value of
+            the border.
+        stride: image pixels per cell of the map.
+
+    Returns:
+        (B, N, C)
+    """
+    height, width = feature_map.shape[-2:]
+    size = torch.tensor([width * stride, height * stride], dtype=points.dtype, device=points.device)
+    grid = ((2 * points + 1) / size - 1).to(feature_map.dtype)
+    samples = F.grid_sample(
+        feature_map, grid[:, :, None], mode="bilinear", padding_mode="border", align_corners=False
+    )
+    return samples[..., 0].transpose(1, 2)
+
+
+def upsample(x: torch.Tensor, factor: int) -> torch.Tensor:
+    """Bilinear upsampling of a (B, C, h, w) map by a whole factor."""
+    if factor == 1:
+        return x
+    return F.interpolate(x, scale_factor=factor, mode="bilinear", align_corners=False)

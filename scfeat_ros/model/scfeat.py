@@ -1,0 +1,236 @@
+"""SCFeat: backbone, bridge and detector together; configurations; save and load."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, fields
+from importlib import resources
+from pathlib import Path
+from typing import NamedTuple
+
+import safetensors
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from scfeat_ros import __version__
+from scfeat_ros.errors import ModelError
+from scfeat_ros.model.backbone import F2RBackbone
+from scfeat_ros.model.cross_norm import CrossNorm
+from scfeat_ros.model.detector import Detector
+from scfeat_ros.model.resnet import STEM_CHANNELS
+
+STRIDE = 16
+"""Height and width of the network's input are multiples of this."""
+
+DESCRIPTOR_STRIDE = 4
+"""Image pixels per cell of the descriptor map."""
+
+
+@dataclass(frozen=True)
+class SCFeatConfig:
+    """Sizes of the network.
+
+    Attributes:
+        name: what the size is called.
+        encoder: a key of `resnet.RESNETS`.
+        decoder_channels: channels of the decoders at 1/8 and at 1/4.
+        descriptor_dim: length of a descriptor.
+        head_channels: channels of the head's Layer_0 on the quarter-resolution branch, of
+            Layer_0 on the image branch, and of Layer_1.
+    """
+
+    name: str
+    encoder: str
+    decoder_channels: tuple[int, int]
+    descriptor_dim: int
+    head_channels: tuple[int, int, int]
+
+
+CONFIGS = {
+    "scfeat": SCFeatConfig("scfeat", "resnet50", (512, 256), 128, (192, 64, 128)),
+    "scfeat-s": SCFeatConfig("scfeat-s", "resnet18", (128, 64), 64, (32, 8, 16)),
+}
+"""The paper's network and the robot size."""
+
+
+class Description(NamedTuple):
+    """What the description network knows of an image."""
+
+    descriptors: torch.Tensor
+    """(B, D, H/4, W/4): D_desc, not normalized; descriptors for use are sampled here."""
+    bridged: torch.Tensor
+    """(B, D, H/4, W/4): F_cn, after the bridge; what the training loss and the detector read."""
+    stem: torch.Tensor
+    """(B, 64, H/4, W/4): F_0, the encoder's stem."""
+
+
+class SCFeatOutput(NamedTuple):
+    """Dense output for an image; see `Description` and `Detector`."""
+
+    descriptors: torch.Tensor
+    bridged: torch.Tensor
+    scores: torch.Tensor
+    """(B, 1, H, W) keypoint scores."""
+
+
+class SCFeat(nn.Module):
+    """The whole network (Fig. 3).
+
+    Images are (B, 3, H, W) float RGB in [0, 1] with H and W multiples of `STRIDE`; they are
+    normalized with ImageNet's mean and deviation inside.
+    """
+
+    mean: torch.Tensor
+    deviation: torch.Tensor
+
+    def __init__(self, config: SCFeatConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = F2RBackbone(config.encoder, config.decoder_channels, config.descriptor_dim)
+        self.bridge = CrossNorm(config.descriptor_dim)
+        self.detector = Detector(config.descriptor_dim + STEM_CHANNELS, *config.head_channels)
+        mean = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
+        deviation = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("deviation", deviation, persistent=False)
+
+    def normalize(self, image: torch.Tensor) -> torch.Tensor:
+        return (image - self.mean) / self.deviation
+
+    def describe(self, image: torch.Tensor) -> Description:
+        """Backbone and bridge."""
+        descriptors, encoded = self.backbone(self.normalize(image))
+        return Description(descriptors, self.bridge(descriptors), encoded.stem)
+
+    def detect(self, image: torch.Tensor, description: Description) -> torch.Tensor:
+        """Score map (B, 1, H, W) of an image that has been described."""
+        return self.detector(self.normalize(image), description.bridged, description.stem)
+
+    def forward(self, image: torch.Tensor) -> SCFeatOutput:
+        description = self.describe(image)
+        scores = self.detect(image, description)
+        return SCFeatOutput(description.descriptors, description.bridged, scores)
+
+
+def save_model(model: SCFeat, path: str | os.PathLike, provenance: dict) -> None:
+    """Write weights as fp16 and metadata (configuration, version, provenance) to one file.
+
+    Args:
+        model: the network.
+        path: a .safetensors file; it is written beside and renamed.
+        provenance: how the weights were made; anything that JSON can hold.
+    """
+    path = Path(path)
+    tensors = {
+        key: value.detach().to("cpu", torch.float16 if value.is_floating_point() else value.dtype)
+        for key, value in model.state_dict().items()
+    }
+    metadata = {
+        "format": "scfeat",
+        "version": __version__,
+        "config": json.dumps(asdict(model.config)),
+        "provenance": json.dumps(provenance),
+    }
+    partial = path.with_name(path.name + ".partial")
+    save_file({key: value.contiguous() for key, value in tensors.items()}, partial, metadata)
+    os.replace(partial, path)
+
+
+def available_models() -> list[str]:
+    """Names of the weights that are installed with the package."""
+    folder = resources.files("scfeat_ros") / "weights"
+    if not folder.is_dir():
+        return []
+    suffix = ".safetensors"
+    return sorted(f.name.removesuffix(suffix) for f in folder.iterdir() if f.name.endswith(suffix))
+
+
+def find_weights(name_or_path: str | os.PathLike) -> Path:
+    """The file of an installed model's name, or the path itself.
+
+    Raises:
+        ModelError: neither is there.
+    """
+    if str(name_or_path) in available_models():
+        return Path(str(resources.files("scfeat_ros") / "weights" / f"{name_or_path}.safetensors"))
+    path = Path(name_or_path)
+    if not path.is_file():
+        known = ", ".join(available_models()) or "none"
+        raise ModelError(
+            f"weights '{name_or_path}': no such file, and no model of that name is installed "
+            f"(installed: {known})"
+        )
+    return path
+
+
+def read_metadata(path: str | os.PathLike) -> dict:
+    """Configuration, version and provenance of a weights file.
+
+    Raises:
+        ModelError: the file cannot be read or is none of ours.
+    """
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ModelError(
+            f"{path}: not a readable safetensors file, it may be truncated ({error})"
+        ) from error
+    if metadata.get("format") != "scfeat" or "config" not in metadata:
+        raise ModelError(f"{path}: the metadata has no SCFeat 'config', so this is no SCFeat model")
+    try:
+        config = json.loads(metadata["config"])
+        provenance = json.loads(metadata.get("provenance", "{}"))
+    except json.JSONDecodeError as error:
+        raise ModelError(f"{path}: the metadata is not valid JSON ({error})") from error
+    return {"version": metadata.get("version"), "config": config, "provenance": provenance}
+
+
+def _read_config(path: Path) -> SCFeatConfig:
+    values = read_metadata(path)["config"]
+    for field in fields(SCFeatConfig):
+        if field.name not in values:
+            raise ModelError(f"{path}: config field '{field.name}' is missing")
+    unknown = sorted(set(values) - {field.name for field in fields(SCFeatConfig)})
+    if unknown:
+        raise ModelError(
+            f"{path}: config field '{unknown[0]}' is unknown to scfeat_ros {__version__}; "
+            "the file may need a newer version"
+        )
+    lists = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+    return SCFeatConfig(**lists)
+
+
+def load_model(name_or_path: str | os.PathLike, device: str | torch.device = "cpu") -> SCFeat:
+    """Read a network, in fp32 and evaluation mode.
+
+    Args:
+        name_or_path: an installed model's name or a .safetensors file.
+        device: where the network is put.
+
+    Raises:
+        ModelError: the file is missing, damaged or of another architecture; the message names
+            the first field or key that differs.
+    """
+    path = find_weights(name_or_path)
+    config = _read_config(path)
+    try:
+        model = SCFeat(config)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise ModelError(f"{path}: the config describes no network ({error})") from error
+    tensors = load_file(path)
+    for key, value in model.state_dict().items():
+        if key not in tensors:
+            raise ModelError(f"{path}: weight '{key}' is missing")
+        if tensors[key].shape != value.shape:
+            raise ModelError(
+                f"{path}: weight '{key}' has shape {tuple(tensors[key].shape)}, "
+                f"but config '{config.name}' needs {tuple(value.shape)}"
+            )
+    unknown = sorted(set(tensors) - set(model.state_dict()))
+    if unknown:
+        raise ModelError(f"{path}: weight '{unknown[0]}' is not part of config '{config.name}'")
+    model.load_state_dict(tensors)
+    return model.eval().to(device, memory_format=torch.channels_last)
