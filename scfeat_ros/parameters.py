@@ -1,0 +1,184 @@
+"""Options of extractor and front end: one declaration for Python, command line and ROS.
+
+Every field carries its description and, for a number, its range in the dataclass metadata. The
+command line builds its flags from it, the node its parameters and their descriptors.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import Field, dataclass, field, fields
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def option(
+    default: Any,
+    help: str,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    choices: tuple[str, ...] = (),
+    live: bool = False,
+) -> Any:
+    """A dataclass field with a description.
+
+    Args:
+        default: default value; its type is the option's type.
+        help: what it does, with the unit.
+        minimum, maximum: inclusive range of a number.
+        choices: allowed values of a string.
+        live: whether a running node can change it.
+    """
+    metadata = {
+        "help": help,
+        "minimum": minimum,
+        "maximum": maximum,
+        "choices": choices,
+        "live": live,
+    }
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class ExtractorOptions:
+    """How keypoints are chosen from the score map, and how the network is run."""
+
+    max_keypoints: int = option(
+        2048, "top-K: keep at most this many keypoints, best first", 1, 100_000, live=True
+    )
+    score_threshold: float = option(
+        0.0,
+        "smallest detection score (the paper's epsilon_s); 0 leaves the choice to max_keypoints",
+        0.0,
+        1e6,
+        live=True,
+    )
+    nms_radius: int = option(
+        1,
+        "non-maximum suppression in an N x N window with N = 2 * radius + 1 pixels "
+        "(paper: N = 1, 3 or 5); 0 switches it off",
+        0,
+        64,
+        live=True,
+    )
+    border: int = option(
+        4, "ignore keypoints closer than this to the image border, pixels", 0, 1000, live=True
+    )
+    subpixel: bool = option(
+        True, "refine keypoints by the score-weighted mean of their 3x3 neighbourhood", live=True
+    )
+    max_size: int = option(
+        0,
+        "shrink images whose longer side exceeds this, pixels; 0 never shrinks (keypoints are in "
+        "pixels of the original image either way)",
+        0,
+        100_000,
+        live=True,
+    )
+    descriptor_source: str = option(
+        "backbone",
+        "where descriptors are sampled: 'backbone', before the bridge (the paper's pruning), or "
+        "'bridge', after it",
+        choices=("backbone", "bridge"),
+    )
+    descriptor_norm: str = option(
+        "l2",
+        "'l2' (paper Eq. 22) or 'fusion', the paper's ablation of Eq. 25",
+        choices=("l2", "fusion"),
+    )
+    precision: str = option("fp32", "arithmetic of the network", choices=("fp32",))
+    threads: int = option(0, "CPU threads of the network; 0 leaves it to PyTorch", 0, 1024)
+
+
+@dataclass(frozen=True)
+class MatcherOptions:
+    """How the features of consecutive frames are matched and tracked."""
+
+    ratio: float = option(
+        0.0,
+        "ratio test: keep a match whose distance is below ratio times the second nearest "
+        "(paper: 0.80 for reconstruction); 0 switches it off",
+        0.0,
+        1.0,
+        live=True,
+    )
+    min_similarity: float = option(
+        -1.0, "smallest cosine similarity of a match", -1.0, 1.0, live=True
+    )
+    epipolar_threshold: float = option(
+        0.0,
+        "drop matches farther than this from the epipolar line of the best fundamental matrix, "
+        "pixels (MAGSAC++); 0 switches it off",
+        0.0,
+        1000.0,
+        live=True,
+    )
+    max_gap: float = option(
+        1.0, "seconds without a frame after which all tracks end", 0.0, 1e9, live=True
+    )
+
+
+def option_fields(options: type | object) -> Iterator[Field]:
+    """The fields of an options dataclass that were declared with `option`."""
+    return (f for f in fields(options) if "help" in f.metadata)
+
+
+def validate(options: object) -> None:
+    """Check every field of an options dataclass against its type, range and choices.
+
+    Raises:
+        ValueError: names the field, the value and what is allowed.
+    """
+    for f in option_fields(options):
+        problem = check_value(f, getattr(options, f.name))
+        if problem:
+            raise ValueError(problem)
+
+
+def check_value(f: Field, value: Any) -> str | None:
+    """What is wrong with a value for a field, None where nothing is."""
+    expected = type(f.default)
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    fits = is_number if expected is float else type(value) is expected
+    if not fits:
+        return f"{f.name} must be of type {expected.__name__}, got {value!r}"
+    low, high, choices = (f.metadata[key] for key in ("minimum", "maximum", "choices"))
+    # written so that NaN fails
+    if is_number and not ((low is None or value >= low) and (high is None or value <= high)):
+        return f"{f.name} must lie between {low} and {high}, got {value}"
+    if choices and value not in choices:
+        return f"{f.name} must be one of {', '.join(choices)}, got '{value}'"
+    return None
+
+
+def add_arguments(parser: argparse.ArgumentParser, options: type) -> None:
+    """Add one flag for every field of an options dataclass."""
+    for f in option_fields(options):
+        flag = "--" + f.name.replace("_", "-")
+        text = f.metadata["help"].replace("%", "%%") + " (default: %(default)s)"
+        if isinstance(f.default, bool):
+            parser.add_argument(
+                flag, action=argparse.BooleanOptionalAction, default=f.default, help=text
+            )
+        else:
+            parser.add_argument(
+                flag,
+                type=type(f.default),
+                default=f.default,
+                choices=f.metadata["choices"] or None,
+                metavar=None if f.metadata["choices"] else f.name.split("_")[-1].upper(),
+                help=text,
+            )
+
+
+def from_arguments(options: type[T], arguments: argparse.Namespace) -> T:
+    """Build an options dataclass from parsed flags.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+    values = options(**{f.name: getattr(arguments, f.name) for f in option_fields(options)})
+    validate(values)
+    return values
