@@ -1,0 +1,148 @@
+"""Projective geometry of two pinhole views.
+
+Every function takes numpy arrays or torch tensors (one kind per call) with any leading batch
+dimensions, and computes in the input's dtype. Pixel centres are at integer coordinates; cameras
+look along +z with x right and y down (OpenCV); a world-to-camera pose maps x_cam = R X + t, and
+a relative pose maps x2 = R x1 + t.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+Array = TypeVar("Array", np.ndarray, torch.Tensor)
+
+
+def _module(array: Array) -> ModuleType:
+    return torch if isinstance(array, torch.Tensor) else np
+
+
+def homogeneous(points: Array) -> Array:
+    """Append a coordinate of 1: (..., D) to (..., D + 1)."""
+    xp = _module(points)
+    return xp.concatenate([points, xp.ones_like(points[..., :1])], -1)
+
+
+def transform_points(H: Array, points: Array) -> Array:
+    """Apply homographies (or affinities) H (..., 3, 3) to points (..., N, 2)."""
+    mapped = homogeneous(points) @ H.swapaxes(-1, -2)
+    return mapped[..., :2] / mapped[..., 2:]
+
+
+def pixel_affinity(
+    scale_x: float, scale_y: float, offset_x: float = 0, offset_y: float = 0
+) -> np.ndarray:
+    """The map of pixel coordinates under "crop, then resize", as a (3, 3) float64 matrix.
+
+    The crop's top-left pixel is (offset_x, offset_y) of the source; the crop is then resized by
+    the factors scale_x and scale_y in the align_corners=False sense (pixel areas scale, pixel
+    centres at integers). Left-multiply it to K to get the intrinsics of the result.
+    """
+    return np.array(
+        [
+            [scale_x, 0.0, scale_x * (0.5 - offset_x) - 0.5],
+            [0.0, scale_y, scale_y * (0.5 - offset_y) - 0.5],
+            [0.0, 0.0, 1.0],
+        ]
+    )
+
+
+def relative_pose(R1: Array, t1: Array, R2: Array, t2: Array) -> tuple[Array, Array]:
+    """The pose (R, t) with x2 = R x1 + t, from two world-to-camera poses.
+
+    R1, R2: (..., 3, 3); t1, t2: (..., 3).
+    """
+    R = R2 @ R1.swapaxes(-1, -2)
+    t = t2 - (R @ t1[..., None])[..., 0]
+    return R, t
+
+
+def rotation_angle(R: Array) -> Array:
+    """Rotation angle of R (..., 3, 3) in degrees, accurate for small angles too."""
+    xp = _module(R)
+    axis = xp.stack(
+        [
+            R[..., 2, 1] - R[..., 1, 2],
+            R[..., 0, 2] - R[..., 2, 0],
+            R[..., 1, 0] - R[..., 0, 1],
+        ],
+        -1,
+    )
+    sine = (axis * axis).sum(-1) ** 0.5
+    cosine = R[..., 0, 0] + R[..., 1, 1] + R[..., 2, 2] - 1
+    return xp.rad2deg(xp.arctan2(sine, cosine))
+
+
+def skew(v: Array) -> Array:
+    """The matrix (..., 3, 3) of the cross product with v (..., 3)."""
+    xp = _module(v)
+    x, y, z = v[..., 0], v[..., 1], v[..., 2]
+    zero = xp.zeros_like(x)
+    rows = [zero, -z, y, z, zero, -x, -y, x, zero]
+    return xp.stack(rows, -1).reshape(*v.shape[:-1], 3, 3)
+
+
+def fundamental_from_pose(K1: Array, K2: Array, R: Array, t: Array) -> Array:
+    """F (..., 3, 3) of unit Frobenius norm with x2^T F x1 = 0 for pixels x1, x2.
+
+    F = K2^-T [t]x R K1^-1. A pure rotation (t = 0) has no F and gives NaN. Compute it in
+    float64: focal lengths enter squared.
+    """
+    xp = _module(K1)
+    E = skew(t) @ R
+    F = xp.linalg.inv(K2).swapaxes(-1, -2) @ E @ xp.linalg.inv(K1)
+    return F / (F * F).sum((-2, -1))[..., None, None] ** 0.5
+
+
+def epipolar_lines(F: Array, points: Array) -> Array:
+    """Lines (..., N, 3) in image 2 of points (..., N, 2) in image 1, scaled to a^2 + b^2 = 1.
+
+    With that scale a x + b y + c is the signed distance in pixels. For the lines in image 1 of
+    points in image 2 give F transposed.
+    """
+    lines = homogeneous(points) @ F.swapaxes(-1, -2)
+    norm = (lines[..., :2] * lines[..., :2]).sum(-1)[..., None] ** 0.5
+    return lines / norm.clip(1e-12)
+
+
+def epipolar_distance(F: Array, points1: Array, points2: Array) -> Array:
+    """Distance (..., N) in pixels of points2 from the epipolar lines of points1, both (..., N, 2)."""
+    return abs((epipolar_lines(F, points1) * homogeneous(points2)).sum(-1))
+
+
+def lines_hit_image(lines: Array, width: int, height: int) -> Array:
+    """Whether each line (..., N, 3) crosses the image of the given size, (..., N) bool."""
+    a, b, c = lines[..., 0], lines[..., 1], lines[..., 2]
+    right, bottom = width - 0.5, height - 0.5
+    # The line crosses the rectangle unless all four corners lie on one side of it.
+    corners = [
+        -0.5 * a - 0.5 * b,
+        right * a - 0.5 * b,
+        -0.5 * a + bottom * b,
+        right * a + bottom * b,
+    ]
+    signs = [corner + c > 0 for corner in corners]
+    some = signs[0] | signs[1] | signs[2] | signs[3]
+    every = signs[0] & signs[1] & signs[2] & signs[3]
+    return some & ~every
+
+
+def project(K: Array, R: Array, t: Array, points: Array) -> tuple[Array, Array]:
+    """Pixels (..., N, 2) and depths (..., N) of points (..., N, 3) seen by K, R, t.
+
+    Where the depth is not positive the pixel has no meaning.
+    """
+    camera = points @ R.swapaxes(-1, -2) + t[..., None, :]
+    image = camera @ K.swapaxes(-1, -2)
+    return image[..., :2] / image[..., 2:], camera[..., 2]
+
+
+def back_project(K: Array, pixels: Array, depth: Array) -> Array:
+    """Points (..., N, 3) in the camera's frame at pixels (..., N, 2) and depths z (..., N)."""
+    xp = _module(K)
+    rays = homogeneous(pixels) @ xp.linalg.inv(K).swapaxes(-1, -2)
+    return rays * depth[..., None]
