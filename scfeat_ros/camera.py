@@ -1,0 +1,150 @@
+"""Camera model of a sensor_msgs/CameraInfo: pixels -> undistorted bearings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import cv2
+import numpy as np
+
+from scfeat_ros.errors import InputError
+
+DISTORTION_LENGTHS = {
+    "plumb_bob": (0, 4, 5),
+    "rational_polynomial": (0, 8),
+    "equidistant": (0, 4),
+}
+"""Distortion models of ROS and the numbers of coefficients that they take."""
+
+_ALIASES = {"": "plumb_bob", "radtan": "plumb_bob", "fisheye": "equidistant"}
+_ITERATIONS = 100
+_TOLERANCE = 1e-10
+_MAX_REPROJECTION = 0.1
+"""A bearing is believed if its projection comes back to the pixel within this, pixels."""
+
+
+class Camera:
+    """A calibrated camera.
+
+    Args:
+        K: (3, 3) intrinsics of the raw (distorted) image, pixels.
+        D: distortion coefficients in ROS order, empty for none.
+        model: "plumb_bob", "rational_polynomial" or "equidistant".
+        image_size: (width, height) that the calibration is for, (0, 0) where not known.
+
+    Raises:
+        InputError: an unknown model, a wrong number of coefficients, or a K that is not an
+            intrinsic matrix.
+    """
+
+    def __init__(
+        self,
+        K: np.ndarray,
+        D: np.ndarray = (),
+        model: str = "plumb_bob",
+        image_size: tuple[int, int] = (0, 0),
+    ) -> None:
+        model = _ALIASES.get(model, model)
+        if model not in DISTORTION_LENGTHS:
+            raise InputError(
+                f"CameraInfo has the distortion model '{model}'; known are "
+                f"{', '.join(DISTORTION_LENGTHS)}"
+            )
+        self.K = np.asarray(K, np.float64).reshape(3, 3)
+        self.D = np.asarray(D, np.float64).reshape(-1)
+        self.model = model
+        self.image_size = image_size
+        if len(self.D) not in DISTORTION_LENGTHS[model]:
+            raise InputError(
+                f"CameraInfo has {len(self.D)} distortion coefficients, the model '{model}' takes "
+                f"{' or '.join(str(n) for n in DISTORTION_LENGTHS[model])}"
+            )
+        usable = np.isfinite(self.K).all() and np.isfinite(self.D).all()
+        if not usable or self.K[0, 0] <= 0 or self.K[1, 1] <= 0 or self.K[2, 2] != 1:
+            raise InputError(
+                "CameraInfo has no usable intrinsics: K must hold positive focal lengths and a "
+                f"last element of 1, got {self.K.tolist()}"
+            )
+
+    @classmethod
+    def from_message(cls, message: Any) -> Camera | None:
+        """The camera of a sensor_msgs/CameraInfo (ROS 2's k, d or ROS 1's K, D).
+
+        Region of interest and binning are taken into K as image_geometry does it: first the
+        offset is subtracted, then the result divided by the binning.
+
+        Returns:
+            None for an uncalibrated camera, which by ROS's definition has K[0] = 0.
+
+        Raises:
+            InputError: see the class.
+        """
+        ros2 = hasattr(message, "k")
+        K = np.array(message.k if ros2 else message.K, np.float64).reshape(3, 3)
+        D = np.asarray(message.d if ros2 else message.D, np.float64)
+        if K[0, 0] == 0:
+            return None
+        width, height = int(message.width), int(message.height)
+        roi = message.roi
+        if roi.width and roi.height:
+            K[0, 2] -= roi.x_offset
+            K[1, 2] -= roi.y_offset
+            width, height = int(roi.width), int(roi.height)
+        # binning 0 means 1
+        bin_x, bin_y = max(1, int(message.binning_x)), max(1, int(message.binning_y))
+        K[0] /= bin_x
+        K[1] /= bin_y
+        return cls(K, D, message.distortion_model, (width // bin_x, height // bin_y))
+
+    def fits(self, image_size: tuple[int, int]) -> bool:
+        """Whether the calibration is for images of this (width, height)."""
+        return self.image_size == (0, 0) or self.image_size == image_size
+
+    def bearings(self, points: np.ndarray) -> np.ndarray:
+        """Undistorted directions of pixels in the optical frame (x right, y down, z ahead).
+
+        Args:
+            points: (N, 2) pixels of the raw image.
+
+        Returns:
+            (N, 3) float32 with z = 1; a row of NaN where the distortion model has no inverse
+            (the pixel lies outside of what the lens model can reach).
+        """
+        bearings = np.full((len(points), 3), np.nan, np.float32)
+        if len(points) == 0:
+            return bearings
+        pixels = np.asarray(points, np.float64).reshape(-1, 1, 2)
+        normalized = self._undistort(pixels).reshape(-1, 2)
+        back = self.project(normalized)
+        error = np.linalg.norm(back - pixels[:, 0], axis=1)
+        # not found, or 90 degrees and more off the axis, gives NaN or huge values
+        good = np.isfinite(normalized).all(axis=1) & (error < _MAX_REPROJECTION)
+        bearings[good, :2] = normalized[good]
+        bearings[good, 2] = 1
+        return bearings
+
+    def project(self, directions: np.ndarray) -> np.ndarray:
+        """Pixels of the raw image from normalized coordinates, the inverse of `bearings`.
+
+        Args:
+            directions: (N, 2) x / z and y / z.
+
+        Returns:
+            (N, 2) float64 pixels.
+        """
+        directions = np.asarray(directions, np.float64).reshape(-1, 1, 2)
+        if self.model == "equidistant":
+            D = self.D if len(self.D) else np.zeros(4)
+            return cv2.fisheye.distortPoints(directions, self.K, D).reshape(-1, 2)
+        rays = np.concatenate([directions, np.ones_like(directions[..., :1])], axis=2)
+        D = self.D if len(self.D) else None
+        return cv2.projectPoints(rays, np.zeros(3), np.zeros(3), self.K, D)[0].reshape(-1, 2)
+
+    def _undistort(self, pixels: np.ndarray) -> np.ndarray:
+        """(N, 1, 2) pixels -> (N, 1, 2) normalized coordinates, without a check."""
+        criteria = (cv2.TERM_CRITERIA_COUNT | cv2.TERM_CRITERIA_EPS, _ITERATIONS, _TOLERANCE)
+        if self.model == "equidistant":
+            D = self.D if len(self.D) else np.zeros(4)
+            return cv2.fisheye.undistortPoints(pixels, self.K, D, criteria=criteria)
+        D = self.D if len(self.D) else None
+        return cv2.undistortPointsIter(pixels, self.K, D, None, None, criteria)
