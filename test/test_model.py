@@ -1,0 +1,328 @@
+"""Every part of the network against a slow, direct evaluation of its equation."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+from scfeat_ros.errors import ModelError
+from scfeat_ros.model.backbone import ConvBlock, F2RBackbone
+from scfeat_ros.model.cross_norm import CrossNorm
+from scfeat_ros.model.detector import Detector, peakiness
+from scfeat_ros.model.resnet import ResNetEncoder
+from scfeat_ros.model.sampling import sample, upsample
+from scfeat_ros.model.scfeat import CONFIGS, SCFeat, load_model, read_metadata, save_model
+
+
+def softplus(x):
+    return math.log1p(math.exp(x))
+
+
+def bilinear(image, x, y):
+    """Value of a (H, W) array at x, y, border replicated; pixel centres at integers."""
+    height, width = image.shape
+    x, y = min(max(x, 0), width - 1), min(max(y, 0), height - 1)
+    left, top = math.floor(x), math.floor(y)
+    right, bottom = min(left + 1, width - 1), min(top + 1, height - 1)
+    a, b = x - left, y - top
+    return (
+        (1 - a) * (1 - b) * image[top, left]
+        + a * (1 - b) * image[top, right]
+        + (1 - a) * b * image[bottom, left]
+        + a * b * image[bottom, right]
+    )
+
+
+def upsample_slowly(maps, factor):
+    count, height, width = maps.shape
+    result = np.zeros((count, height * factor, width * factor))
+    for c, y, x in np.ndindex(result.shape):
+        result[c, y, x] = bilinear(maps[c], (x + 0.5) / factor - 0.5, (y + 0.5) / factor - 0.5)
+    return result
+
+
+def convolve_slowly(maps, weight):
+    """Cross-correlation with zero padding: (I, H, W) with (O, I, k, k) -> (O, H, W)."""
+    outputs, _, size, _ = weight.shape
+    pad = size // 2
+    padded = np.pad(maps, ((0, 0), (pad, pad), (pad, pad)))
+    height, width = maps.shape[1:]
+    result = np.zeros((outputs, height, width))
+    for o, y, x in np.ndindex(result.shape):
+        result[o, y, x] = (padded[:, y : y + size, x : x + size] * weight[o]).sum()
+    return result
+
+
+def instance_norm_slowly(maps, scale, shift, epsilon=1e-5):
+    mean = maps.mean(axis=(1, 2), keepdims=True)
+    variance = maps.var(axis=(1, 2), keepdims=True)
+    standard = (maps - mean) / np.sqrt(variance + epsilon)
+    return standard * scale[:, None, None] + shift[:, None, None]
+
+
+def peakiness_slowly(maps):
+    """Eq. 4-6, loop by loop."""
+    maps = maps / np.abs(maps).max()
+    channels, height, width = maps.shape
+    padded = np.pad(maps, ((0, 0), (1, 1), (1, 1)), mode="reflect")
+    result = np.zeros((height, width))
+    for y, x in np.ndindex(height, width):
+        best = -np.inf
+        for k in range(channels):
+            channel_score = softplus(maps[k, y, x] - maps[:, y, x].mean())
+            local_score = softplus(maps[k, y, x] - padded[k, y : y + 3, x : x + 3].mean())
+            best = max(best, channel_score * local_score)
+        result[y, x] = best
+    return result
+
+
+def numpy(tensor):
+    return tensor.detach().double().numpy()
+
+
+def randomize(module, seed=0):
+    """Random values for all parameters, so that scales of one and shifts of zero hide nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator))
+    return module.eval()
+
+
+def test_upsampling_is_bilinear_between_pixel_centres():
+    maps = torch.rand(1, 2, 3, 4)
+    for factor in (2, 4):
+        expected = upsample_slowly(numpy(maps[0]), factor)
+        np.testing.assert_allclose(numpy(upsample(maps, factor)[0]), expected, atol=1e-6)
+
+
+def test_sampling_agrees_with_upsampling_at_pixel_centres():
+    maps = torch.rand(1, 3, 5, 6)
+    points = torch.tensor([[[0.0, 0.0], [7.0, 3.0], [23.0, 19.0], [10.0, 11.0]]])
+    values = sample(maps, points, stride=4)[0]
+    large = upsample(maps, 4)[0]
+    for value, (x, y) in zip(values, points[0].long(), strict=True):
+        torch.testing.assert_close(value, large[:, y, x])
+
+
+def test_conv_block_is_upsampling_convolution_group_norm_elu():
+    block = randomize(ConvBlock(4, 64, factor=2))
+    x = torch.randn(1, 4, 3, 5)
+    y = convolve_slowly(upsample_slowly(numpy(x[0]), 2), numpy(block.conv.weight))
+    groups = y.reshape(32, 2, 6, 10)
+    mean = groups.mean(axis=(1, 2, 3), keepdims=True)
+    variance = groups.var(axis=(1, 2, 3), keepdims=True)
+    y = ((groups - mean) / np.sqrt(variance + 1e-5)).reshape(64, 6, 10)
+    y = y * numpy(block.norm.weight)[:, None, None] + numpy(block.norm.bias)[:, None, None]
+    y = np.where(y > 0, y, np.exp(y) - 1)
+    np.testing.assert_allclose(numpy(block(x)[0]), y, atol=1e-4)
+
+
+def test_backbone_fuses_three_side_maps_by_a_linear_1x1_convolution():
+    """Eq. 1: what comes out is H_conv of the concatenated side maps."""
+    backbone = randomize(F2RBackbone("resnet10", (32, 32), 32))
+    sides = {}
+    for name in ("side_0", "side_1", "side_2"):
+        module = getattr(backbone, name)
+        module.register_forward_hook(lambda m, i, o, name=name: sides.__setitem__(name, (i[0], o)))
+    descriptors, encoded = backbone(torch.rand(1, 3, 64, 96))
+    assert descriptors.shape == (1, 32, 16, 24)
+    assert encoded.stem.shape == (1, 64, 16, 24)
+    # sides read layer3 at 1/16, the decoders at 1/8 and at 1/4, and all leave at 1/4
+    assert [sides[f"side_{i}"][0].shape[-1] for i in range(3)] == [6, 12, 24]
+    stacked = np.concatenate([numpy(sides[f"side_{i}"][1][0]) for i in range(3)])
+    weight = numpy(backbone.fuse.weight)[:, :, 0, 0]
+    expected = np.einsum("oc,chw->ohw", weight, stacked) + numpy(backbone.fuse.bias)[:, None, None]
+    np.testing.assert_allclose(numpy(descriptors[0]), expected, atol=1e-4)
+
+
+def test_cross_norm_follows_equation_2():
+    bridge = randomize(CrossNorm(5))
+    with torch.no_grad():
+        bridge.weights.copy_(torch.tensor([0.9, 0.3]))
+    d = torch.randn(1, 5, 8, 9)
+    y = numpy(d[0])
+    mean = y.mean(axis=0)
+    deviation = np.sqrt(y.var(axis=0) + 1e-5)
+    scale, shift = (
+        convolve_slowly(mean[None], numpy(conv.weight))[0] + numpy(conv.bias)[0]
+        for conv in (bridge.spatial_scale, bridge.spatial_shift)
+    )
+    spatial = scale * (y - mean) / deviation + shift
+    channel = instance_norm_slowly(y, numpy(bridge.channel_scale), numpy(bridge.channel_shift))
+    expected = (0.9 * spatial + 0.3 * channel) / 1.2
+    np.testing.assert_allclose(numpy(bridge(d)[0]), expected, atol=1e-5)
+
+
+def test_cross_norm_starts_with_the_papers_weights():
+    np.testing.assert_allclose(numpy(CrossNorm(8).weights), [0.7, 0.3], atol=1e-7)
+
+
+@pytest.mark.parametrize("shift", [0.0, -3.0])
+def test_peakiness_follows_equations_4_to_6(shift):
+    maps = torch.randn(1, 6, 7, 8) + shift
+    expected = peakiness_slowly(numpy(maps[0]))
+    np.testing.assert_allclose(numpy(peakiness(maps)[0, 0]), expected, atol=1e-6)
+
+
+def test_peakiness_is_largest_at_a_peak_and_ignores_scale():
+    maps = torch.zeros(1, 3, 9, 9)
+    maps[0, 1, 4, 5] = 2.0
+    scores = peakiness(maps)
+    assert scores[0, 0].flatten().argmax() == 4 * 9 + 5
+    torch.testing.assert_close(peakiness(100 * maps), scores)
+
+
+def test_detection_head_follows_equations_7_to_13():
+    detector = randomize(Detector(channels=6, left=4, right=3, hidden=5))
+    bridged, stem = torch.randn(1, 2, 4, 5), torch.randn(1, 4, 4, 5)
+    image = torch.randn(1, 3, 16, 20)
+
+    def conv_i(module, maps):
+        y = convolve_slowly(maps, numpy(module.conv.weight))
+        y = instance_norm_slowly(y, numpy(module.norm.weight), numpy(module.norm.bias))
+        return np.where(y > 0, y, numpy(module.activation.weight) * y)
+
+    maps = np.concatenate([numpy(bridged[0]), numpy(stem[0])])
+    s_l, s_r = peakiness_slowly(maps), peakiness_slowly(numpy(image[0]))
+    h_l = conv_i(detector.layer0_left, s_l * maps)
+    h_r = conv_i(detector.layer0_right, s_r * numpy(image[0]))
+    h_1 = conv_i(detector.layer1, np.concatenate([upsample_slowly(h_l, 4), h_r]))
+    response = convolve_slowly(h_1, numpy(detector.layer2.weight))
+    norm = detector.layer2_norm
+    response = instance_norm_slowly(response, numpy(norm.weight), numpy(norm.bias))[0]
+    expected = upsample_slowly(s_l[None], 4)[0] * s_r * np.log1p(np.exp(response))
+    actual = detector(image, bridged, stem)[0, 0]
+    np.testing.assert_allclose(numpy(actual), expected, atol=1e-4)
+
+
+def test_encoder_is_a_resnet_with_torchvision_keys():
+    """Against a functional ResNet that reads the weights by torchvision's names."""
+    encoder = ResNetEncoder("resnet18").eval()
+    generator = torch.Generator().manual_seed(1)
+    state = {
+        key: torch.rand(value.shape, generator=generator) * 0.1 + 0.01
+        if value.is_floating_point()
+        else value
+        for key, value in encoder.state_dict().items()
+    }
+    encoder.load_torchvision({**state, "fc.weight": torch.zeros(1000, 512)})
+
+    def norm(x, name):
+        mean, variance, weight, bias = (
+            state[f"{name}.{key}"] for key in ("running_mean", "running_var", "weight", "bias")
+        )
+        return F.batch_norm(x, mean, variance, weight, bias)
+
+    def block(x, name, stride):
+        y = F.conv2d(x, state[f"{name}.conv1.weight"], stride=stride, padding=1)
+        y = norm(y, f"{name}.bn1").relu()
+        y = norm(F.conv2d(y, state[f"{name}.conv2.weight"], padding=1), f"{name}.bn2")
+        if f"{name}.downsample.0.weight" in state:
+            x = F.conv2d(x, state[f"{name}.downsample.0.weight"], stride=stride)
+            x = norm(x, f"{name}.downsample.1")
+        return (x + y).relu()
+
+    image = torch.rand(1, 3, 64, 64)
+    x = norm(F.conv2d(image, state["conv1.weight"], stride=2, padding=3), "bn1").relu()
+    x = F.max_pool2d(x, 3, stride=2, padding=1)
+    expected = [x]
+    for layer, stride in (("layer1", 1), ("layer2", 2), ("layer3", 2)):
+        x = block(block(x, f"{layer}.0", stride), f"{layer}.1", 1)
+        expected.append(x)
+    with torch.no_grad():
+        for actual, wanted in zip(encoder(image), expected, strict=True):
+            torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_encoder_weights_that_do_not_fit_are_named():
+    state = ResNetEncoder("resnet18").state_dict()
+    del state["layer2.1.conv2.weight"]
+    with pytest.raises(ValueError, match=r"layer2\.1\.conv2\.weight.*missing"):
+        ResNetEncoder("resnet18").load_torchvision(state)
+
+
+def test_paper_size():
+    model = SCFeat(CONFIGS["scfeat"])
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert 22e6 < count < 23e6
+    assert model.config.descriptor_dim == 128
+    assert model.backbone.encoder.channels == (256, 512, 1024)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_output_shapes(name):
+    model = SCFeat(CONFIGS[name]).eval()
+    dim = model.config.descriptor_dim
+    with torch.inference_mode():
+        output = model(torch.rand(2, 3, 48, 80))
+    assert output.descriptors.shape == output.bridged.shape == (2, dim, 12, 20)
+    assert output.scores.shape == (2, 1, 48, 80)
+    assert (output.scores >= 0).all()
+
+
+@pytest.fixture
+def small_model():
+    torch.manual_seed(0)
+    return SCFeat(CONFIGS["scfeat-s"]).eval()
+
+
+def test_weights_survive_the_file(small_model, tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_model(small_model, path, {"steps": 3, "note": "a test"})
+    loaded = load_model(path)
+    assert loaded.config == small_model.config
+    assert not loaded.training
+    assert read_metadata(path)["provenance"] == {"steps": 3, "note": "a test"}
+    assert [f.name for f in tmp_path.iterdir()] == ["model.safetensors"]
+    for key, value in small_model.state_dict().items():
+        torch.testing.assert_close(loaded.state_dict()[key], value, rtol=1e-3, atol=1e-6)
+
+
+def rewrite(path, change_tensors=lambda t: None, change_config=lambda c: None):
+    """Alter a weights file in place."""
+    tensors, metadata = load_file(path), read_metadata(path)
+    change_tensors(tensors)
+    change_config(metadata["config"])
+    header = {"format": "scfeat", "version": "0", "config": json.dumps(metadata["config"])}
+    save_file(tensors, path, header)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"change_tensors": lambda t: t.pop("bridge.weights")}, "'bridge.weights' is missing"),
+        ({"change_tensors": lambda t: t.update(extra=torch.ones(1))}, "'extra' is not part of"),
+        (
+            {"change_config": lambda c: c.update(descriptor_dim=32)},
+            r"'backbone.side_0.conv.weight' has shape .* needs \(32,",
+        ),
+        ({"change_config": lambda c: c.pop("encoder")}, "field 'encoder' is missing"),
+        ({"change_config": lambda c: c.update(depth=3)}, "field 'depth' is unknown"),
+        ({"change_config": lambda c: c.update(encoder="vgg")}, "unknown encoder 'vgg'"),
+    ],
+)
+def test_file_that_does_not_fit_names_what_differs(small_model, tmp_path, change, message):
+    path = tmp_path / "model.safetensors"
+    save_model(small_model, path, {})
+    rewrite(path, **change)
+    with pytest.raises(ModelError, match=message) as error:
+        load_model(path)
+    assert str(path) in str(error.value)
+
+
+def test_truncated_foreign_and_missing_files(small_model, tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_model(small_model, path, {})
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(ModelError, match="truncated"):
+        load_model(path)
+    save_file({"a": torch.ones(1)}, path)
+    with pytest.raises(ModelError, match="no SCFeat model"):
+        load_model(path)
+    with pytest.raises(ModelError, match="no such file"):
+        load_model(tmp_path / "nothing.safetensors")
