@@ -239,16 +239,18 @@ def l2_normalize(descriptors: torch.Tensor) -> torch.Tensor:
 
 
 def fusion_normalize(descriptors: torch.Tensor) -> torch.Tensor:
-    """(N, D) -> weighted sum of the L1 to L4 normalized vectors (Eq. 25), at unit L2 norm.
+    """(N, D) -> weighted sum of the L1 to L4 normalized vectors (Eq. 25).
 
     The norms are taken over magnitudes: the paper's formula without them is no norm for odd p.
-    The final scaling makes cosine and Euclidean order agree, as the matcher expects.
+    Every term is the same vector times a number, so this changes a descriptor's length and not
+    its direction: flat descriptors come out shorter than peaked ones, and lose to them in a
+    matcher that compares inner products.
     """
     total = sum(
         weight * F.normalize(descriptors, p=p, dim=1)
         for p, weight in enumerate(FUSION_WEIGHTS, start=1)
     )
-    return F.normalize(total / sum(range(1, len(FUSION_WEIGHTS) + 1)), dim=1)
+    return total / sum(range(1, len(FUSION_WEIGHTS) + 1))
 
 
 def _check_image(image: np.ndarray) -> np.ndarray:

@@ -15,7 +15,8 @@ class Features:
         keypoints: (N, 2) float32, x and y in pixels of the image that was given to the
             extractor; the centre of the top-left pixel is (0, 0).
         scores: (N,) float32, detection score (paper Eq. 13), larger is better.
-        descriptors: (N, D) float32, unit L2 norm (paper Eq. 22-23).
+        descriptors: (N, D) float32, unit L2 norm (paper Eq. 22-23) unless the extractor was
+            asked for the paper's fusion normalization.
         image_size: (width, height) of that image, in pixels.
     """
 
@@ -44,7 +45,7 @@ class Matches:
 
     Attributes:
         indices: (M, 2) int64, index into the first and into the second set of features.
-        similarity: (M,) float32, cosine similarity of the two descriptors, in [-1, 1].
+        similarity: (M,) float32, inner product of the two descriptors: their cosine similarity.
     """
 
     indices: np.ndarray

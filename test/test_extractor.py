@@ -1,0 +1,253 @@
+"""The extractor from the outside: shapes, invariances, options, and images without features."""
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from scfeat_ros.errors import ScfeatError
+from scfeat_ros.extractor import (
+    Extractor,
+    fusion_normalize,
+    is_local_maximum,
+    subpixel_offsets,
+)
+from scfeat_ros.matcher import match
+
+
+def textured_image(width, height, seed=0):
+    """Rectangles, discs and smooth noise: corners and blobs at all places, no symmetry."""
+    random = np.random.default_rng(seed)
+    image = random.integers(0, 256, (height // 8 + 1, width // 8 + 1, 3), np.uint8)
+    image = cv2.resize(image, (width, height), interpolation=cv2.INTER_CUBIC)
+    for _ in range(width * height // 1500):
+        x, y = random.integers(0, width), random.integers(0, height)
+        colour = tuple(int(c) for c in random.integers(0, 256, 3))
+        if random.random() < 0.5:
+            w, h = random.integers(4, 30, 2)
+            cv2.rectangle(image, (x, y), (x + w, y + h), colour, -1)
+        else:
+            cv2.circle(image, (x, y), int(random.integers(2, 12)), colour, -1, cv2.LINE_AA)
+    return cv2.GaussianBlur(image, (0, 0), 0.8)
+
+
+@pytest.fixture(scope="module")
+def extractor():
+    return Extractor.from_pretrained("scfeat-s", device="cpu", precision="fp32")
+
+
+@pytest.fixture(scope="module")
+def make():
+    return lambda **options: Extractor.from_pretrained(
+        "scfeat-s", device="cpu", precision="fp32", **options
+    )
+
+
+def check_invariants(features, size, dim):
+    n = len(features)
+    assert features.keypoints.shape == (n, 2) and features.keypoints.dtype == np.float32
+    assert features.scores.shape == (n,) and features.scores.dtype == np.float32
+    assert features.descriptors.shape == (n, dim) and features.descriptors.dtype == np.float32
+    assert features.image_size == size
+    for array in (features.keypoints, features.scores, features.descriptors):
+        assert np.isfinite(array).all()
+    assert (np.diff(features.scores) <= 0).all()
+    if n:
+        assert (features.keypoints >= -0.5).all()
+        assert (features.keypoints <= np.array(size) - 0.5).all()
+        np.testing.assert_allclose(np.linalg.norm(features.descriptors, axis=1), 1, atol=1e-4)
+
+
+def nearest(a, b):
+    """Distance from each point of a to its nearest in b."""
+    return np.linalg.norm(a[:, None] - b[None], axis=2).min(axis=1)
+
+
+@pytest.mark.parametrize("size", [(641, 479), (1241, 376), (320, 240), (50, 33)])
+def test_odd_sizes(extractor, size):
+    features = extractor(textured_image(*size))
+    check_invariants(features, size, extractor.descriptor_dim)
+    assert len(features) > 20
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        np.zeros((480, 640, 3), np.uint8),
+        np.full((480, 640, 3), 255, np.uint8),
+        np.full((240, 320), 128, np.uint8),
+        np.zeros((1, 1, 3), np.uint8),
+        np.full((1, 1), 77, np.uint8),
+        np.zeros((1, 300), np.uint8),
+        np.zeros((0, 20, 3), np.uint8),
+    ],
+)
+def test_images_with_nothing_in_them_give_empty_features(extractor, image):
+    features = extractor(image)
+    assert len(features) == 0
+    check_invariants(features, image.shape[1::-1], extractor.descriptor_dim)
+    assert len(match(features, features)) == 0
+
+
+def test_grey_equals_the_same_image_in_rgb(extractor):
+    grey = cv2.cvtColor(textured_image(200, 160), cv2.COLOR_RGB2GRAY)
+    a, b = extractor(grey), extractor(np.repeat(grey[..., None], 3, axis=2))
+    np.testing.assert_array_equal(a.keypoints, b.keypoints)
+
+
+def test_batch_of_four_equals_single_images(extractor):
+    images = [textured_image(160, 120, seed) for seed in range(4)]
+    for alone, together in zip(
+        map(extractor, images), extractor.extract_batch(images), strict=True
+    ):
+        # sums may run in another order, so a tie may fall the other way
+        common = nearest(alone.keypoints, together.keypoints) < 0.05
+        assert common.mean() > 0.99
+        matches = match(alone, together)
+        distance = (
+            alone.keypoints[matches.indices[:, 0]] - together.keypoints[matches.indices[:, 1]]
+        )
+        assert (np.linalg.norm(distance, axis=1) < 0.05).mean() > 0.99
+
+
+@pytest.mark.parametrize("shift", [(1, 0), (0, 1), (16, 0)])
+def test_shifted_image_gives_shifted_keypoints(make, shift):
+    large = textured_image(336, 256)
+    dx, dy = shift
+    extractor = make(max_keypoints=300, border=24)
+    a = extractor(large[:240, :320]).keypoints
+    b = extractor(large[dy : dy + 240, dx : dx + 320]).keypoints
+    distance = nearest(b + [dx, dy], a)
+    close = distance < 1.0
+    assert close.mean() > 0.8
+    assert np.median(distance) < (0.1 if dx == 16 else 0.35)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_flipped_image_gives_flipped_keypoints(make, axis):
+    image = textured_image(320, 240)
+    extractor = make(max_keypoints=300, border=24)
+    a = extractor(image).keypoints
+    b = extractor(np.ascontiguousarray(np.flip(image, axis=axis))).keypoints
+    coordinate = 1 - axis
+    b[:, coordinate] = (image.shape[axis] - 1) - b[:, coordinate]
+    distance = np.linalg.norm(a[:, None] - b[None], axis=2)
+    pairs = distance.argmin(axis=1)
+    close = distance.min(axis=1) < 1.5
+    assert close.mean() > 0.6
+    # no bias along the flipped axis: a wrong pixel-centre convention would show as a constant
+    bias = (a - b[pairs])[close].mean(axis=0)
+    assert np.abs(bias).max() < 0.2
+
+
+def test_max_keypoints_keeps_the_best(make):
+    image = textured_image(320, 240)
+    many, few = make(max_keypoints=500)(image), make(max_keypoints=50)(image)
+    assert len(few) == 50
+    np.testing.assert_array_equal(few.keypoints, many.keypoints[:50])
+
+
+def test_score_threshold(make):
+    image = textured_image(320, 240)
+    scores = make()(image).scores
+    middle = float(np.median(scores))
+    kept = make(score_threshold=middle)(image).scores
+    np.testing.assert_array_equal(kept, scores[scores > middle])
+
+
+def test_nms_radius_keeps_keypoints_apart(make):
+    points = make(nms_radius=5, subpixel=False)(textured_image(320, 240)).keypoints
+    distance = np.abs(points[:, None] - points[None]).max(axis=2)
+    np.fill_diagonal(distance, np.inf)
+    assert distance.min() > 5
+
+
+def test_border_and_mask(make):
+    image = textured_image(320, 240)
+    points = make(border=40)(image).keypoints
+    assert points.min() > 39 and (points < np.array([280, 200])).all()
+    mask = np.ones((240, 320), bool)
+    mask[150:] = False  # the robot's own hood
+    masked = make()(image, mask=mask).keypoints
+    assert len(masked) and masked[:, 1].max() < 150.5
+    assert (make()(image).keypoints[:, 1] > 160).any()
+
+
+def test_max_size_gives_keypoints_in_pixels_of_the_original(make):
+    image = textured_image(640, 480)
+    full, shrunk = make(max_keypoints=2000)(image), make(max_size=320, max_keypoints=300)(image)
+    assert shrunk.image_size == (640, 480)
+    assert shrunk.keypoints[:, 0].max() > 500 and shrunk.keypoints[:, 1].max() > 380
+    check_invariants(shrunk, (640, 480), shrunk.descriptors.shape[1])
+    assert np.median(nearest(shrunk.keypoints, full.keypoints)) < 3
+    mask = np.zeros((480, 640), np.uint8)
+    mask[:, :320] = 255
+    assert make(max_size=320)(image, mask=mask).keypoints[:, 0].max() < 321
+
+
+def test_descriptor_options_change_descriptors_but_not_keypoints(make):
+    image = textured_image(200, 160)
+    plain = make()(image)
+    bridge = make(descriptor_source="bridge")(image)
+    check_invariants(bridge, (200, 160), plain.descriptors.shape[1])
+    fusion = make(descriptor_norm="fusion")(image)
+    for other in (bridge, fusion):
+        np.testing.assert_array_equal(other.keypoints, plain.keypoints)
+        assert np.abs(other.descriptors - plain.descriptors).max() > 1e-2
+
+
+def test_fusion_normalization_follows_equation_25():
+    d = torch.tensor([[3.0, -4.0, 1.0]])
+    expected = np.zeros(3)
+    for p, k in ((1, 1), (2, 2), (3, 3), (4, 4)):
+        expected += k * d[0].numpy() / (np.abs(d[0].numpy()) ** p).sum() ** (1 / p)
+    expected /= 1 + 2 + 3 + 4
+    actual = fusion_normalize(d)[0].numpy()
+    np.testing.assert_allclose(actual, expected, atol=1e-6)
+
+
+def test_local_maximum_ignores_plateaus():
+    scores = torch.zeros(1, 1, 7, 7)
+    assert not is_local_maximum(scores, 1).any()
+    scores[0, 0, 3, 4] = 1
+    assert is_local_maximum(scores, 1).nonzero().tolist() == [[0, 0, 3, 4]]
+
+
+def test_subpixel_finds_the_centre_of_a_blob():
+    y, x = np.mgrid[0:9, 0:9]
+    scores = torch.from_numpy(np.exp(-((x - 4.2) ** 2 + (y - 3.9) ** 2) / 2)).float()
+    offset = subpixel_offsets(scores, torch.tensor([4]), torch.tensor([4]))[0]
+    assert 0.05 < offset[0] < 0.25 and -0.15 < offset[1] < -0.02
+
+
+@pytest.mark.parametrize(
+    "image",
+    [np.zeros((4, 4), np.float32), np.zeros((4, 4, 4), np.uint8), np.zeros(4, np.uint8)],
+)
+def test_wrong_images_are_refused(extractor, image):
+    with pytest.raises(ValueError, match="image must be"):
+        extractor(image)
+
+
+def test_wrong_options_are_refused(make, extractor):
+    with pytest.raises(ValueError, match="max_keypoints must lie between 1"):
+        make(max_keypoints=0)
+    with pytest.raises(ValueError, match="descriptor_norm must be one of"):
+        make(descriptor_norm="l3")
+    with pytest.raises(TypeError, match="keypoints"):
+        make(keypoints=3)
+    before = extractor.options
+    with pytest.raises(ValueError, match="nms_radius"):
+        extractor.set_options(nms_radius=-1)
+    assert extractor.options == before
+    with pytest.raises(ValueError, match="mask must be"):
+        extractor(np.zeros((8, 8), np.uint8), mask=np.ones((4, 8), bool))
+
+
+def test_missing_device_is_named():
+    if torch.cuda.is_available():
+        pytest.skip("CUDA is there")
+    with pytest.raises(ScfeatError, match="finds no CUDA device"):
+        Extractor.from_pretrained("scfeat-s", device="cuda")
+    with pytest.raises(ScfeatError, match="unknown"):
+        Extractor.from_pretrained("scfeat-s", device="toaster")
