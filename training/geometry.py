@@ -110,7 +110,7 @@ def epipolar_lines(F: Array, points: Array) -> Array:
 
 
 def epipolar_distance(F: Array, points1: Array, points2: Array) -> Array:
-    """Distance (..., N) in pixels of points2 from the epipolar lines of points1, both (..., N, 2)."""
+    """Distance (..., N) in pixels of points2 (..., N, 2) from the epipolar lines of points1."""
     return abs((epipolar_lines(F, points1) * homogeneous(points2)).sum(-1))
 
 
@@ -119,13 +119,8 @@ def lines_hit_image(lines: Array, width: int, height: int) -> Array:
     a, b, c = lines[..., 0], lines[..., 1], lines[..., 2]
     right, bottom = width - 0.5, height - 0.5
     # The line crosses the rectangle unless all four corners lie on one side of it.
-    corners = [
-        -0.5 * a - 0.5 * b,
-        right * a - 0.5 * b,
-        -0.5 * a + bottom * b,
-        right * a + bottom * b,
-    ]
-    signs = [corner + c > 0 for corner in corners]
+    corners = [(-0.5, -0.5), (right, -0.5), (-0.5, bottom), (right, bottom)]
+    signs = [a * x + b * y + c > 0 for x, y in corners]
     some = signs[0] | signs[1] | signs[2] | signs[3]
     every = signs[0] & signs[1] & signs[2] & signs[3]
     return some & ~every

@@ -1,0 +1,771 @@
+"""Posed scenes and the pairs drawn from them.
+
+`PosedPairs` gives pairs of one scene with their relative pose (stages 1 and 2 of the training),
+`HomographyPairs` gives two views of one photo (stage 0). Both draw sample i from (seed, i)
+alone, so that a run resumes to the exact step, and both take all curricula from i.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from scfeat_ros.errors import InputError
+from scfeat_training.geometry import (
+    back_project,
+    epipolar_lines,
+    fundamental_from_pose,
+    lines_hit_image,
+    pixel_affinity,
+    project,
+    relative_pose,
+    rotation_angle,
+    transform_points,
+)
+from scfeat_training.photometric import Photometric, augment
+
+SCENE_FILE = "scene.npz"
+POINTS_FILE = "points.npz"
+UNKNOWN_DEPTH = (0.0, np.inf)
+
+# Training scenes that are never trained on: pairs of theirs choose between models.
+VALIDATION_SCENES = ("strecha_castle", "fern", "scodive_cafe")
+VALIDATION_TAILS = {"kitti_seq1": 41}  # scene: first frame of its held-out tail
+SCENE_WEIGHTS = {"liberty": 0.2}  # approximate poses
+
+
+@dataclass
+class Scene:
+    """Images of one place with intrinsics and poses.
+
+    K (N, 3, 3), R (N, 3, 3), t (N, 3): float64, world to camera, x_cam = R X + t.
+    size_wh (N, 2): int, pixels. pairs (M, 2): int, covisible images; overlap (M,) in [0, 1].
+    tracks: for each image the sorted ids (n,) of the 3D points that it sees and where, (n, 2)
+    pixels; None where there are no points. depth_range (N, 2): near and far z in the scene's
+    unit, (0, inf) where unknown. weight: how often the scene is drawn, relative to others.
+    """
+
+    name: str
+    paths: list[Path]
+    K: np.ndarray
+    R: np.ndarray
+    t: np.ndarray
+    size_wh: np.ndarray
+    pairs: np.ndarray
+    overlap: np.ndarray
+    tracks: list[tuple[np.ndarray, np.ndarray]] | None = None
+    depth_range: np.ndarray = field(default_factory=lambda: np.zeros((0, 2)))
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if len(self.depth_range) != len(self.paths):
+            self.depth_range = np.tile(UNKNOWN_DEPTH, (len(self.paths), 1))
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def subset(self, keep: Sequence[int] | np.ndarray) -> Scene:
+        """The scene with the images of the given indices only, in that order."""
+        keep = np.asarray(keep, dtype=int)
+        new_index = np.full(len(self), -1)
+        new_index[keep] = np.arange(len(keep))
+        pairs = new_index[self.pairs]
+        inside = (pairs >= 0).all(1)
+        return replace(
+            self,
+            paths=[self.paths[i] for i in keep],
+            K=self.K[keep],
+            R=self.R[keep],
+            t=self.t[keep],
+            size_wh=self.size_wh[keep],
+            pairs=pairs[inside],
+            overlap=self.overlap[inside],
+            tracks=None if self.tracks is None else [self.tracks[i] for i in keep],
+            depth_range=self.depth_range[keep],
+        )
+
+    def shared_points(self, i: int, j: int) -> tuple[np.ndarray, np.ndarray]:
+        """Pixels (n, 2) in image i and in image j of the 3D points that both see."""
+        if self.tracks is None:
+            return np.zeros((0, 2)), np.zeros((0, 2))
+        ids_i, xy_i = self.tracks[i]
+        ids_j, xy_j = self.tracks[j]
+        _, at_i, at_j = np.intersect1d(ids_i, ids_j, assume_unique=True, return_indices=True)
+        return xy_i[at_i], xy_j[at_j]
+
+
+def check_camera(where: str, K: np.ndarray, R: np.ndarray, t: np.ndarray) -> str | None:
+    """What is wrong with a camera, as one line that names `where` and the remedy; None if right."""
+    if not (np.isfinite(K).all() and np.isfinite(R).all() and np.isfinite(t).all()):
+        return f"{where}: K, R or t is not finite; remove the image from the scene"
+    if K[0, 0] <= 0 or K[1, 1] <= 0 or abs(K[2] - (0, 0, 1)).max() > 1e-6 or abs(K[1, 0]) > 1e-6:
+        return f"{where}: K is no intrinsic matrix: want [[fx, s, cx], [0, fy, cy], [0, 0, 1]]"
+    if abs(R @ R.T - np.eye(3)).max() > 1e-3 or np.linalg.det(R) < 0:
+        return f"{where}: R is no rotation: want R R^T = 1 and det R = 1, world to camera"
+    return None
+
+
+def read_scene(
+    folder: str | Path, skip_bad: bool = False, on_bad: Callable[[str], None] = lambda line: None
+) -> Scene:
+    """Read images/, scene.npz and (where there is one) points.npz of a folder.
+
+    An image that is missing or whose camera is wrong raises InputError; with skip_bad it is left
+    out and `on_bad` gets the line. scene.npz holds names, K, R, t, size_wh, pairs, overlap;
+    points.npz holds xyz, obs_image, obs_point, obs_xy.
+    """
+    folder = Path(folder)
+    data = _read_npz(folder / SCENE_FILE, ("names", "K", "R", "t", "size_wh", "pairs", "overlap"))
+    K, R, t = (data[key].astype(np.float64) for key in ("K", "R", "t"))
+    paths = [folder / "images" / str(name) for name in data["names"]]
+    count = len(paths)
+    for key, shape in (("K", (3, 3)), ("R", (3, 3)), ("t", (3,)), ("size_wh", (2,))):
+        if data[key].shape != (count, *shape):
+            raise InputError(
+                f"{folder / SCENE_FILE}: {key} has shape {data[key].shape}, want {(count, *shape)}"
+            )
+    pairs = data["pairs"].astype(int).reshape(-1, 2)
+    if len(pairs) and not (0 <= pairs.min() and pairs.max() < count):
+        raise InputError(f"{folder / SCENE_FILE}: pairs name images beyond the {count} there are")
+
+    tracks = None
+    depth_range = np.tile(UNKNOWN_DEPTH, (count, 1))
+    if (folder / POINTS_FILE).exists():
+        points = _read_npz(folder / POINTS_FILE, ("xyz", "obs_image", "obs_point", "obs_xy"))
+        tracks = _tracks(points["obs_image"], points["obs_point"], points["obs_xy"], count)
+        depth_range = _depth_ranges(points["xyz"], tracks, R, t)
+
+    scene = Scene(
+        name=folder.name,
+        paths=paths,
+        K=K,
+        R=R,
+        t=t,
+        size_wh=data["size_wh"].astype(int),
+        pairs=pairs,
+        overlap=data["overlap"].astype(float),
+        tracks=tracks,
+        depth_range=depth_range,
+        weight=SCENE_WEIGHTS.get(folder.name, 1.0),
+    )
+    return without_bad_images(scene, skip_bad, on_bad)
+
+
+def without_bad_images(
+    scene: Scene, skip_bad: bool = False, on_bad: Callable[[str], None] = lambda line: None
+) -> Scene:
+    """Check every image's file and camera; raise InputError at the first that is wrong.
+
+    With skip_bad wrong images are left out, and `on_bad` gets one line for each.
+    """
+    good = []
+    for i, path in enumerate(scene.paths):
+        problem = check_camera(str(path), scene.K[i], scene.R[i], scene.t[i])
+        if not path.is_file():
+            problem = f"{path}: missing; put the file there or remove it from the scene"
+        if problem is None:
+            good.append(i)
+        elif skip_bad:
+            on_bad(problem)
+        else:
+            raise InputError(f"{problem}, or go on without it by --skip-bad")
+    if not good:
+        raise InputError(f"{scene.name}: no usable image")
+    return scene if len(good) == len(scene) else scene.subset(good)
+
+
+def read_scenes(
+    root: str | Path, skip_bad: bool = False, on_bad: Callable[[str], None] = lambda line: None
+) -> list[Scene]:
+    """Read every scene folder (one that holds scene.npz) directly under `root`, by name."""
+    folders = sorted(path.parent for path in Path(root).glob(f"*/{SCENE_FILE}"))
+    if not folders:
+        raise InputError(f"{root}: no folder with {SCENE_FILE} in it; give the folder of scenes")
+    scenes = []
+    for folder in folders:
+        try:
+            scenes.append(read_scene(folder, skip_bad, on_bad))
+        except InputError as error:
+            if not skip_bad:
+                raise
+            on_bad(str(error))
+    if not scenes:
+        raise InputError(f"{root}: none of its {len(folders)} scenes is usable")
+    return scenes
+
+
+def split_scenes(scenes: Sequence[Scene]) -> tuple[list[Scene], list[Scene]]:
+    """Scenes for training and scenes held out for choosing; no image is in both."""
+    train, held_out = [], []
+    for scene in scenes:
+        tail = VALIDATION_TAILS.get(scene.name)
+        if scene.name in VALIDATION_SCENES:
+            held_out.append(scene)
+        elif tail is not None and tail < len(scene):
+            train.append(scene.subset(np.arange(tail)))
+            held_out.append(scene.subset(np.arange(tail, len(scene))))
+        else:
+            train.append(scene)
+    return train, held_out
+
+
+def _read_npz(path: Path, keys: tuple[str, ...]) -> dict[str, np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as data:
+            missing = [key for key in keys if key not in data]
+            if missing:
+                raise InputError(f"{path}: lacks the array(s) {', '.join(missing)}")
+            return {key: data[key] for key in keys}
+    except InputError:
+        raise
+    except Exception as error:  # numpy, zipfile and pickle each raise their own
+        raise InputError(f"{path}: unreadable ({error}); make it again") from error
+
+
+def _tracks(
+    image: np.ndarray, point: np.ndarray, xy: np.ndarray, count: int
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Observations grouped by image, each sorted by point, one per point."""
+    order = np.lexsort((point, image))
+    image, point, xy = image[order], point[order], xy[order].astype(np.float64)
+    starts = np.searchsorted(image, np.arange(count + 1))
+    tracks = []
+    for begin, end in itertools.pairwise(starts):
+        ids, first = np.unique(point[begin:end], return_index=True)
+        tracks.append((ids, xy[begin:end][first]))
+    return tracks
+
+
+def _depth_ranges(
+    xyz: np.ndarray,
+    tracks: list[tuple[np.ndarray, np.ndarray]],
+    R: np.ndarray,
+    t: np.ndarray,
+) -> np.ndarray:
+    """Near and far depth (N, 2) of the sparse points of each image, with a margin."""
+    ranges = np.tile(UNKNOWN_DEPTH, (len(tracks), 1))
+    for i, (ids, _) in enumerate(tracks):
+        depth = xyz[ids] @ R[i, 2] + t[i, 2]
+        depth = depth[depth > 0]
+        if len(depth) >= 10:
+            near, far = np.percentile(depth, [1, 99])
+            ranges[i] = 0.7 * near, 1.5 * far
+    return ranges
+
+
+class ImageCache:
+    """Decoded RGB images by path, the least recently used dropped beyond `max_bytes`."""
+
+    def __init__(self, max_bytes: int = 2 << 30) -> None:
+        self.max_bytes = max_bytes
+        self._bytes = 0
+        self._images: OrderedDict[Path, np.ndarray] = OrderedDict()
+
+    def __call__(self, path: Path) -> np.ndarray:
+        """The image (H, W, 3) uint8 RGB; do not write to it. Raises InputError if unreadable."""
+        image = self._images.get(path)
+        if image is not None:
+            self._images.move_to_end(path)
+            return image
+        image = read_image(path)
+        self._images[path] = image
+        self._bytes += image.nbytes
+        while self._bytes > self.max_bytes and len(self._images) > 1:
+            self._bytes -= self._images.popitem(last=False)[1].nbytes
+        return image
+
+
+def read_image(path: str | Path) -> np.ndarray:
+    """Read an image file as (H, W, 3) uint8 RGB; InputError names a file that cannot be read."""
+    try:
+        data = np.frombuffer(Path(path).read_bytes(), np.uint8)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    # The stored pixels, not the EXIF orientation, are what poses and K belong to.
+    flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+    image = cv2.imdecode(data, flags) if len(data) else None
+    if image is None:
+        raise InputError(f"{path}: no image that can be decoded; replace or remove the file")
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+
+def warp(
+    image: np.ndarray, H: np.ndarray, size: tuple[int, int], fill: Sequence[int] = (0, 0, 0)
+) -> np.ndarray:
+    """Resample an image under the pixel homography H (3, 3) to size (width, height).
+
+    Where H shrinks the image it is area-averaged first, so that nothing aliases.
+    """
+    width, height = size
+    centre = np.linalg.inv(H) @ ((width - 1) / 2, (height - 1) / 2, 1)
+    x, y = centre[:2] / centre[2]
+    # Local scale at the middle of the result, from the Jacobian's determinant.
+    w = H[2] @ (x, y, 1)
+    scale = np.sqrt(abs(np.linalg.det(H) / w**3))
+    if scale < 0.75:
+        shrunk = (np.array(image.shape[1::-1]) * min(1.25 * scale, 1)).astype(int).clip(8)
+        factors = shrunk / image.shape[1::-1]
+        image = cv2.resize(image, shrunk.tolist(), interpolation=cv2.INTER_AREA)
+        H = H @ np.linalg.inv(pixel_affinity(*factors))
+    return cv2.warpPerspective(
+        image, H, size, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT, borderValue=fill
+    )
+
+
+def _curriculum(index: int, start: float, end: float, samples: int) -> float:
+    """Linear from `start` at sample 0 to `end` at sample `samples` and after."""
+    return end if index >= samples else start + (end - start) * index / samples
+
+
+@dataclass(frozen=True)
+class PosedPairsConfig:
+    """What `PosedPairs` draws.
+
+    size: (width, height) of both crops. length: samples of an epoch, any number. overlap: range
+    of covisibility. rotation: largest relative rotation in degrees at the first sample and after
+    `curriculum` samples. roll: largest in-plane turn of each crop in degrees. scale: range of
+    the crop's resize factor (a crop never exceeds its image, which may force a larger one).
+    lines_inside: least share of epipolar lines that must cross the other crop. photometric: None
+    for no change of the pixels.
+    """
+
+    size: tuple[int, int] = (320, 240)
+    length: int = 1_000_000
+    seed: int = 0
+    overlap: tuple[float, float] = (0.1, 0.95)
+    rotation: tuple[float, float] = (20.0, 60.0)
+    curriculum: int = 20_000
+    roll: float = 10.0
+    scale: tuple[float, float] = (0.5, 1.2)
+    lines_inside: float = 0.5
+    photometric: Photometric | None = field(default_factory=Photometric)
+
+
+class PosedPairs(Dataset):
+    """Pairs of crops of one scene with their exact relative geometry.
+
+    Sample i is a dict of tensors and strings:
+    image1, image2: (3, H, W) uint8 RGB. K1, K2: (3, 3) float32 of the crops. R (3, 3), t (3,):
+    float32, x2 = R x1 + t, t in the scene's unit. F: (3, 3) float32, unit norm,
+    x2^T F x1 = 0 for pixels of the crops. depth_range1, depth_range2: (2,) float32 near and far
+    z, (0, inf) where unknown. name1, name2: "scene/file".
+
+    A crop may be turned about its optical axis, which leaves a pinhole camera and is part of R.
+    An image that cannot be read raises InputError, or with skip_bad is drawn no more:
+    `bad` counts such files. Draws that depend on a broken file are the one exception to
+    "sample i from (seed, i) alone".
+    """
+
+    def __init__(
+        self,
+        scenes: Sequence[Scene],
+        config: PosedPairsConfig | None = None,
+        images: ImageCache | None = None,
+        skip_bad: bool = False,
+    ) -> None:
+        self.config = config or PosedPairsConfig()
+        self.images = images or ImageCache()
+        self.skip_bad = skip_bad
+        self.bad: dict[Path, str] = {}
+        self.scenes: list[Scene] = []
+        self._pairs: list[np.ndarray] = []  # of each scene, sorted by relative rotation
+        self._angles: list[np.ndarray] = []
+        low, high = self.config.overlap
+        for scene in scenes:
+            keep = (scene.overlap >= low) & (scene.overlap <= high)
+            pairs = scene.pairs[keep]
+            if not len(pairs):
+                continue
+            R = scene.R[pairs[:, 1]] @ scene.R[pairs[:, 0]].swapaxes(-1, -2)
+            angles = rotation_angle(R)
+            order = np.argsort(angles, kind="stable")
+            self.scenes.append(scene)
+            self._pairs.append(pairs[order])
+            self._angles.append(angles[order])
+        if not self.scenes:
+            raise InputError(
+                f"no scene has pairs with an overlap of {low} to {high}; widen the range"
+            )
+        self._weights = np.array([s.weight * np.sqrt(len(s)) for s in self.scenes])
+        self._least_rotation = min(angles[0] for angles in self._angles)
+
+    def __len__(self) -> int:
+        return self.config.length
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        rng = np.random.default_rng((self.config.seed, 1, index))
+        for _ in range(200):
+            sample = self._draw(rng, self.max_rotation(index))
+            if sample is not None:
+                return sample
+        raise InputError(
+            "200 draws gave no usable pair: poses or K of the scenes disagree with the images, "
+            "or overlap, rotation and lines_inside leave nothing"
+        )
+
+    def max_rotation(self, index: int) -> float:
+        """Largest relative rotation in degrees that sample `index` may have before roll."""
+        limit = _curriculum(index, *self.config.rotation, self.config.curriculum)
+        return max(limit, float(self._least_rotation))
+
+    def _draw(self, rng: np.random.Generator, max_rotation: float) -> dict[str, Any] | None:
+        allowed = [np.searchsorted(angles, max_rotation, "right") for angles in self._angles]
+        weights = self._weights * (np.array(allowed) > 0)
+        which = rng.choice(len(self.scenes), p=weights / weights.sum())
+        scene = self.scenes[which]
+        i, j = self._pairs[which][rng.integers(allowed[which])]
+        if rng.random() < 0.5:
+            i, j = j, i
+        images = []
+        for path in (scene.paths[i], scene.paths[j]):
+            try:
+                images.append(self.images(path))
+            except InputError as error:
+                if not self.skip_bad:
+                    raise
+                self.bad[path] = str(error)
+                return None
+        for index, image in zip((i, j), images, strict=True):
+            if (image.shape[1], image.shape[0]) != tuple(scene.size_wh[index]):
+                raise InputError(
+                    f"{scene.paths[index]}: is {image.shape[1]}x{image.shape[0]}, but its K is for "
+                    f"{scene.size_wh[index][0]}x{scene.size_wh[index][1]}; scale K or the image"
+                )
+        return self._crop_pair(scene, int(i), int(j), images, rng)
+
+    def _crop_pair(
+        self, scene: Scene, i: int, j: int, images: list[np.ndarray], rng: np.random.Generator
+    ) -> dict[str, Any] | None:
+        config = self.config
+        views = [
+            _View.draw(scene.K[index], scene.R[index], scene.t[index], image, config, rng)
+            for index, image in zip((i, j), images, strict=True)
+        ]
+        points = scene.shared_points(i, j)
+        if len(points[0]) < 8:
+            points = proxy_points(scene, i, j)
+        if not _place_crops(views, points, config.size, rng):
+            return None
+        first, second = views
+        R, t = relative_pose(first.R, first.t, second.R, second.t)
+        if np.linalg.norm(t) < 1e-9:
+            return None  # a pure rotation has no epipolar geometry
+        F = fundamental_from_pose(first.K, second.K, R, t)
+        width, height = config.size
+        if min(_share_hit(F, width, height), _share_hit(F.T, width, height)) < config.lines_inside:
+            return None
+        sample: dict[str, Any] = {}
+        for number, (view, image, index) in enumerate(
+            zip(views, images, (i, j), strict=True), start=1
+        ):
+            crop = warp(image, view.affinity, config.size)
+            if config.photometric is not None:
+                crop = augment(crop, rng, config.photometric)
+            sample[f"image{number}"] = torch.from_numpy(crop.transpose(2, 0, 1).copy())
+            sample[f"K{number}"] = _float32(view.K)
+            sample[f"depth_range{number}"] = _float32(scene.depth_range[index])
+            sample[f"name{number}"] = f"{scene.name}/{scene.paths[index].name}"
+        sample["R"], sample["t"], sample["F"] = _float32(R), _float32(t), _float32(F)
+        return sample
+
+
+def _float32(array: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
+
+
+@dataclass
+class _View:
+    """A crop of an image: the camera after the turn, and the map of its pixels."""
+
+    K: np.ndarray
+    R: np.ndarray
+    t: np.ndarray
+    affinity: np.ndarray  # (3, 3): source pixels to crop pixels
+    source: tuple[int, int]  # width, height
+
+    @staticmethod
+    def draw(
+        K: np.ndarray,
+        R: np.ndarray,
+        t: np.ndarray,
+        image: np.ndarray,
+        config: PosedPairsConfig,
+        rng: np.random.Generator,
+    ) -> _View:
+        """Draw roll and scale; the crop's place comes later.
+
+        Turning the camera by Z about its axis turns pixels by K Z K^-1; then they are scaled.
+        """
+        roll = np.radians(rng.uniform(-config.roll, config.roll))
+        c, s = np.cos(roll), np.sin(roll)
+        Z = np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]])
+        source = image.shape[1], image.shape[0]
+        # The turned crop must lie inside the image: its bounding box must.
+        width, height = config.size
+        box = width * abs(c) + height * abs(s), width * abs(s) + height * abs(c)
+        least = max(box[0] / source[0], box[1] / source[1])
+        low, high = config.scale
+        scale = max(float(np.exp(rng.uniform(np.log(low), np.log(high)))), least * 1.0001)
+        scaling = pixel_affinity(scale, scale)
+        return _View(scaling @ K, Z @ R, Z @ t, scaling @ K @ Z @ np.linalg.inv(K), source)
+
+    def move(self, source_point: np.ndarray, size: tuple[int, int]) -> None:
+        """Put a source pixel at the crop's middle, or as near to it as the image allows."""
+        width, height = size
+        # Where the crop's middle may be, in source pixels: its corners must stay inside.
+        inverse = np.linalg.inv(self.affinity[:2, :2])
+        half = abs(inverse) @ (width / 2, height / 2)
+        low, high = half - 0.5, np.array(self.source) - half - 0.5
+        centre = np.clip(source_point, np.minimum(low, high), np.maximum(low, high))
+        at = (self.affinity @ (*centre, 1))[:2]
+        shift = np.eye(3)
+        shift[:2, 2] = ((width - 1) / 2, (height - 1) / 2) - at
+        self.K = shift @ self.K
+        self.affinity = shift @ self.affinity
+
+    def inside(self, points: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+        """Which source pixels (N, 2) the crop shows, (N,) bool."""
+        at = transform_points(self.affinity, points)
+        return ((at > -0.5) & (at < np.array(size) - 0.5)).all(1)
+
+
+def _place_crops(
+    views: list[_View],
+    points: tuple[np.ndarray, np.ndarray],
+    size: tuple[int, int],
+    rng: np.random.Generator,
+    tries: int = 8,
+    enough: float = 0.5,
+) -> bool:
+    """Place both crops on the same part of the scene, at random.
+
+    The first place with the share `enough` of each crop's points in the other one is taken, else
+    the best of all tries; False when that has fewer than eight points or a tenth.
+    """
+    points1, points2 = points
+    if not len(points1):
+        return False
+    best, best_places = 0.0, None
+    jitter = 0.15 * np.array(size)
+    for _ in range(tries):
+        anchor = points1[rng.integers(len(points1))] + rng.normal(size=2) * jitter
+        offset = rng.normal(size=2) * jitter
+        views[0].move(anchor, size)
+        inside1 = views[0].inside(points1, size)
+        if not inside1.any():
+            continue
+        partner = np.median(points2[inside1], 0) + offset
+        views[1].move(partner, size)
+        inside2 = views[1].inside(points2, size)
+        both = (inside1 & inside2).sum()
+        share = both / max(inside1.sum(), inside2.sum()) if both >= 8 else 0.0
+        if share >= enough:
+            return True
+        if share > best:
+            best, best_places = share, (anchor, partner)
+    if best_places is None or best < 0.1:
+        return False
+    for view, place in zip(views, best_places, strict=True):
+        view.move(place, size)
+    return True
+
+
+def proxy_points(scene: Scene, i: int, j: int) -> tuple[np.ndarray, np.ndarray]:
+    """Roughly corresponding pixels (n, 2), (n, 2) of two images where no 3D point is known.
+
+    The point nearest to the optical axes of both stands for the scene: a grid of image i is put
+    at its depth, or at infinity when it lies behind a camera.
+    """
+    depth = _axes_depth(scene.R[[i, j]], scene.t[[i, j]])
+    width, height = scene.size_wh[i]
+    grid = np.stack(
+        np.meshgrid(np.linspace(0, width - 1, 16), np.linspace(0, height - 1, 12)), -1
+    ).reshape(-1, 2)
+    R, t = relative_pose(scene.R[i], scene.t[i], scene.R[j], scene.t[j])
+    if depth is None:
+        depth, t = 1.0, 0 * t
+    in_first = back_project(scene.K[i], grid, np.full(len(grid), depth))
+    in_second, z = project(scene.K[j], R, t, in_first)
+    seen = (z > 0) & (in_second > 0).all(1) & (in_second < scene.size_wh[j] - 1).all(1)
+    return grid[seen], in_second[seen]
+
+
+def _axes_depth(R: np.ndarray, t: np.ndarray) -> float | None:
+    """Depth in the first camera of the point nearest to all optical axes; None if not ahead."""
+    axes = R[:, 2]  # third row: the optical axis in the world
+    centres = -(R.swapaxes(-1, -2) @ t[..., None])[..., 0]
+    across = np.eye(3) - axes[:, :, None] * axes[:, None, :]
+    total = across.sum(0)
+    if np.linalg.cond(total) > 1e6:
+        return None
+    focus = np.linalg.solve(total, (across @ centres[..., None]).sum(0)[..., 0])
+    depths = (R @ focus + t)[:, 2]
+    return float(depths[0]) if (depths > 0).all() else None
+
+
+def _share_hit(F: np.ndarray, width: int, height: int) -> float:
+    """Share of a grid of points in one image whose epipolar lines cross the other one."""
+    grid = np.stack(
+        np.meshgrid(np.linspace(0, width - 1, 8), np.linspace(0, height - 1, 6)), -1
+    ).reshape(-1, 2)
+    return float(lines_hit_image(epipolar_lines(F, grid), width, height).mean())
+
+
+def validation_pairs(
+    scenes: Sequence[Scene], count: int = 200, size: tuple[int, int] = (320, 240)
+) -> PosedPairs:
+    """A fixed list of `count` plain pairs of the held-out scenes (`split_scenes` gives them).
+
+    No photometric change, no roll, crops as large as the images allow; overlap of 0.1 to 0.7 and
+    rotations up to 60 degrees: about what pose benchmarks ask.
+    """
+    config = PosedPairsConfig(
+        size=size,
+        length=count,
+        seed=20_000,
+        overlap=(0.1, 0.7),
+        rotation=(60.0, 60.0),
+        roll=0.0,
+        scale=(0.5, 0.5),
+        photometric=None,
+    )
+    return PosedPairs(scenes, config)
+
+
+@dataclass(frozen=True)
+class HomographyPairsConfig:
+    """What `HomographyPairs` draws.
+
+    size: (width, height). rotation: largest in-plane rotation in degrees at the first sample and
+    after `curriculum` samples. scale: range of the scale between the two views. perspective: how
+    far corners move, as a share of the side. crop_scale: range of the first view's resize
+    factor. overlap: least share of one view that the other shows.
+    """
+
+    size: tuple[int, int] = (320, 240)
+    length: int = 1_000_000
+    seed: int = 0
+    rotation: tuple[float, float] = (15.0, 60.0)
+    curriculum: int = 20_000
+    scale: tuple[float, float] = (0.5, 2.0)
+    perspective: float = 0.2
+    translation: float = 0.2
+    crop_scale: tuple[float, float] = (0.5, 1.2)
+    overlap: float = 0.4
+    filled: float = 0.85
+    photometric: Photometric | None = field(default_factory=Photometric)
+
+
+class HomographyPairs(Dataset):
+    """Two views of one photo under a random homography.
+
+    Sample i is a dict: image1, image2: (3, H, W) uint8 RGB; H: (3, 3) float32, pixels of image1
+    to pixels of image2, H[2, 2] = 1; name: the photo. All of image1 is photo; image2 may have
+    plain margins (a share of 1 - filled at most), where no pixel of image1 goes.
+    """
+
+    def __init__(
+        self,
+        photos: Sequence[str | Path],
+        config: HomographyPairsConfig | None = None,
+        images: ImageCache | None = None,
+        skip_bad: bool = False,
+    ) -> None:
+        self.config = config or HomographyPairsConfig()
+        self.photos = [Path(photo) for photo in photos]
+        if not self.photos:
+            raise InputError("no photos to draw homography pairs from")
+        self.images = images or ImageCache()
+        self.skip_bad = skip_bad
+        self.bad: dict[Path, str] = {}
+
+    def __len__(self) -> int:
+        return self.config.length
+
+    def max_rotation(self, index: int) -> float:
+        """Largest in-plane rotation in degrees of sample `index`."""
+        return _curriculum(index, *self.config.rotation, self.config.curriculum)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        config = self.config
+        rng = np.random.default_rng((config.seed, 2, index))
+        for _ in range(100):
+            path = self.photos[rng.integers(len(self.photos))]
+            try:
+                photo = self.images(path)
+                break
+            except InputError as error:
+                if not self.skip_bad:
+                    raise
+                self.bad[path] = str(error)
+        else:
+            raise InputError("100 photos in a row cannot be read")
+        first, H = self._draw(photo.shape[1::-1], self.max_rotation(index), rng)
+        fill = rng.integers(0, 256, 3).tolist()
+        views = [warp(photo, first, config.size), warp(photo, H @ first, config.size, fill)]
+        if config.photometric is not None:
+            views = [augment(view, rng, config.photometric) for view in views]
+        image1, image2 = (torch.from_numpy(view.transpose(2, 0, 1).copy()) for view in views)
+        return {
+            "image1": image1,
+            "image2": image2,
+            "H": _float32(H / H[2, 2]),
+            "name": f"{path.parent.parent.name}/{path.name}",
+        }
+
+    def _draw(
+        self, photo: tuple[int, int], max_rotation: float, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The first view's place in the photo and the homography to the second, both (3, 3)."""
+        config = self.config
+        size = np.array(config.size)
+        low, high = config.crop_scale
+        least = max(size / photo)
+        crop_scale = max(float(np.exp(rng.uniform(np.log(low), np.log(high)))), least)
+        room = np.array(photo) - size / crop_scale
+        first = pixel_affinity(crop_scale, crop_scale, *(rng.random(2) * room.clip(0)))
+        to_photo = np.linalg.inv(first)
+        grid = np.stack(np.meshgrid(*(np.linspace(0, side - 1, 12) for side in size)), -1)
+        grid = grid.reshape(-1, 2)
+        # Wide draws may show too little of the same or leave the photo; each try is milder.
+        for attempt in range(30):
+            H = self._homography(max_rotation, 0.93**attempt, rng)
+            forward = transform_points(H, grid)
+            backward = transform_points(np.linalg.inv(H), grid)
+            shown = [((p > -0.5) & (p < size - 0.5)).all(1).mean() for p in (forward, backward)]
+            source = transform_points(to_photo, backward)
+            filled = ((source > -0.5) & (source < np.array(photo) - 0.5)).all(1).mean()
+            if max(shown) >= config.overlap and filled >= config.filled:
+                return first, H
+        return first, np.eye(3)
+
+    def _homography(
+        self, max_rotation: float, strength: float, rng: np.random.Generator
+    ) -> np.ndarray:
+        config = self.config
+        width, height = config.size
+        middle = np.array([(width - 1) / 2, (height - 1) / 2])
+        corners = np.array([[0, 0], [width - 1, 0], [width - 1, height - 1], [0, height - 1]])
+        angle = np.radians(rng.uniform(-max_rotation, max_rotation)) * strength
+        low, high = np.log(config.scale) * strength
+        scale = np.exp(rng.uniform(low, high))
+        c, s = scale * np.cos(angle), scale * np.sin(angle)
+        shift = rng.uniform(-1, 1, 2) * config.translation * strength * (width, height)
+        moved = (corners - middle) @ np.array([[c, s], [-s, c]]) + middle + shift
+        bend = rng.uniform(-1, 1, (4, 2)) * config.perspective * strength
+        moved += bend * scale * (width / 2, height / 2)
+        return cv2.getPerspectiveTransform(corners.astype(np.float32), moved.astype(np.float32))
+
+
+def photo_paths(scenes: Sequence[Scene]) -> list[Path]:
+    """The image files of all scenes."""
+    return [path for scene in scenes for path in scene.paths]
