@@ -117,7 +117,7 @@ def test_shifted_image_gives_shifted_keypoints(make, shift):
     extractor = make(max_keypoints=300, border=24)
     a = extractor(large[:240, :320]).keypoints
     b = extractor(large[dy : dy + 240, dx : dx + 320]).keypoints
-    distance = nearest(b + [dx, dy], a)
+    distance = nearest(b + np.array(shift), a)
     close = distance < 1.0
     assert close.mean() > 0.8
     assert np.median(distance) < (0.1 if dx == 16 else 0.35)
