@@ -8,7 +8,7 @@ alone, so that a run resumes to the exact step, and both take all curricula from
 from __future__ import annotations
 
 import itertools
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -684,6 +684,10 @@ class HomographyPairs(Dataset):
         self.photos = [Path(photo) for photo in photos]
         if not self.photos:
             raise InputError("no photos to draw homography pairs from")
+        # A large folder counts by the square root of its size, like a scene of `PosedPairs`.
+        folders = Counter(photo.parent for photo in self.photos)
+        weights = np.array([folders[photo.parent] ** -0.5 for photo in self.photos])
+        self._cumulative = np.cumsum(weights / weights.sum())
         self.images = images or ImageCache()
         self.skip_bad = skip_bad
         self.bad: dict[Path, str] = {}
@@ -699,7 +703,7 @@ class HomographyPairs(Dataset):
         config = self.config
         rng = np.random.default_rng((config.seed, 2, index))
         for _ in range(100):
-            path = self.photos[rng.integers(len(self.photos))]
+            path = self.photos[self._pick(rng)]
             try:
                 photo = self.images(path)
                 break
@@ -710,7 +714,7 @@ class HomographyPairs(Dataset):
         else:
             raise InputError("100 photos in a row cannot be read")
         first, H = self._draw(photo.shape[1::-1], self.max_rotation(index), rng)
-        fill = rng.integers(0, 256, 3).tolist()
+        fill = [int(rng.integers(0, 256))] * 3
         views = [warp(photo, first, config.size), warp(photo, H @ first, config.size, fill)]
         if config.photometric is not None:
             views = [augment(view, rng, config.photometric) for view in views]
@@ -721,6 +725,10 @@ class HomographyPairs(Dataset):
             "H": _float32(H / H[2, 2]),
             "name": f"{path.parent.parent.name}/{path.name}",
         }
+
+    def _pick(self, rng: np.random.Generator) -> int:
+        at = np.searchsorted(self._cumulative, rng.random(), "right")
+        return min(int(at), len(self.photos) - 1)
 
     def _draw(
         self, photo: tuple[int, int], max_rotation: float, rng: np.random.Generator

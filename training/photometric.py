@@ -12,10 +12,10 @@ import numpy as np
 class Photometric:
     """How strong each change may be; `probability` is that of each of the optional ones."""
 
-    brightness: float = 0.25  # added, as a share of full scale
-    contrast: float = 0.4  # log of the factor about mid grey
-    gamma: float = 0.4  # log of the exponent
-    colour: float = 0.12  # log of the gain of each channel
+    brightness: float = 0.15  # added, as a share of full scale
+    contrast: float = 0.3  # log of the factor about mid grey
+    gamma: float = 0.35  # log of the exponent
+    colour: float = 0.08  # log of the gain of each channel
     grey: float = 0.1  # probability of a picture without colour
     noise: float = 0.04  # standard deviation, as a share of full scale
     blur: float = 1.2  # standard deviation in pixels
