@@ -335,12 +335,13 @@ class PosedPairsConfig:
     `curriculum` samples. roll: largest in-plane turn of each crop in degrees. scale: range of
     the crop's resize factor (a crop never exceeds its image, which may force a larger one).
     lines_inside: least share of epipolar lines that must cross the other crop. photometric: None
-    for no change of the pixels.
+    for no change of the pixels. tracks: rows of the sample's `tracks`; 0 for none.
     """
 
     size: tuple[int, int] = (320, 240)
     length: int = 1_000_000
     seed: int = 0
+    tracks: int = 0
     overlap: tuple[float, float] = (0.1, 0.95)
     rotation: tuple[float, float] = (20.0, 60.0)
     curriculum: int = 20_000
@@ -357,7 +358,9 @@ class PosedPairs(Dataset):
     image1, image2: (3, H, W) uint8 RGB. K1, K2: (3, 3) float32 of the crops. R (3, 3), t (3,):
     float32, x2 = R x1 + t, t in the scene's unit. F: (3, 3) float32, unit norm,
     x2^T F x1 = 0 for pixels of the crops. depth_range1, depth_range2: (2,) float32 near and far
-    z, (0, inf) where unknown. name1, name2: "scene/file".
+    z, (0, inf) where unknown. name1, name2: "scene/file". With `tracks` in the configuration,
+    tracks: (tracks, 4) float32 x1, y1, x2, y2 of 3D points that both crops show, in random order,
+    NaN in the rows that are left.
 
     A crop may be turned about its optical axis, which leaves a pinhole camera and is part of R.
     An image that cannot be read raises InputError, or with skip_bad is drawn no more:
@@ -475,6 +478,10 @@ class PosedPairs(Dataset):
             sample[f"depth_range{number}"] = _float32(scene.depth_range[index])
             sample[f"name{number}"] = f"{scene.name}/{scene.paths[index].name}"
         sample["R"], sample["t"], sample["F"] = _float32(R), _float32(t), _float32(F)
+        if config.tracks:
+            sample["tracks"] = _float32(
+                _visible_tracks(scene.shared_points(i, j), views, config, rng)
+            )
         return sample
 
 
@@ -536,6 +543,24 @@ class _View:
         """Which source pixels (N, 2) the crop shows, (N,) bool."""
         at = transform_points(self.affinity, points)
         return ((at > -0.5) & (at < np.array(size) - 0.5)).all(1)
+
+
+def _visible_tracks(
+    points: tuple[np.ndarray, np.ndarray],
+    views: list[_View],
+    config: PosedPairsConfig,
+    rng: np.random.Generator,
+) -> np.ndarray:
+    """(tracks, 4) crop pixels of the points that both crops show; NaN in the rows that are left."""
+    rows = np.full((config.tracks, 4), np.nan)
+    both = np.ones(len(points[0]), bool)
+    for view, source in zip(views, points, strict=True):
+        both &= view.inside(source, config.size)
+    chosen = rng.permutation(np.flatnonzero(both))[: config.tracks]
+    for number, (view, source) in enumerate(zip(views, points, strict=True)):
+        at = transform_points(view.affinity, source[chosen])
+        rows[: len(chosen), 2 * number : 2 * number + 2] = at
+    return rows
 
 
 def _place_crops(
