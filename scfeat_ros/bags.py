@@ -1,0 +1,358 @@
+"""Reading recorded bags without ROS: ROS 2 (mcap, sqlite3, compressed or not) and ROS 1."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from rosbags.interfaces import Connection
+from rosbags.rosbag1 import Reader as Ros1Reader
+from rosbags.rosbag2 import Reader as Ros2Reader
+from rosbags.typesys import Stores, get_typestore
+
+from scfeat_ros.errors import InputError
+from scfeat_ros.recovery import (
+    Damage,
+    McapRecovery,
+    RawMessage,
+    RecoveredFile,
+    RosbagRecovery,
+    SqliteRecovery,
+)
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
+
+IMAGE_TYPES = ("sensor_msgs/msg/Image", "sensor_msgs/msg/CompressedImage")
+CAMERA_INFO = "sensor_msgs/msg/CameraInfo"
+_MAGIC = {b"\x89MCAP0": ".mcap", b"SQLite": ".db3", b"#ROSBA": ".bag"}
+_RECOVERIES: dict[str, type[RecoveredFile]] = {
+    ".mcap": McapRecovery,
+    ".db3": SqliteRecovery,
+    ".bag": RosbagRecovery,
+}
+
+
+class UnreadableMessageError(ValueError):
+    """One message cannot be decoded; those after it may be fine."""
+
+
+class Topic(NamedTuple):
+    """A topic of a bag."""
+
+    name: str
+    type: str
+    count: int | None
+    """Messages, None where not known."""
+
+
+class BagReader:
+    """A bag, opened for reading; damaged files are read as far as can be.
+
+    Files of a split bag are read one after the other. Nothing is ever written beside the input.
+
+    Args:
+        path: a rosbag2 folder, an .mcap or .db3 file, or a ROS 1 .bag file.
+
+    Attributes:
+        topics: of all files, by name.
+        damage: what could not be read; complete once `messages` has come to its end.
+        is_ros1: whether the messages are of ROS 1.
+        typestore: the standard message types of ROS 2 Jazzy or ROS 1 Noetic.
+
+    Raises:
+        InputError: no bag is there, or it is of a kind that cannot be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        self.damage = Damage()
+        self._stack = ExitStack()
+        self._message_compression = False
+        with ExitStack() as undo:
+            undo.push(self._stack)
+            self._metadata_counts: dict[str, int] = {}
+            files = self._find_files()
+            self.is_ros1 = any(_suffix(file) == ".bag" for file in files)
+            self._files = [self._stack.enter_context(_BagFile(file, self.damage)) for file in files]
+            undo.pop_all()
+        self.typestore = get_typestore(Stores.ROS1_NOETIC if self.is_ros1 else Stores.ROS2_JAZZY)
+        self.topics = self._list_topics()
+
+    def __enter__(self) -> BagReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    @property
+    def image_topics(self) -> list[Topic]:
+        return [topic for topic in self.topics.values() if topic.type in IMAGE_TYPES]
+
+    @property
+    def start_time(self) -> int | None:
+        """Time of the first message in nanoseconds, where the bag's index says so."""
+        return min((f.times[0] for f in self._files if f.times), default=None)
+
+    def connection(self, topic: str) -> Connection | None:
+        """rosbags' record of a topic, with the message definition; None in a damaged file."""
+        for file in self._files:
+            for connection in file.connections:
+                if connection.topic == topic:
+                    return connection
+        return None
+
+    def messages(
+        self,
+        topics: Collection[str] | None = None,
+        start: int | None = None,
+        stop: int | None = None,
+    ) -> Iterator[RawMessage]:
+        """Messages in order of time, file by file.
+
+        Args:
+            topics: names, None for all.
+            start, stop: only messages recorded in [start, stop), nanoseconds.
+
+        What is missing at the end, against the numbers that the bag itself states, is noted in
+        `damage` (not where a time range was asked for).
+        """
+        wanted = set(self.topics) if topics is None else set(topics)
+        read: Counter[str] = Counter()
+        known_lost = self.damage.messages_lost
+        for file in self._files:
+            for message in file.messages(wanted, start, stop):
+                read[message.topic] += 1
+                if self._message_compression:
+                    try:
+                        message = message._replace(data=zstd.decompress(message.data))
+                    except (zstd.ZstdError, EOFError) as error:
+                        self.damage.add(
+                            f"{file.path.name}: a message of {message.topic} at "
+                            f"{message.time} ns cannot be decompressed ({error})",
+                            len(message.data),
+                            1,
+                        )
+                        continue
+                yield message
+        if start is None and stop is None:
+            self._compare_counts(wanted, read, known_lost)
+
+    def decode(self, message: RawMessage) -> Any:
+        """The message as rosbags' dataclass.
+
+        Raises:
+            UnreadableMessageError: its bytes do not fit its type.
+        """
+        deserialize = (
+            self.typestore.deserialize_ros1 if self.is_ros1 else self.typestore.deserialize_cdr
+        )
+        try:
+            return deserialize(message.data, message.type)
+        except Exception as error:  # generated code; damaged bytes raise anything
+            raise UnreadableMessageError(
+                f"message of {message.topic} at {message.time} ns is no {message.type}: {error!r}"
+            ) from error
+
+    def _compare_counts(self, wanted: set[str], read: Counter[str], known_lost: int) -> None:
+        """Note messages that are missing without any error."""
+        explained = self.damage.messages_lost - known_lost
+        for name in sorted(wanted & self.topics.keys()):
+            expected = self.topics[name].count
+            if expected is None or read[name] >= expected:
+                continue
+            missing = expected - read[name]
+            self.damage.add(
+                f"{self.path.name}: {missing} of {expected} messages of {name} are missing",
+                lost_messages=max(0, missing - explained),
+            )
+            explained = max(0, explained - missing)
+
+    def _list_topics(self) -> dict[str, Topic]:
+        types: dict[str, str] = {}
+        counts: Counter[str] = Counter()
+        for file in self._files:
+            types |= file.topics
+            counts.update(file.counts)
+        expected = dict(counts) | self._metadata_counts
+        return {name: Topic(name, types[name], expected.get(name)) for name in sorted(types)}
+
+    def _find_files(self) -> list[Path]:
+        path = self.path
+        if not path.exists():
+            raise InputError(f"{path}: no such file or folder")
+        if not path.is_dir():
+            return [self._decompressed(path)]
+        if (path / "metadata.yaml").is_file():
+            names = self._read_metadata(path / "metadata.yaml")
+        else:
+            names = []
+        if not names:
+            names = sorted(f.name for f in path.iterdir() if _suffix(f) in (".mcap", ".db3"))
+            if not names:
+                raise InputError(
+                    f"{path}: this folder is no bag, it has neither metadata.yaml nor .mcap or "
+                    ".db3 files (for a folder of pictures use `scfeat images`)"
+                )
+            self.damage.add(f"{path.name}: metadata.yaml is missing or empty")
+        present = [name for name in names if (path / name).is_file()]
+        for name in names:
+            if name not in present:
+                self.damage.add(f"{path.name}: the file {name} is missing")
+        if not present:
+            raise InputError(f"{path}: metadata.yaml names {', '.join(names)}, none is there")
+        return [self._decompressed(path / name) for name in present]
+
+    def _read_metadata(self, path: Path) -> list[str]:
+        """File names, message counts and compression of a rosbag2 folder."""
+        try:
+            metadata = yaml.safe_load(path.read_text(encoding="utf-8"))
+            information = metadata["rosbag2_bagfile_information"]
+            self._metadata_counts = {
+                entry["topic_metadata"]["name"]: int(entry["message_count"])
+                for entry in information["topics_with_message_count"]
+            }
+            mode = str(information.get("compression_mode") or "").lower()
+            self._message_compression = mode == "message"
+            return [Path(name).name for name in information["relative_file_paths"]]
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            self.damage.add(f"{path.name} cannot be read: {error}".replace("\n", " "))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            self.damage.add(f"{path.name} is damaged: {error!r}")
+        self._metadata_counts = {}
+        return []
+
+    def _decompressed(self, path: Path) -> Path:
+        """The file, or, where it is compressed as a whole, a decompressed temporary copy."""
+        if path.suffix != ".zstd":
+            return path
+        folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="scfeat-")))
+        copy = folder / path.stem
+        with copy.open("wb") as out, path.open("rb") as packed:
+            try:
+                with zstd.open(packed, "rb") as unpacked:
+                    shutil.copyfileobj(unpacked, out)
+            except (zstd.ZstdError, EOFError) as error:
+                self.damage.add(
+                    f"{path.name}: cannot be decompressed beyond byte {packed.tell()} ({error})",
+                    path.stat().st_size - packed.tell(),
+                )
+        return copy
+
+
+class _BagFile:
+    """One storage file: read by rosbags, and, where that fails, by the recovery reader."""
+
+    def __init__(self, path: Path, damage: Damage) -> None:
+        self.path = path
+        self.damage = damage
+        self.connections: list[Connection] = []
+        self.counts: dict[str, int] = {}
+        self.times: tuple[int, int] | None = None
+        self._reader: Ros1Reader | Ros2Reader | None = None
+        self._recovery: RecoveredFile | None = None
+        try:
+            kind = _kind(path)
+            self._reader = Ros1Reader(path) if kind == ".bag" else Ros2Reader(path)
+            self._reader.open()
+            self.connections = list(self._reader.connections)
+        except InputError:
+            raise
+        except Exception as error:  # rosbags meets damage with errors of many kinds
+            self._reader = None
+            self._recover(error)
+        else:
+            self.topics = {c.topic: c.msgtype for c in self.connections}
+            for connection in self.connections:
+                self.counts[connection.topic] = (
+                    self.counts.get(connection.topic, 0) + connection.msgcount
+                )
+            if self._reader.message_count:
+                self.times = self._reader.start_time, self._reader.end_time
+
+    def __enter__(self) -> _BagFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._reader is not None:
+            self._reader.close()
+        if self._recovery is not None:
+            self._recovery.close()
+
+    def _recover(self, error: Exception) -> RecoveredFile:
+        """Go on with the recovery reader."""
+        reason = " ".join(str(error).split()) or type(error).__name__
+        self.damage.add(f"{self.path.name}: {reason}")
+        self._recovery = _RECOVERIES[_kind(self.path)](self.path, self.damage)
+        if self._reader is None:
+            self.topics = self._recovery.topics
+            self.counts = self._recovery.counts
+        return self._recovery
+
+    def messages(
+        self, topics: set[str], start: int | None, stop: int | None
+    ) -> Iterator[RawMessage]:
+        """Messages of the topics in [start, stop)."""
+        latest = -1  # time of the last message, and how many of each topic had it
+        at_latest: Counter[str] = Counter()
+        if self._recovery is None:
+            chosen = [c for c in self.connections if c.topic in topics]
+            if not chosen:
+                return
+            messages = self._reader.messages(chosen, start, stop)
+            while True:
+                try:
+                    connection, time, data = next(messages)
+                except StopIteration:
+                    return
+                except Exception as error:  # see above
+                    self._recover(error)
+                    break
+                if time > latest:
+                    latest = time
+                    at_latest.clear()
+                at_latest[connection.topic] += 1
+                yield RawMessage(connection.topic, connection.msgtype, time, bytes(data))
+        for message in self._recovery.messages():
+            if message.topic not in topics or message.time < latest:
+                continue
+            if message.time == latest and at_latest[message.topic]:
+                at_latest[message.topic] -= 1
+                continue
+            if (start is None or message.time >= start) and (stop is None or message.time < stop):
+                yield message
+
+
+def _suffix(path: Path) -> str:
+    """The file's ending, without that of a compression."""
+    return Path(path.stem).suffix if path.suffix == ".zstd" else path.suffix
+
+
+def _kind(path: Path) -> str:
+    """The format of a file by its name: .mcap, .db3 or .bag.
+
+    Raises:
+        InputError: it is none of them.
+    """
+    if path.suffix in _RECOVERIES:
+        return path.suffix
+    try:
+        with path.open("rb") as file:
+            content = _MAGIC.get(file.read(6))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    if content:
+        raise InputError(f"{path}: rename this file so that its name ends with {content}")
+    raise InputError(
+        f"{path}: this file is no bag; give a rosbag2 folder, an .mcap or .db3 file, or a ROS 1 "
+        ".bag file (for a video use `scfeat images`)"
+    )

@@ -1,0 +1,145 @@
+"""Camera images from ROS messages and from files, as uint8 RGB or grey arrays."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from rosbags.image.image import ImageError, convert_color, to_cvtype
+
+from scfeat_ros.errors import InputError
+
+_GENERIC = {"8UC1": "mono8", "8UC3": "bgr8", "8UC4": "bgra8", "16UC1": "mono16"}
+"""OpenCV's type names, taken as OpenCV's channel order."""
+
+ENCODINGS = (
+    "mono8 mono16 rgb8 bgr8 rgba8 bgra8 rgb16 bgr16 rgba16 bgra16 "
+    "bayer_rggb8 bayer_bggr8 bayer_gbrg8 bayer_grbg8 "
+    "bayer_rggb16 bayer_bggr16 bayer_gbrg16 bayer_grbg16 "
+    "uyvy yuv422 yuyv yuv422_yuy2"
+).split()
+"""Encodings of sensor_msgs/Image that are read."""
+
+_DECODE_FLAGS = cv2.IMREAD_UNCHANGED | cv2.IMREAD_IGNORE_ORIENTATION
+
+
+class UnreadableImageError(ValueError):
+    """One image is damaged; those after it may be fine."""
+
+
+class UnknownEncodingError(InputError):
+    """An image encoding that this package does not read."""
+
+
+def from_message(message: Any) -> np.ndarray:
+    """The picture of a sensor_msgs/Image or sensor_msgs/CompressedImage.
+
+    16-bit images are scaled to 8 bits over their full range, as cv_bridge does.
+
+    Args:
+        message: of rclpy's or of rosbags' class.
+
+    Returns:
+        (H, W) uint8 for a grey image, else (H, W, 3) uint8 RGB.
+
+    Raises:
+        UnknownEncodingError: an encoding outside `ENCODINGS`, or no picture (e.g. depth).
+        UnreadableImageError: the message is damaged.
+    """
+    if hasattr(message, "format"):
+        return _from_compressed(message)
+    encoding = _GENERIC.get(message.encoding, message.encoding.lower())
+    if encoding not in ENCODINGS:
+        raise UnknownEncodingError(
+            f"image encoding '{message.encoding}' is not supported; "
+            f"known are {', '.join(ENCODINGS)}"
+        )
+    _, _, dtype, channels = to_cvtype(encoding)
+    pixels = _pixels(message, np.dtype(dtype), channels)
+    try:
+        if not encoding.startswith("mono"):
+            pixels = convert_color(pixels, encoding, "rgb16" if dtype == "uint16" else "rgb8")
+    except (cv2.error, ImageError) as error:
+        # e.g. a Bayer image of one pixel, a YUV image of odd width
+        raise UnreadableImageError(
+            f"{message.width}x{message.height} {encoding} image cannot be converted: {error}"
+        ) from error
+    return _to_8_bits(pixels)
+
+
+def _pixels(message: Any, dtype: np.dtype, channels: int) -> np.ndarray:
+    """(H, W) or (H, W, channels) array in native byte order, without the rows' padding."""
+    height, width, step = int(message.height), int(message.width), int(message.step)
+    used = width * channels * dtype.itemsize
+    data = np.frombuffer(message.data, np.uint8)
+    # the padding of the last row may be missing
+    needed = (height - 1) * step + used if height and width else 0
+    if step < used or len(data) < needed:
+        raise UnreadableImageError(
+            f"image of {width}x{height} pixels {message.encoding} with rows of {step} bytes needs "
+            f"{max(needed, height * used)} bytes, the message holds {len(data)}"
+        )
+    if needed == 0:
+        raise UnreadableImageError(f"image of {width}x{height} pixels is empty")
+    rows = np.lib.stride_tricks.as_strided(data, (height, used), (step, 1))
+    pixels = np.ascontiguousarray(rows).view(dtype)
+    if bool(message.is_bigendian) != (sys.byteorder == "big"):
+        pixels = pixels.byteswap()
+    return pixels if channels == 1 else pixels.reshape(height, width, channels)
+
+
+def _from_compressed(message: Any) -> np.ndarray:
+    if "compressedDepth" in message.format:
+        raise UnknownEncodingError(
+            f"compressed image format '{message.format}' is a depth image; known are jpeg and png"
+        )
+    return decode(np.frombuffer(message.data, np.uint8), f"'{message.format}' image")
+
+
+def decode(data: np.ndarray, name: str) -> np.ndarray:
+    """The picture of an encoded file in memory (JPEG, PNG, whatever OpenCV reads).
+
+    Args:
+        data: (n,) uint8, the file's bytes.
+        name: what to call it in an error.
+
+    Returns:
+        (H, W) uint8 for a grey image, else (H, W, 3) uint8 RGB; a rotation in Exif is ignored,
+        pixels stay where the sensor has them.
+
+    Raises:
+        UnreadableImageError: no image, or a damaged one.
+    """
+    try:
+        image = cv2.imdecode(data, _DECODE_FLAGS) if len(data) else None
+    except cv2.error as error:
+        raise UnreadableImageError(f"{name} cannot be decoded: {error}") from error
+    if image is None or image.dtype not in (np.uint8, np.uint16):
+        raise UnreadableImageError(f"{name} cannot be decoded ({len(data)} bytes)")
+    if image.ndim == 3:
+        code = cv2.COLOR_BGR2RGB if image.shape[2] == 3 else cv2.COLOR_BGRA2RGB
+        image = cv2.cvtColor(image, code)
+    return _to_8_bits(image)
+
+
+def read_file(path: Path) -> np.ndarray:
+    """The picture of an image file; see `decode`.
+
+    Raises:
+        InputError: the file is missing or cannot be read as an image.
+    """
+    try:
+        return decode(np.fromfile(path, np.uint8), "the file")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnreadableImageError as error:
+        raise InputError(f"{path}: {error}; give a JPEG or PNG image") from error
+
+
+def _to_8_bits(image: np.ndarray) -> np.ndarray:
+    if image.dtype == np.uint8:
+        return np.ascontiguousarray(image)
+    return cv2.convertScaleAbs(image, alpha=255 / 65535)
