@@ -1,0 +1,179 @@
+"""Features and results that outlive a run, keyed by image content and method options.
+
+A second run is quick and an interrupted one resumes: an entry is written whole (beside its name,
+then renamed) and never looked at again by date or path.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+
+from scfeat_ros.errors import InputError
+from scfeat_ros.features import Features
+from scfeat_training.evaluation.methods import Method
+
+
+class CorruptImageError(InputError):
+    """An image file that is missing or that OpenCV cannot decode."""
+
+
+class Extracted(NamedTuple):
+    """Features of one image file."""
+
+    features: Features
+    """Keypoints in pixels of the stored image, whatever size it was processed at."""
+    seconds: float
+    """How long the extraction took when it was done."""
+    digest: str
+    """SHA-256 of the file's content."""
+
+
+def read_image(path: Path) -> tuple[np.ndarray, str]:
+    """(H, W, 3) uint8 RGB, as stored (no EXIF rotation), and the SHA-256 of the file.
+
+    Raises:
+        CorruptImageError: missing or undecodable.
+    """
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise CorruptImageError(f"{path}: cannot be read ({error.strerror})") from error
+    flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+    image = cv2.imdecode(np.frombuffer(content, np.uint8), flags) if content else None
+    if image is None:
+        raise CorruptImageError(f"{path}: not an image that OpenCV can decode, it may be damaged")
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB), hashlib.sha256(content).hexdigest()
+
+
+def shrink(image: np.ndarray, max_size: int) -> np.ndarray:
+    """The image with its longer side at most `max_size` pixels; 0 leaves it as it is."""
+    height, width = image.shape[:2]
+    if not max_size or max(height, width) <= max_size:
+        return image
+    factor = max_size / max(height, width)
+    size = max(1, round(width * factor)), max(1, round(height * factor))
+    return cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON beside the final name and rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+class Cache:
+    """A folder of features and results.
+
+    Args:
+        folder: created at the first write.
+        max_size: longer side of the images that methods see, pixels; 0 for no limit.
+        recent: entries that are kept in memory.
+    """
+
+    def __init__(self, folder: Path, max_size: int = 0, recent: int = 32) -> None:
+        self.folder = Path(folder)
+        self.max_size = max_size
+        self._recent: OrderedDict[tuple[str, str], Extracted] = OrderedDict()
+        self._recent_limit = recent
+        self._warm: set[str] = set()
+        self._digests: dict[str, str] = {}
+
+    def digest(self, path: Path) -> str:
+        """SHA-256 of a file, read once per run."""
+        key = str(path)
+        if key not in self._digests:
+            try:
+                self._digests[key] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+            except OSError as error:
+                raise CorruptImageError(f"{path}: cannot be read ({error.strerror})") from error
+        return self._digests[key]
+
+    def extract(self, method: Method, path: Path) -> Extracted:
+        """Features of an image file, from the cache or by the method.
+
+        Raises:
+            CorruptImageError: missing or undecodable.
+        """
+        key = method.fingerprint(), str(path)
+        if key in self._recent:
+            self._recent.move_to_end(key)
+            return self._recent[key]
+        extracted = self._load_or_extract(method, Path(path))
+        self._recent[key] = extracted
+        if len(self._recent) > self._recent_limit:
+            self._recent.popitem(last=False)
+        return extracted
+
+    def _load_or_extract(self, method: Method, path: Path) -> Extracted:
+        digest = self.digest(path)
+        name = "".join(c if c.isalnum() or c in "-_" else "_" for c in method.label)
+        folder = self.folder / "features" / f"{name[:60]}-{method.fingerprint()}"
+        file = folder / f"{digest[:32]}-{self.max_size}.npz"
+        if file.is_file():
+            try:
+                return _load(file, digest)
+            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+                pass  # an entry that cannot be read is made again
+        image, _ = read_image(path)
+        working = shrink(image, self.max_size)
+        if method.fingerprint() not in self._warm:  # the first image must not pay for start-up
+            method.extract(working)
+            self._warm.add(method.fingerprint())
+        started = time.perf_counter()
+        found = method.extract(working)
+        seconds = time.perf_counter() - started
+        size = image.shape[1], image.shape[0]
+        factors = np.float32(size) / np.float32(working.shape[1::-1])
+        keypoints = (found.keypoints + np.float32(0.5)) * factors - np.float32(0.5)
+        features = Features(keypoints, found.scores, found.descriptors, size)
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = file.with_name(file.name + ".partial")
+        with partial.open("wb") as stream:
+            np.savez(
+                stream,
+                keypoints=features.keypoints,
+                scores=features.scores,
+                descriptors=features.descriptors,
+                image_size=np.int64(size),
+                seconds=seconds,
+            )
+        os.replace(partial, file)
+        return Extracted(features, seconds, digest)
+
+    def result(self, key: dict[str, Any], compute: Callable[[], Any]) -> Any:
+        """A JSON value that was computed before under the same key, or `compute()`."""
+        text = json.dumps(key, sort_keys=True, default=str)
+        name = hashlib.sha256(text.encode()).hexdigest()[:32]
+        file = self.folder / "results" / f"{name}.json"
+        if file.is_file():
+            try:
+                stored = json.loads(file.read_text(encoding="utf-8"))
+                if stored["key"] == json.loads(text):
+                    return stored["value"]
+            except (OSError, ValueError, KeyError, TypeError):
+                pass
+        value = compute()
+        write_json(file, {"key": json.loads(text), "value": value})
+        return value
+
+
+def _load(file: Path, digest: str) -> Extracted:
+    with np.load(file) as data:
+        width, height = (int(v) for v in data["image_size"])
+        features = Features(
+            data["keypoints"], data["scores"], data["descriptors"], (width, height)
+        )
+        return Extracted(features, float(data["seconds"]), digest)

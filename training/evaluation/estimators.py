@@ -1,0 +1,129 @@
+"""Robust estimation of homographies and relative poses from matches, repeatable by a fixed seed."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+
+CONFIDENCE = 0.99999
+MAX_ITERATIONS = 10_000
+
+RelativePose = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""R (3, 3), t (3,) of unit length with x_2 = R x_1 + t, and the (M,) bool inlier mask."""
+
+
+def magsac_parameters(threshold: float) -> cv2.UsacParams:
+    """Settings of OpenCV's USAC_MAGSAC with a fixed seed; threshold in units of the points."""
+    parameters = cv2.UsacParams()
+    parameters.randomGeneratorState = 0
+    parameters.confidence = CONFIDENCE
+    parameters.maxIterations = MAX_ITERATIONS
+    parameters.threshold = threshold
+    parameters.score = cv2.SCORE_METHOD_MAGSAC
+    parameters.sampler = cv2.SAMPLING_UNIFORM
+    parameters.loMethod = cv2.LOCAL_OPTIM_SIGMA
+    parameters.loIterations = 10
+    parameters.loSampleSize = 50
+    return parameters
+
+
+def estimate_homography(
+    first: np.ndarray, second: np.ndarray, threshold: float = 3.0
+) -> np.ndarray | None:
+    """(3, 3) homography from (M, 2) matches by USAC_MAGSAC, None where there is none."""
+    if len(first) < 4:
+        return None
+    try:
+        H, _ = cv2.findHomography(
+            np.ascontiguousarray(first, np.float64),
+            np.ascontiguousarray(second, np.float64),
+            magsac_parameters(threshold),
+        )
+    except cv2.error:  # degenerate points
+        return None
+    return H if H is not None and H.shape == (3, 3) and np.isfinite(H).all() else None
+
+
+def normalize_points(K: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """(M, 2) pixels -> image plane at z = 1."""
+    homogeneous = np.concatenate([points.astype(np.float64), np.ones((len(points), 1))], axis=1)
+    return (homogeneous @ np.linalg.inv(K).T)[:, :2]
+
+
+def estimate_pose_magsac(
+    first: np.ndarray, second: np.ndarray, K1: np.ndarray, K2: np.ndarray, threshold: float
+) -> RelativePose | None:
+    """Relative pose by OpenCV: essential matrix (USAC_MAGSAC) and `recoverPose`.
+
+    Args:
+        first, second: (M, 2) matched pixels.
+        K1, K2: (3, 3) intrinsics.
+        threshold: pixels; divided by the mean focal length of the two cameras.
+
+    Returns:
+        None with fewer than 5 matches or where no pose fits.
+    """
+    if len(first) < 5:
+        return None
+    n1, n2 = normalize_points(K1, first), normalize_points(K2, second)
+    focal = np.mean([K1[0, 0], K1[1, 1], K2[0, 0], K2[1, 1]])
+    identity, undistorted = np.eye(3), np.zeros(4)
+    try:
+        E, mask = cv2.findEssentialMat(
+            n1,
+            n2,
+            identity,
+            identity,
+            undistorted,
+            undistorted,
+            magsac_parameters(threshold / focal),
+        )
+    except cv2.error:
+        return None
+    if E is None or E.shape[1] != 3 or not np.isfinite(E).all():
+        return None
+    best = None
+    inliers = mask.ravel().astype(bool)
+    for candidate in np.split(E, len(E) // 3):
+        count, R, t, _ = cv2.recoverPose(
+            candidate, n1, n2, identity, 1e9, mask=mask.copy()
+        )[:4]
+        if best is None or count > best[0]:
+            best = count, R, t.ravel()
+    if best is None or not best[0]:
+        return None
+    return best[1], best[2], inliers
+
+
+def estimate_pose_poselib(
+    first: np.ndarray, second: np.ndarray, K1: np.ndarray, K2: np.ndarray, threshold: float
+) -> RelativePose | None:
+    """Relative pose by PoseLib (LO-RANSAC with bundle adjustment); see `estimate_pose_magsac`.
+
+    Raises:
+        ImportError: poselib is not installed.
+    """
+    import poselib
+
+    if len(first) < 5:
+        return None
+    cameras = [
+        {"model": "PINHOLE", "width": 0, "height": 0, "params": [K[0, 0], K[1, 1], K[0, 2], K[1, 2]]}
+        for K in (K1, K2)
+    ]
+    pose, info = poselib.estimate_relative_pose(
+        first.astype(np.float64),
+        second.astype(np.float64),
+        *cameras,
+        {
+            "max_epipolar_error": threshold,
+            "success_prob": CONFIDENCE,
+            "max_iterations": MAX_ITERATIONS,
+            "seed": 0,
+        },
+        {},
+    )
+    inliers = np.asarray(info["inliers"], bool)
+    if inliers.sum() < 5:
+        return None
+    return np.asarray(pose.R), np.asarray(pose.t), inliers

@@ -1,0 +1,300 @@
+"""Matching accuracy on sequences of images related by homographies (Sec. IV-B).
+
+--data is a folder in HPatches' layout: one folder per sequence with images 1, 2, ... (.ppm, .jpg
+or .png) and text files H_1_2, H_1_3, ..., each the homography from image 1 as nine numbers. A
+folder that is one sequence itself will do. Names that begin with i_ and v_ are counted as
+illumination and viewpoint; the eight sequences that the paper leaves out are left out. HPatches is
+at https://github.com/hpatches/hpatches-dataset (hpatches-sequences-release).
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from scfeat_ros.errors import InputError
+from scfeat_ros.matcher import match
+from scfeat_training.evaluation.cache import Cache
+from scfeat_training.evaluation.data import IMAGE_SUFFIXES, load_homography, require_folder
+from scfeat_training.evaluation.estimators import estimate_homography
+from scfeat_training.evaluation.methods import Method
+from scfeat_training.evaluation.metrics import (
+    MMA_THRESHOLDS,
+    corner_error,
+    homography_errors,
+    homography_matching_score,
+    matching_accuracy,
+    mma_score,
+    repeatability,
+)
+from scfeat_training.evaluation.report import COLOURS, Figure, Report, Table, draw
+
+DEFAULTS = {"max_keypoints": 8000}
+
+LEFT_OUT = {
+    "i_contruction",
+    "i_crownnight",
+    "i_dc",
+    "i_pencils",
+    "i_whitebuilding",
+    "v_artisans",
+    "v_astronautis",
+    "v_talent",
+}
+"""Sequences of high resolution that D2-Net's protocol, and so the paper, leaves out."""
+
+HOMOGRAPHY_THRESHOLDS = (1, 3, 5)
+REPEATABILITY_THRESHOLD = 3.0
+RESULT_VERSION = 1
+LAYOUT = (
+    "one folder per sequence with images 1.ppm, 2.ppm, ... (or .jpg, .png) and homographies "
+    "H_1_2, H_1_3, ..."
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of this task alone."""
+    parser.add_argument(
+        "--all-sequences", action="store_true", help="keep the sequences that the paper leaves out"
+    )
+
+
+def check_data(args: argparse.Namespace) -> None:
+    """Refuse a wrong folder before any model is loaded."""
+    find_sequences(args.data, args.all_sequences)
+
+
+def find_sequences(folder: Path, all_sequences: bool = False) -> list[Path]:
+    """Sequence folders: those with a first image and at least one H_1_k file.
+
+    Raises:
+        InputError: no such folder, an empty one, or none of its folders is a sequence.
+    """
+    folder = require_folder(folder, LAYOUT)
+    candidates = [folder, *sorted(p for p in folder.iterdir() if p.is_dir())]
+    found = [p for p in candidates if any(p.glob("H_1_*"))]
+    if not found:
+        raise InputError(f"--data {folder}: no folder in it has a file H_1_2. Expected: {LAYOUT}")
+    kept = [p for p in found if all_sequences or p.name not in LEFT_OUT]
+    if not kept:
+        raise InputError(
+            f"--data {folder}: all of its sequences are among the eight that the paper leaves out; "
+            "--all-sequences keeps them"
+        )
+    return kept
+
+
+def _image(folder: Path, stem: str) -> Path:
+    for suffix in IMAGE_SUFFIXES:
+        if (folder / f"{stem}{suffix}").is_file():
+            return folder / f"{stem}{suffix}"
+    raise InputError(f"{folder}: there is no image {stem} (.ppm, .jpg or .png)")
+
+
+def split_of(sequence: str) -> str:
+    """Which split a sequence's name says it belongs to."""
+    return {"i_": "illumination", "v_": "viewpoint"}.get(sequence[:2], "other")
+
+
+def evaluate_pair(
+    method: Method, cache: Cache, first_path: Path, second_path: Path, H: np.ndarray
+) -> dict[str, Any]:
+    """All measures of one image pair."""
+    first = cache.extract(method, first_path)
+    second = cache.extract(method, second_path)
+    a, b = first.features, second.features
+    indices = match(a, b).indices
+    points_a, points_b = a.keypoints[indices[:, 0]], b.keypoints[indices[:, 1]]
+    errors = homography_errors(H, points_a, points_b)
+    corners = corner_error(estimate_homography(points_a, points_b), H, a.image_size)
+    sizes = a.image_size, b.image_size
+    return {
+        "features": (len(a) + len(b)) / 2,
+        "matches": len(indices),
+        "accuracy": matching_accuracy(errors, MMA_THRESHOLDS).tolist(),
+        "repeatability": repeatability(
+            a.keypoints, b.keypoints, H, *sizes, REPEATABILITY_THRESHOLD
+        ),
+        "matching_score": homography_matching_score(
+            a.keypoints, b.keypoints, indices, H, *sizes, REPEATABILITY_THRESHOLD
+        ),
+        "homography": [float(corners <= threshold) for threshold in HOMOGRAPHY_THRESHOLDS],
+        "seconds": [first.seconds, second.seconds],
+    }
+
+
+def run(args: argparse.Namespace, methods: list[Method], cache: Cache) -> Report:
+    """Evaluate all methods on all sequences."""
+    sequences = find_sequences(args.data, args.all_sequences)
+    skipped: list[str] = []
+    pairs: list[tuple[str, Path, Path, np.ndarray]] = []
+    for sequence in sequences:
+        for file in sorted(sequence.glob("H_1_*")):
+            try:
+                H = load_homography(file)
+                target = file.name.removeprefix("H_1_").split(".")[0]
+                pairs.append((sequence.name, _image(sequence, "1"), _image(sequence, target), H))
+            except InputError as error:
+                skipped.append(str(error))
+    if not pairs:
+        raise InputError(f"--data {args.data}: no pair can be used; first reason: {skipped[0]}")
+    results: dict[str, list[tuple[str, str, dict]]] = {m.label: [] for m in methods}
+    broken: dict[tuple[Path, Path], str] = {}
+    with tqdm(total=len(methods) * len(pairs), desc="hpatches", unit="pair") as progress:
+        for method in methods:
+            for name, first, second, H in pairs:
+                progress.set_postfix_str(f"{method.label} {name}")
+                try:
+                    key = {
+                        "task": "hpatches",
+                        "version": RESULT_VERSION,
+                        "method": method.fingerprint(),
+                        "images": [cache.digest(first), cache.digest(second)],
+                        "max_size": cache.max_size,
+                        "H": H.tolist(),
+                    }
+                    value = cache.result(
+                        key, lambda a=first, b=second, H=H: evaluate_pair(method, cache, a, b, H)
+                    )
+                    results[method.label].append((name, second.stem, value))
+                except InputError as error:
+                    broken[first, second] = str(error)
+                progress.update()
+    skipped += [f"pair left out: {reason}" for reason in broken.values()]
+    if len(broken) == len(pairs):
+        raise InputError(f"--data {args.data}: no pair can be used; first reason: {skipped[0]}")
+    return _report(args, methods, results, skipped, cache)
+
+
+def _report(
+    args: argparse.Namespace,
+    methods: list[Method],
+    results: dict[str, list[tuple[str, str, dict]]],
+    skipped: list[str],
+    cache: Cache,
+) -> Report:
+    names = {name for name, _, _ in next(iter(results.values()))}
+    splits = [s for s in ("illumination", "viewpoint", "other") if any(split_of(n) == s for n in names)]
+    groups = [*splits, "overall"] if len(splits) > 1 else splits
+    tables, curves = [], {}
+    for group in groups:
+        rows = []
+        for method in methods:
+            chosen = [
+                value
+                for name, _, value in results[method.label]
+                if group == "overall" or split_of(name) == group
+            ]
+            mma = np.mean([v["accuracy"] for v in chosen], axis=0)
+            curves[method.label, group] = mma
+            homography = np.mean([v["homography"] for v in chosen], axis=0)
+            rows.append(
+                [
+                    method.label,
+                    len(chosen),
+                    float(np.mean([v["features"] for v in chosen])),
+                    float(np.mean([v["matches"] for v in chosen])),
+                    mma_score(mma),
+                    *(float(mma[t - 1]) for t in (1, 3, 5, 10)),
+                    float(np.mean([v["repeatability"] for v in chosen])),
+                    float(np.mean([v["matching_score"] for v in chosen])),
+                    *(float(h) for h in homography),
+                    1000 * float(np.median([v["seconds"] for v in chosen])),
+                ]
+            )
+        columns = ["method", "pairs", "features", "matches", "MMAScore"]
+        columns += [f"MMA@{t}" for t in (1, 3, 5, 10)] + ["repeat.", "match. score"]
+        columns += [f"H@{t}" for t in HOMOGRAPHY_THRESHOLDS] + ["ms / image"]
+        count = len({n for n in names if group in ("overall", split_of(n))})
+        tables.append(Table(f"{group}, {count} sequences", columns, rows))
+    if len(names) > 1:
+        tables.append(_by_sequence(methods, results))
+    if skipped:
+        tables[0].note = f"{len(skipped)} left out, see the list."
+    complete = {"illumination": 52, "viewpoint": 56}
+    is_hpatches = all(sum(split_of(n) == s for n in names) == c for s, c in complete.items())
+    limit = f"longer side at most {cache.max_size} px" if cache.max_size else "full size"
+    return Report(
+        task="hpatches",
+        title=f"Matching accuracy: {args.data.resolve().name}",
+        protocol=[
+            f"{len(names)} sequences, image 1 against each other one; at most "
+            f"{args.max_keypoints} features per image, {limit}; mutual nearest neighbours.",
+            "MMA@t: share of a pair's matches within t px of the true place in the second image, "
+            "mean over pairs; a pair without matches counts 0. MMAScore: Eq. 24.",
+            f"Repeatability and matching score at {REPEATABILITY_THRESHOLD:g} px, both directions, "
+            "in the region that both images show.",
+            "H@t: share of pairs whose homography (USAC_MAGSAC, 3 px, fixed seed) moves the four "
+            "image corners by at most t px on average.",
+            "ms / image: median time of one extraction on the machine named below, at the time "
+            "when the features were made.",
+            "This is the paper's protocol on all of its 108 sequences."
+            if is_hpatches
+            else "These are not the 108 sequences of the paper: compare the methods in this "
+            "table with one another, not with published figures.",
+        ],
+        tables=tables,
+        figures=[_figure(methods, curves, groups, is_hpatches)],
+        skipped=skipped,
+        details={
+            label: [{"sequence": n, "image": i, **v} for n, i, v in values]
+            for label, values in results.items()
+        },
+    )
+
+
+def _by_sequence(
+    methods: list[Method], results: dict[str, list[tuple[str, str, dict]]]
+) -> Table:
+    names = sorted({name for name, _, _ in next(iter(results.values()))})
+    rows = []
+    for name in names:
+        row: list[Any] = [name]
+        for method in methods:
+            curves = [v["accuracy"] for n, _, v in results[method.label] if n == name]
+            row.append(mma_score(np.mean(curves, axis=0)))
+        rows.append(row)
+    return Table("MMAScore by sequence", ["sequence", *(m.label for m in methods)], rows)
+
+
+def published() -> list[dict[str, str]]:
+    """Rows of published.csv: HPatches figures that others printed, with their sources."""
+    file = resources.files("scfeat_training.evaluation") / "published.csv"
+    with file.open(encoding="utf-8") as stream:
+        return list(csv.DictReader(line for line in stream if not line.startswith("#")))
+
+
+def _figure(
+    methods: list[Method], curves: dict, groups: list[str], with_published: bool
+) -> Figure:
+    """MMA against the threshold, one panel per split, like the paper's Fig. 8."""
+
+    def paint(axes: Any) -> None:
+        for axis, group in zip(np.atleast_1d(axes), groups, strict=True):
+            for number, method in enumerate(methods):
+                axis.plot(
+                    MMA_THRESHOLDS,
+                    curves[method.label, group],
+                    color=COLOURS[number % len(COLOURS)],
+                    marker="o",
+                    markersize=3,
+                    label=method.label,
+                )
+            axis.set(
+                title=group, xlabel="threshold, px", ylim=(0, 1), xticks=MMA_THRESHOLDS
+            )
+        first = np.atleast_1d(axes)[0]
+        first.set_ylabel("MMA")
+        first.legend(fontsize=8)
+
+    return Figure(
+        "MMA against the threshold",
+        draw(paint, width=3.6 * len(groups) + 1, columns=len(groups)),
+        "Solid: measured here.",
+    )

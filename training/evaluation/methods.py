@@ -1,0 +1,362 @@
+"""The methods under evaluation: name -> something that extracts features from an image.
+
+An adapter for any other extractor takes five lines in a file that is given as `--adapter FILE`:
+
+    from scfeat_training.evaluation.methods import Method, register, to_features
+    @register("mine")
+    class Mine(Method):
+        def extract(self, image):  # (H, W, 3) uint8 RGB
+            return to_features(*my_extractor(image, self.max_keypoints), image)
+
+where the extractor gives (N, 2) keypoints in pixels, (N,) scores and (N, D) descriptors. All
+methods get the same images and the same limits and are matched by the same matcher. Binary
+descriptors enter as vectors of plus and minus one (`from_bits`): the order of their cosine
+similarities is that of the Hamming distances.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import cv2
+import numpy as np
+import yaml
+
+from scfeat_ros import __version__
+from scfeat_ros.errors import InputError, ModelError
+from scfeat_ros.extractor import Extractor
+from scfeat_ros.features import Features
+from scfeat_ros.model.scfeat import CONFIGS, find_weights
+
+
+class Method(ABC):
+    """One local feature method with its options.
+
+    Args:
+        label: how tables call it.
+        max_keypoints: most features per image.
+        device: torch device of learned methods.
+        **options: the method's own options, from `name:option=value`.
+    """
+
+    version: ClassVar[str] = "1"
+    """Change it when the features of an adapter change: it is part of the cache's key."""
+
+    def __init__(self, label: str, max_keypoints: int, device: str, **options: Any) -> None:
+        self.label = label
+        self.max_keypoints = max_keypoints
+        self.device = device
+        self.options = options
+        self.prepare()
+
+    def prepare(self) -> None:
+        """Load what is needed once; here, refuse options that nothing reads."""
+        if self.options:
+            raise InputError(f"method '{self.label}': unknown option '{next(iter(self.options))}'")
+
+    @abstractmethod
+    def extract(self, image: np.ndarray) -> Features:
+        """Features of an (H, W, 3) uint8 RGB image, best `max_keypoints` first."""
+
+    def identity(self) -> dict[str, Any]:
+        """Everything that its features depend on besides the image."""
+        return {
+            "class": type(self).__qualname__,
+            "version": self.version,
+            "max_keypoints": self.max_keypoints,
+            "options": self.options,
+        }
+
+    def fingerprint(self) -> str:
+        """Hash of `identity`."""
+        text = json.dumps(self.identity(), sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def with_options(self, **changes: Any) -> Method:
+        """The same method with parameters of a paper's protocol; only SCFeat has any."""
+        return self
+
+
+REGISTRY: dict[str, Callable[..., Method]] = {}
+
+
+def register(name: str) -> Callable[[type[Method]], type[Method]]:
+    """Class decorator that makes a `Method` available under a name."""
+
+    def add(cls: type[Method]) -> type[Method]:
+        REGISTRY[name] = cls
+        return cls
+
+    return add
+
+
+def to_features(
+    keypoints: np.ndarray, scores: np.ndarray, descriptors: np.ndarray, image: np.ndarray
+) -> Features:
+    """Features sorted by score with unit-norm float32 descriptors, from plain arrays."""
+    keypoints = np.asarray(keypoints, np.float32).reshape(-1, 2)
+    scores = np.asarray(scores, np.float32).reshape(-1)
+    descriptors = np.asarray(descriptors, np.float32).reshape(len(keypoints), -1)
+    descriptors = descriptors / np.maximum(
+        np.linalg.norm(descriptors, axis=1, keepdims=True), 1e-12
+    )
+    order = np.argsort(-scores, kind="stable")
+    size = image.shape[1], image.shape[0]
+    return Features(keypoints[order], scores[order], descriptors[order], size)
+
+
+def from_bits(packed: np.ndarray) -> np.ndarray:
+    """(N, bytes) uint8 binary descriptors -> (N, bits) float32 of unit norm.
+
+    The cosine of two rows is 1 - 2 * Hamming distance / bits.
+    """
+    bits = np.unpackbits(np.asarray(packed, np.uint8), axis=1)
+    return (bits.astype(np.float32) * 2 - 1) / np.float32(np.sqrt(bits.shape[1]))
+
+
+class OpenCVMethod(Method):
+    """A detector and descriptor of OpenCV on the grey image, with OpenCV's own settings."""
+
+    binary: ClassVar[bool] = True
+    bytes_per_descriptor: ClassVar[int]
+
+    @abstractmethod
+    def create(self) -> Any:
+        """The OpenCV object."""
+
+    def prepare(self) -> None:
+        super().prepare()
+        self.detector = self.create()
+
+    def identity(self) -> dict[str, Any]:
+        return {**super().identity(), "opencv": cv2.__version__}
+
+    def extract(self, image: np.ndarray) -> Features:
+        grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
+        keypoints, descriptors = self.detector.detectAndCompute(grey, None)
+        if descriptors is None or not len(keypoints):
+            dimension = self.bytes_per_descriptor * (8 if self.binary else 1)
+            return Features.empty(dimension, grey.shape[::-1])
+        order = np.argsort([-k.response for k in keypoints], kind="stable")[: self.max_keypoints]
+        points = np.float32([keypoints[i].pt for i in order])
+        scores = np.float32([keypoints[i].response for i in order])
+        return to_features(points, scores, self.transform(descriptors[order]), image)
+
+    def transform(self, descriptors: np.ndarray) -> np.ndarray:
+        return from_bits(descriptors) if self.binary else descriptors
+
+
+@register("orb")
+class ORB(OpenCVMethod):
+    """ORB, 256 bits."""
+
+    bytes_per_descriptor = 32
+
+    def create(self) -> Any:
+        return cv2.ORB_create(nfeatures=self.max_keypoints)
+
+
+@register("akaze")
+class AKAZE(OpenCVMethod):
+    """AKAZE with its MLDB descriptor, 486 bits."""
+
+    bytes_per_descriptor = 61
+
+    def create(self) -> Any:
+        return cv2.AKAZE_create()
+
+
+@register("sift")
+class SIFT(OpenCVMethod):
+    """SIFT, 128 values."""
+
+    binary = False
+    bytes_per_descriptor = 128
+
+    def create(self) -> Any:
+        return cv2.SIFT_create(nfeatures=self.max_keypoints)
+
+
+@register("rootsift")
+class RootSIFT(SIFT):
+    """SIFT with the Hellinger kernel (Arandjelovic and Zisserman, 2012)."""
+
+    def transform(self, descriptors: np.ndarray) -> np.ndarray:
+        total = np.maximum(np.abs(descriptors).sum(axis=1, keepdims=True), 1e-12)
+        return np.sqrt(descriptors / total)
+
+
+class SCFeatMethod(Method):
+    """SCFeat: weights by name or path; options are those of `ExtractorOptions`.
+
+    `descriptor_source=bridge` is the paper's ablation without pruning, `descriptor_norm=fusion`
+    that of Eq. 25, `nms_radius=0` the one without non-maximum suppression.
+    """
+
+    def __init__(
+        self, label: str, max_keypoints: int, device: str, weights: str, **options: Any
+    ) -> None:
+        self.weights = find_weights(weights)
+        super().__init__(label, max_keypoints, device, **options)
+
+    def prepare(self) -> None:
+        self.digest = hashlib.sha256(self.weights.read_bytes()).hexdigest()
+        try:
+            self.extractor = Extractor.from_pretrained(
+                self.weights, self.device, **{"max_keypoints": self.max_keypoints, **self.options}
+            )
+        except (TypeError, ValueError) as error:
+            raise InputError(f"method '{self.label}': {error}") from error
+
+    def identity(self) -> dict[str, Any]:
+        return {
+            "class": "SCFeat",
+            "version": __version__,
+            "weights": self.digest,
+            "options": asdict(self.extractor.options),
+        }
+
+    def extract(self, image: np.ndarray) -> Features:
+        return self.extractor(image)
+
+    def with_options(self, **changes: Any) -> SCFeatMethod:
+        changed = SCFeatMethod.__new__(SCFeatMethod)
+        changed.__dict__.update(self.__dict__)
+        # what the user gave with the method's name goes before the protocol's values
+        options = replace(self.extractor.options, **{**changes, **self.options})
+        changed.extractor = Extractor(self.extractor.model, self.extractor.device)
+        changed.extractor.options = options
+        return changed
+
+
+class LightGlueMethod(Method):
+    """SuperPoint, DISK or ALIKED of the `lightglue` package, where a user has installed it."""
+
+    class_name: ClassVar[str]
+
+    def prepare(self) -> None:
+        try:
+            import lightglue
+        except ImportError as error:
+            raise InputError(
+                f"method '{self.label}' needs the 'lightglue' package of cvg/LightGlue: install "
+                "it with pip from that repository, or leave the method out"
+            ) from error
+        extractor = getattr(lightglue, self.class_name)
+        self.package_version = getattr(lightglue, "__version__", "unknown")
+        self.extractor = extractor(max_num_keypoints=self.max_keypoints, **self.options)
+        self.extractor = self.extractor.eval().to(self.torch_device)
+
+    @property
+    def torch_device(self) -> Any:
+        from scfeat_ros.extractor import select_device
+
+        return select_device(self.device)
+
+    def identity(self) -> dict[str, Any]:
+        return {**super().identity(), "lightglue": self.package_version}
+
+    def extract(self, image: np.ndarray) -> Features:
+        import torch
+
+        tensor = torch.from_numpy(image).permute(2, 0, 1).float().div(255).to(self.torch_device)
+        with torch.inference_mode():
+            found = self.extractor.extract(tensor, resize=None)
+        arrays = (
+            found[key][0].cpu().numpy() for key in ("keypoints", "keypoint_scores", "descriptors")
+        )
+        return to_features(*arrays, image)
+
+
+@register("superpoint")
+class SuperPoint(LightGlueMethod):
+    """SuperPoint through LightGlue's package."""
+
+    class_name = "SuperPoint"
+
+
+@register("disk")
+class DISK(LightGlueMethod):
+    """DISK through LightGlue's package."""
+
+    class_name = "DISK"
+
+
+@register("aliked")
+class ALIKED(LightGlueMethod):
+    """ALIKED through LightGlue's package."""
+
+    class_name = "ALIKED"
+
+
+def load_adapter(path: str | Path) -> None:
+    """Run a Python file that registers methods.
+
+    Raises:
+        InputError: the file is missing or fails.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"--adapter {path}: no such file")
+    spec = importlib.util.spec_from_file_location(f"scfeat_adapter_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise InputError(f"--adapter {path}: {type(error).__name__}: {error}") from error
+
+
+def create_methods(specification: str, max_keypoints: int, device: str = "auto") -> list[Method]:
+    """Methods from a comma-separated list such as `scfeat-s,scfeat-s:nms_radius=0,orb`.
+
+    A name is a registered method, an installed model or a .safetensors file; options follow
+    after colons.
+
+    Raises:
+        InputError: an unknown name or option, or one that is listed twice.
+        ModelError: weights that cannot be used.
+    """
+    names = [name.strip() for name in specification.split(",") if name.strip()]
+    if not names:
+        raise InputError("--methods is empty; for example --methods scfeat-s,orb,rootsift")
+    if len(set(names)) < len(names):
+        raise InputError(f"--methods names a method twice: {specification}")
+    return [_create(name, max_keypoints, device) for name in names]
+
+
+def _create(specification: str, max_keypoints: int, device: str) -> Method:
+    name, *assignments = specification.split(":")
+    options = {}
+    for assignment in assignments:
+        key, separator, value = assignment.partition("=")
+        if not separator:
+            raise InputError(
+                f"method '{specification}': '{assignment}' is no option=value; "
+                "for example scfeat-s:nms_radius=2"
+            )
+        options[key.strip().replace("-", "_")] = yaml.safe_load(value)
+    if name in REGISTRY:
+        return REGISTRY[name](specification, max_keypoints, device, **options)
+    if name.endswith(".safetensors") or name in CONFIGS:
+        label = ":".join([Path(name).stem if "/" in name else name, *assignments])
+        try:
+            return SCFeatMethod(label, max_keypoints, device, weights=name, **options)
+        except ModelError as error:
+            raise ModelError(f"method '{specification}': {error}") from error
+    try:
+        find_weights(name)
+    except ModelError as error:
+        known = ", ".join([*CONFIGS, *sorted(REGISTRY)])
+        raise InputError(
+            f"method '{name}' is unknown; known are {known}, and paths of .safetensors files"
+        ) from error
+    return SCFeatMethod(specification, max_keypoints, device, weights=name, **options)

@@ -1,0 +1,296 @@
+"""Relative pose of image pairs, as AUC of the pose error.
+
+--data is one of:
+  a scene          images/ and scene.npz (names, K, R, t, size_wh, pairs, overlap)
+  several scenes   a folder of such folders
+  a pairs file     SuperGlue's format, 38 fields a line (two names, two rotations, K, K, 4x4 pose),
+                   or a folder with exactly one such .txt; --images names the image folder
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from scfeat_ros.errors import InputError
+from scfeat_ros.matcher import match
+from scfeat_training.evaluation.cache import Cache
+from scfeat_training.evaluation.data import (
+    PosedPair,
+    Scene,
+    find_scenes,
+    load_scene,
+    parse_pairs_file,
+    require_folder,
+)
+from scfeat_training.evaluation.estimators import estimate_pose_magsac, estimate_pose_poselib
+from scfeat_training.evaluation.methods import Method
+from scfeat_training.evaluation.metrics import (
+    auc,
+    direction_error,
+    epipolar_errors,
+    fundamental_matrix,
+    relative_pose,
+    rotation_error,
+)
+from scfeat_training.evaluation.report import COLOURS, Figure, Report, Table, draw
+
+DEFAULTS = {"max_keypoints": 2048}
+AUC_THRESHOLDS = (5, 10, 20)
+ESTIMATORS = {"magsac": estimate_pose_magsac, "poselib": estimate_pose_poselib}
+RESULT_VERSION = 1
+LAYOUT = (
+    "a scene (images/ and scene.npz), a folder of scenes, or a SuperGlue pairs file "
+    "(38 fields a line) with --images"
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of this task alone."""
+    parser.add_argument("--images", type=Path, help="image folder of a pairs file")
+    parser.add_argument(
+        "--overlap",
+        type=float,
+        nargs=2,
+        default=(0.1, 0.7),
+        metavar=("LOW", "HIGH"),
+        help="pairs of a scene with an overlap in this range (default: 0.1 0.7)",
+    )
+    parser.add_argument(
+        "--max-pairs", type=int, default=0, help="of each scene, evenly chosen; 0 takes all"
+    )
+    parser.add_argument(
+        "--estimators",
+        default="magsac,poselib",
+        help="comma-separated: magsac (OpenCV), poselib (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--threshold",
+        type=float,
+        default=1.0,
+        help="inlier threshold of the estimators, pixels (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--precision-threshold",
+        type=float,
+        default=2.0,
+        help="a match is right within this distance of the true epipolar line, pixels "
+        "(default: %(default)s)",
+    )
+
+
+def check_data(args: argparse.Namespace) -> None:
+    """Refuse a wrong folder or estimator before any model is loaded."""
+    _groups(args)
+    unknown = set(_estimators(args)) - set(ESTIMATORS)
+    if unknown:
+        raise InputError(f"--estimators {unknown.pop()}: unknown; choose from magsac, poselib")
+    if "poselib" in _estimators(args):
+        try:
+            import poselib  # noqa: F401
+        except ImportError as error:
+            raise InputError(
+                "poselib is not installed: pip install poselib, or use --estimators magsac"
+            ) from error
+
+
+def _estimators(args: argparse.Namespace) -> list[str]:
+    return [name.strip() for name in args.estimators.split(",") if name.strip()]
+
+
+def scene_pairs(
+    scene: Scene, overlap: tuple[float, float], max_pairs: int = 0
+) -> list[PosedPair]:
+    """Pairs of a scene whose overlap lies in a range, at most `max_pairs`, evenly chosen."""
+    chosen = np.flatnonzero((scene.overlap >= overlap[0]) & (scene.overlap <= overlap[1]))
+    if max_pairs and len(chosen) > max_pairs:
+        chosen = chosen[np.linspace(0, len(chosen) - 1, max_pairs).round().astype(int)]
+    pairs = []
+    for i, j in scene.pairs[chosen]:
+        R, t = relative_pose(scene.R[i], scene.t[i], scene.R[j], scene.t[j])
+        pairs.append(PosedPair(scene.path(i), scene.path(j), scene.K[i], scene.K[j], R, t))
+    return pairs
+
+
+def _groups(args: argparse.Namespace) -> tuple[dict[str, list[PosedPair]], list[str]]:
+    """Pairs by scene name, and what could not be used."""
+    data: Path = args.data
+    if data.is_file():
+        images = args.images or data.parent
+        pairs, problems = parse_pairs_file(data, images)
+        return {data.stem: pairs}, problems
+    require_folder(data, LAYOUT)
+    scenes = find_scenes(data)
+    if scenes:
+        groups = {
+            folder.name: scene_pairs(load_scene(folder), args.overlap, args.max_pairs)
+            for folder in scenes
+        }
+        groups = {name: pairs for name, pairs in groups.items() if pairs}
+        if not groups:
+            raise InputError(
+                f"--data {data}: no pair of its scenes has an overlap in "
+                f"{args.overlap[0]:g} to {args.overlap[1]:g}; widen --overlap"
+            )
+        return groups, []
+    files = sorted(data.glob("*.txt"))
+    if len(files) != 1:
+        raise InputError(
+            f"--data {data}: no scene.npz and {len(files)} .txt files in it. Expected: {LAYOUT}"
+        )
+    folders = sorted(p for p in data.iterdir() if p.is_dir())
+    images = args.images or (folders[0] if len(folders) == 1 else data)
+    pairs, problems = parse_pairs_file(files[0], images)
+    return {files[0].stem: pairs}, problems
+
+
+def evaluate_pair(
+    method: Method, cache: Cache, pair: PosedPair, estimators: list[str], args: argparse.Namespace
+) -> dict[str, Any]:
+    """All measures of one pair; a pose error of None is a failure."""
+    first, second = cache.extract(method, pair.first), cache.extract(method, pair.second)
+    a, b = first.features, second.features
+    indices = match(a, b).indices
+    points_a, points_b = a.keypoints[indices[:, 0]], b.keypoints[indices[:, 1]]
+    F = fundamental_matrix(pair.K1, pair.K2, pair.R, pair.t)
+    right = int((epipolar_errors(F, points_a, points_b) <= args.precision_threshold).sum())
+    errors = {}
+    for name in estimators:
+        found = ESTIMATORS[name](points_a, points_b, pair.K1, pair.K2, args.threshold)
+        errors[name] = (
+            None
+            if found is None
+            else [rotation_error(found[0], pair.R), direction_error(found[1], pair.t)]
+        )
+    keypoints = (len(a) + len(b)) / 2
+    return {
+        "features": keypoints,
+        "matches": len(indices),
+        "precision": right / len(indices) if len(indices) else 0.0,
+        "matching_score": right / keypoints if keypoints else 0.0,
+        "errors": errors,
+        "seconds": [first.seconds, second.seconds],
+    }
+
+
+def run(args: argparse.Namespace, methods: list[Method], cache: Cache) -> Report:
+    """Evaluate all methods on all pairs."""
+    groups, skipped = _groups(args)
+    estimators = _estimators(args)
+    total = sum(map(len, groups.values()))
+    results: dict[tuple[str, str], list[dict]] = {}
+    broken: dict[tuple[Path, Path], str] = {}
+    with tqdm(total=total * len(methods), desc="pose", unit="pair") as progress:
+        for method in methods:
+            for group, pairs in groups.items():
+                values = results.setdefault((method.label, group), [])
+                progress.set_postfix_str(f"{method.label} {group}")
+                for pair in pairs:
+                    try:
+                        key = {
+                            "task": "pose",
+                            "version": RESULT_VERSION,
+                            "method": method.fingerprint(),
+                            "images": [cache.digest(pair.first), cache.digest(pair.second)],
+                            "max_size": cache.max_size,
+                            "pair": [v.tolist() for v in (pair.K1, pair.K2, pair.R, pair.t)],
+                            "estimators": estimators,
+                            "thresholds": [args.threshold, args.precision_threshold],
+                        }
+                        value = cache.result(
+                            key, lambda p=pair: evaluate_pair(method, cache, p, estimators, args)
+                        )
+                        values.append(
+                            {"first": pair.first.name, "second": pair.second.name, **value}
+                        )
+                    except InputError as error:
+                        broken[pair.first, pair.second] = str(error)
+                    progress.update()
+    skipped += [f"pair left out: {reason}" for reason in broken.values()]
+    if len(broken) == total:
+        raise InputError(f"--data {args.data}: no pair can be used; first reason: {skipped[0]}")
+    return _report(args, methods, cache, results, skipped)
+
+
+def worst_errors(values: list[dict], estimator: str) -> list[float]:
+    """Per pair the larger of rotation and direction error in degrees, inf for a failure."""
+    return [
+        float("inf") if v["errors"][estimator] is None else max(v["errors"][estimator])
+        for v in values
+    ]
+
+
+def _report(
+    args: argparse.Namespace,
+    methods: list[Method],
+    cache: Cache,
+    results: dict[tuple[str, str], list[dict]],
+    skipped: list[str],
+) -> Report:
+    estimators = _estimators(args)
+    groups = list(dict.fromkeys(group for _, group in results))
+    tables = []
+    for group in groups:
+        rows = []
+        for method in methods:
+            values = results[method.label, group]
+            row: list[Any] = [method.label, len(values)]
+            for name in estimators:
+                row += [100 * v for v in auc(worst_errors(values, name), AUC_THRESHOLDS)]
+            for key in ("precision", "matching_score", "matches", "features"):
+                row.append(float(np.mean([v[key] for v in values])) if values else None)
+            row.append(1000 * float(np.median([v["seconds"] for v in values])) if values else None)
+            rows.append(row)
+        columns = ["method", "pairs"]
+        columns += [f"{name} AUC@{t}" for name in estimators for t in AUC_THRESHOLDS]
+        columns += ["precision", "match. score", "matches", "features", "ms / image"]
+        tables.append(Table(f"Relative pose: {group}", columns, rows))
+    if skipped:
+        tables[0].note = f"{len(skipped)} left out, see the list."
+    limit = f"longer side at most {cache.max_size} px" if cache.max_size else "full size"
+    return Report(
+        task="pose",
+        title=f"Relative pose: {args.data.resolve().name}",
+        protocol=[
+            f"At most {args.max_keypoints} features per image, {limit}; mutual nearest neighbours.",
+            f"Essential matrix at {args.threshold:g} px by USAC_MAGSAC (OpenCV) and relative pose "
+            "at the same threshold by PoseLib's LO-RANSAC; confidence 0.99999, 10,000 iterations, "
+            "fixed seeds.",
+            "Error: the larger of the rotation's angle and the angle between the translations "
+            "(sign left out). AUC in %, the area under the recall curve up to 5, 10, 20 degrees; a "
+            "pair without a pose counts as a failure.",
+            f"Precision: share of matches within {args.precision_threshold:g} px of the true "
+            "epipolar lines in both images, mean over pairs. Matching score: such matches over "
+            "the mean number of features.",
+            "ms / image: median time of one extraction on the machine named below, at the time "
+            "when the features were made.",
+        ],
+        tables=tables,
+        figures=[_figure(methods, results, group, estimators[0]) for group in groups],
+        skipped=skipped,
+        details={f"{label}, {group}": values for (label, group), values in results.items()},
+    )
+
+
+def _figure(
+    methods: list[Method], results: dict[tuple[str, str], list[dict]], group: str, estimator: str
+) -> Figure:
+    def paint(axis: Any) -> None:
+        for number, method in enumerate(methods):
+            errors = np.sort(worst_errors(results[method.label, group], estimator))
+            recall = np.arange(1, len(errors) + 1) / max(len(errors), 1)
+            axis.step(
+                np.r_[0, errors, 1e9],
+                np.r_[0, recall, recall[-1:]],
+                where="post",
+                color=COLOURS[number % len(COLOURS)],
+                label=method.label,
+            )
+        axis.set(xlabel="pose error, degrees", ylabel="share of pairs", xlim=(0, 20), ylim=(0, 1))
+        axis.legend(fontsize=8)
+
+    return Figure(f"Recall against pose error: {group}", draw(paint), f"Estimator: {estimator}.")
