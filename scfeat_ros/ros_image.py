@@ -1,0 +1,185 @@
+"""sensor_msgs/Image and CompressedImage -> what the extractor takes, by cv_bridge, with checks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+from sensor_msgs.msg import Image
+
+from scfeat_ros.errors import InputError, ScfeatError
+
+_ALIASES = {
+    "8UC1": "mono8",
+    "8UC3": "bgr8",
+    "8UC4": "bgra8",
+    "uyvy": "yuv422",
+    "yuyv": "yuv422_yuy2",
+}
+"""OpenCV's type names, taken as OpenCV's channel order, and names newer than cv_bridge."""
+
+
+@dataclass(frozen=True)
+class DecodedImage:
+    """An image for the front end.
+
+    Attributes:
+        pixels: (H, W, 3) uint8 RGB or (H, W) uint8 grey.
+        mask: (H, W) bool, where pixels are valid; None where all are.
+        note: what was odd about the image, None where nothing was.
+    """
+
+    pixels: np.ndarray
+    mask: np.ndarray | None = None
+    note: str | None = None
+
+
+class ImageDecoder:
+    """Decodes image messages with cv_bridge.
+
+    Raises:
+        ScfeatError: cv_bridge is not there, or its compiled part does not work with the numpy
+            or OpenCV of this Python; the message says what to do.
+    """
+
+    def __init__(self) -> None:
+        remedy = (
+            "install it (apt install ros-$ROS_DISTRO-cv-bridge), and keep numpy and OpenCV of "
+            "this Python at the versions that the distribution's cv_bridge was built for: "
+            'pip install "numpy<2" where that is 1.x, and no opencv-python over python3-opencv'
+        )
+        try:
+            from cv_bridge import CvBridge
+            from cv_bridge.boost.cv_bridge_boost import cvtColor2
+
+            self._bridge = CvBridge()
+            # the compiled part may import and still fail at the first array
+            cvtColor2(np.zeros((2, 2, 3), np.uint8), "bgr8", "rgb8")
+            self._bridge.encoding_to_dtype_with_channels("bgr8")
+        except Exception as error:
+            raise ScfeatError(
+                f"cv_bridge does not work with numpy {np.__version__} and OpenCV "
+                f"{cv2.__version__} ({type(error).__name__}: {error}); {remedy}"
+            ) from error
+
+    def decode(self, message: Any) -> DecodedImage:
+        """Decode a sensor_msgs/Image.
+
+        Colour (RGB, BGR, with alpha, Bayer, YUV 4:2:2) becomes 8-bit RGB, grey stays grey, and
+        16 bits are scaled over their full range, as `images.from_message` does it for recorded
+        bags. Numbers without a known range (32FC1 and the like) are stretched from the image's
+        smallest to its largest finite value; pixels that are not finite are masked.
+
+        Raises:
+            InputError: zero size, fewer bytes than announced, or an encoding that is unknown.
+        """
+        width, height, step = message.width, message.height, message.step
+        encoding = _ALIASES.get(message.encoding, message.encoding)
+        if width == 0 or height == 0:
+            raise InputError(f"image of zero size ({width}x{height})")
+        try:
+            dtype, channels = self._bridge.encoding_to_dtype_with_channels(encoding)
+        except Exception as error:  # boost raises what it likes
+            raise InputError(
+                f"image encoding '{encoding}' is unknown; publish rgb8, bgr8, "
+                "mono8, a Bayer pattern or yuv422, or use the compressed transport"
+            ) from error
+        row = width * np.dtype(dtype).itemsize * channels
+        if step < row:
+            raise InputError(
+                f"image of {width}x{height} {encoding} announces {step} bytes a row, but a row "
+                f"needs {row}"
+            )
+        if len(message.data) < step * height:
+            raise InputError(
+                f"truncated image: {len(message.data)} bytes, but {height} rows of {step} bytes "
+                f"({width}x{height} {encoding}) were announced"
+            )
+        if step != row:
+            message = _without_padding(message, row)
+        if encoding != message.encoding:
+            message = _relabelled(message, encoding)
+        has_colour = not encoding.startswith("mono") and not encoding[0].isdigit()
+        try:
+            pixels = self._bridge.imgmsg_to_cv2(message, "rgb8" if has_colour else "passthrough")
+        except Exception as error:  # e.g. a Bayer image of one pixel, a YUV image of odd width
+            raise InputError(f"{width}x{height} {encoding} image cannot be converted") from error
+        return to_8_bit(pixels)
+
+    def decode_compressed(self, message: Any) -> DecodedImage:
+        """Decode a sensor_msgs/CompressedImage (JPEG, PNG or what else OpenCV reads).
+
+        Raises:
+            InputError: the bytes are no picture, or are of compressedDepth.
+        """
+        if "compressedDepth" in message.format:
+            raise InputError(
+                f"compressed image of format '{message.format}': compressedDepth is not a "
+                "picture; use the raw transport"
+            )
+        try:
+            pixels = self._bridge.compressed_imgmsg_to_cv2(message, "passthrough")
+        except Exception:  # cv2.error or numpy's on no bytes at all
+            pixels = None
+        if pixels is None or pixels.size == 0:
+            raise InputError(
+                f"compressed image of format '{message.format}' with {len(message.data)} bytes "
+                "cannot be decoded: it is truncated or no JPEG or PNG"
+            )
+        if pixels.ndim == 3:
+            code = cv2.COLOR_BGRA2RGB if pixels.shape[2] == 4 else cv2.COLOR_BGR2RGB
+            pixels = cv2.cvtColor(pixels, code)
+        return to_8_bit(pixels)
+
+
+def to_8_bit(pixels: np.ndarray) -> DecodedImage:
+    """Numbers of any type -> 8-bit grey or RGB; see `ImageDecoder.decode`.
+
+    Args:
+        pixels: (H, W) grey or (H, W, 3) RGB.
+
+    Raises:
+        InputError: another number of channels, or not one pixel is finite.
+    """
+    if pixels.ndim == 3 and pixels.shape[2] != 3:
+        raise InputError(f"image of {pixels.shape[2]} channels without a colour")
+    if pixels.dtype == np.uint8:
+        return DecodedImage(np.ascontiguousarray(pixels))
+    if pixels.dtype == np.uint16:
+        return DecodedImage(cv2.convertScaleAbs(pixels, alpha=255 / 65535))
+    finite = np.isfinite(pixels)
+    valid = finite.all(axis=2) if pixels.ndim == 3 else finite
+    if not valid.any():
+        raise InputError("image without a single finite pixel (all NaN or infinite)")
+    values = pixels[valid].astype(np.float64)
+    low, high = values.min(), values.max()
+    filled = np.where(finite, pixels, low).astype(np.float64)
+    scaled = (filled - low) * (255 / max(high - low, 1e-12))
+    image = np.ascontiguousarray(scaled.round().clip(0, 255).astype(np.uint8))
+    if valid.all():
+        return DecodedImage(image)
+    return DecodedImage(
+        image, valid, f"{1 - valid.mean():.1%} of the image's pixels are NaN or infinite"
+    )
+
+
+def _without_padding(message: Any, row: int) -> Any:
+    """The message with rows of `row` bytes; cv_bridge misreads padding by parts of a pixel."""
+    rows = np.frombuffer(message.data, np.uint8)[: message.step * message.height]
+    packed = np.ascontiguousarray(rows.reshape(message.height, message.step)[:, :row])
+    copy = _relabelled(message, message.encoding)
+    copy.step = row
+    copy.data.frombytes(memoryview(packed).cast("B"))
+    return copy
+
+
+def _relabelled(message: Any, encoding: str) -> Image:
+    """The message under another encoding, with the same data."""
+    copy = Image(header=message.header, height=message.height, width=message.width)
+    copy.encoding = encoding
+    copy.is_bigendian = message.is_bigendian
+    copy.step = message.step
+    copy.data = message.data
+    return copy
