@@ -66,7 +66,7 @@ class _BFloat16Conv2d(torch.autograd.Function):
 def _weight_gradient(
     x: torch.Tensor, gradient: torch.Tensor, kernel: int, padding: int
 ) -> torch.Tensor:
-    """(out, in, kernel, kernel) fp32 from (B, in, H, W) and (B, out, H', W'), channels-last bf16."""
+    """(out, in, kernel, kernel) fp32 from channels-last bf16 maps of input and gradient."""
     height, width = gradient.shape[-2:]
     rows = gradient.permute(0, 2, 3, 1).reshape(-1, gradient.shape[1])
     channels = x.shape[1]

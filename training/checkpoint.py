@@ -1,0 +1,47 @@
+"""Checkpoints of a training run: written beside and renamed, read back to the exact step."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from scfeat_ros.errors import InputError
+
+CHECKPOINT = "checkpoint.pt"
+"""Name of the latest checkpoint in a run's folder."""
+
+
+def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
+    """Write a dict of tensors and plain values; a kill at any time leaves an old or a new file."""
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint, or the latest one of a run's folder, onto the CPU.
+
+    Raises:
+        InputError: there is none, or it is damaged.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / CHECKPOINT
+    if not path.is_file():
+        raise InputError(f"{path}: no such checkpoint; give a run's folder or its {CHECKPOINT}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
+        line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{path}: damaged or no checkpoint ({line})") from error
+    if not isinstance(state, dict) or "step" not in state:
+        raise InputError(f"{path}: is no checkpoint of a training run")
+    return state

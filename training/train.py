@@ -1,0 +1,120 @@
+"""`scfeat train`: the stages of the training, and the export of what was trained."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from scfeat_ros.errors import InputError, OutputExistsError, ScfeatError
+from scfeat_ros.model.scfeat import SCFeat, save_model
+from scfeat_training.checkpoint import load_checkpoint
+from scfeat_training.config import STAGES, make_config, read_config
+from scfeat_training.trainer import Trainer, make_model
+
+HELP = {
+    "warmup": "stage 0: descriptors from homographies and known correspondences",
+    "descriptor": "stage 1: descriptors from camera poses alone",
+    "detector": "stage 2: the keypoint detector, by policy gradient",
+}
+
+
+def load_trained(checkpoint: str | Path) -> tuple[SCFeat, dict[str, Any]]:
+    """The averaged network of a checkpoint, in evaluation mode, and the checkpoint itself.
+
+    Raises:
+        InputError: see `load_checkpoint`.
+    """
+    state = load_checkpoint(checkpoint)
+    settings = dict(state["history"][-1]["config"], encoder_weights=None)
+    model = make_model(make_config(settings, str(checkpoint)))
+    model.load_state_dict(state["ema"])
+    return model.eval().to(memory_format=torch.channels_last), state
+
+
+def export(checkpoint: str | Path, output: str | Path, overwrite: bool = False) -> None:
+    """Write the averaged weights of a checkpoint as an fp16 safetensors file with provenance.
+
+    Raises:
+        InputError: the checkpoint cannot be read, or has no bridge (an ablation).
+        OutputExistsError: the output is there and `overwrite` is not set.
+    """
+    output = Path(output)
+    if output.exists() and not overwrite:
+        raise OutputExistsError(f"{output}: exists already; use --overwrite")
+    model, state = load_trained(checkpoint)
+    if not state["history"][-1]["config"]["cross_norm"]:
+        raise InputError(f"{checkpoint}: was trained without cross normalization; only for study")
+    save_model(model, output, {"stage": state["stage"], "history": state["history"]})
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("scfeat train", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for stage in STAGES:
+        one = commands.add_parser(stage, help=HELP[stage], description=HELP[stage])
+        one.add_argument("--config", required=True, help="YAML file of settings")
+        one.add_argument("--run", required=True, help="folder for checkpoint and logs")
+        one.add_argument("--data", help="folder of scenes, in place of the configuration's")
+        one.add_argument("--encoder-weights", help="torchvision ResNet file for the encoder")
+        one.add_argument("--init", help="checkpoint of an earlier stage to start from")
+        one.add_argument("--resume", action="store_true", help="go on from the run's checkpoint")
+        one.add_argument("--steps", type=int, help="steps of the whole run")
+        one.add_argument("--stop-at", type=int, help="stop there; --resume goes on to --steps")
+        one.add_argument("--time-limit", type=float, metavar="MIN", help="stop after MIN minutes")
+        one.add_argument("--threads", type=int, help="threads of PyTorch")
+        one.add_argument("--workers", type=int, help="data processes")
+        one.add_argument("--seed", type=int)
+        one.add_argument("--device", default="auto", help="cpu, cuda or auto")
+        one.add_argument("--compile", action="store_true", default=None, help="use torch.compile")
+        one.add_argument(
+            "--skip-bad", action="store_true", help="go on without images that cannot be used"
+        )
+    out = commands.add_parser("export", help="checkpoint -> safetensors weights")
+    out.add_argument("checkpoint", help="checkpoint file or a run's folder")
+    out.add_argument("-o", "--output", required=True, help="a .safetensors file")
+    out.add_argument("--overwrite", action="store_true")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of `scfeat train`; returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    args = _parser().parse_args(argv)
+    try:
+        if args.command == "export":
+            export(args.checkpoint, args.output, args.overwrite)
+            print(f"wrote {args.output}")
+            return 0
+        return _train(args, argv)
+    except ScfeatError as error:
+        print(f"scfeat train: {error}", file=sys.stderr)
+        return 1
+
+
+def _train(args: argparse.Namespace, argv: list[str]) -> int:
+    names = ("data", "encoder_weights", "steps", "threads", "workers", "seed", "compile")
+    changes = {name: getattr(args, name) for name in names}
+    config = read_config(args.config, args.command, **changes)
+    trainer = Trainer(
+        config,
+        args.run,
+        resume=args.resume,
+        init=args.init,
+        skip_bad=args.skip_bad,
+        device=args.device,
+        command=shlex.join(["scfeat", "train", *argv]),
+    )
+    step = trainer.train(args.stop_at, args.time_limit)
+    if trainer.rank == 0:
+        left_out = f", {len(trainer.bad)} bad inputs left out" if trainer.bad else ""
+        print(f"{args.command}: at step {step} of {config.steps}{left_out}; {args.run}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,417 @@
+"""The loop that all stages share: data, steps, checkpoints, logs, several processes."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from scfeat_ros.errors import InputError, ScfeatError
+from scfeat_ros.model.scfeat import CONFIGS, SCFeat
+from scfeat_training.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
+from scfeat_training.config import TrainConfig
+from scfeat_training.datasets import Scene, read_scenes, split_scenes
+from scfeat_training.ema import Ema
+from scfeat_training.fast_conv import accelerate, cpu_has_bfloat16
+from scfeat_training.sampling_order import Numbered, StepSampler
+from scfeat_training.stages import STAGE_CLASSES
+from scfeat_training.validation import Validation
+
+LOG = "log.jsonl"
+MAX_SKIPPED_IN_A_ROW = 50
+
+
+def make_model(config: TrainConfig) -> SCFeat:
+    """The network at its start: random weights, with the encoder's file where one is given.
+
+    Raises:
+        InputError: an unknown model, or an encoder file that cannot be read or does not fit.
+    """
+    if config.model not in CONFIGS:
+        raise InputError(f"model '{config.model}' is none of {', '.join(CONFIGS)}")
+    torch.manual_seed(config.seed)
+    model = SCFeat(CONFIGS[config.model])
+    if config.encoder_weights:
+        path = Path(config.encoder_weights)
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            model.backbone.encoder.load_torchvision(state)
+        except Exception as error:  # torch.load has no error of its own
+            raise InputError(f"{path}: encoder weights cannot be used ({error})") from error
+    if not config.cross_norm:
+        model.bridge = nn.Identity()
+    return model
+
+
+def hardware(device: torch.device) -> str:
+    """What the run computes on, in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model na"))
+    except (OSError, StopIteration):
+        pass
+    return f"{os.cpu_count()} cores of {name}"
+
+
+def _start_worker(number: int) -> None:
+    cv2.setNumThreads(1)
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends the run
+
+
+class Trainer:
+    """Trains one stage.
+
+    Args:
+        config: the stage's settings.
+        run: folder of checkpoint, log and TensorBoard files.
+        resume: go on from the run's checkpoint.
+        init: checkpoint of an earlier stage whose averaged weights this one starts from.
+        skip_bad: go on without unreadable images and wrong cameras.
+        device: torch device; "auto" is CUDA where there is one.
+        command: the command line, for the record.
+
+    With torchrun's environment variables set, the process joins the group and takes its share
+    of each batch; the first process alone writes.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        run: str | Path,
+        resume: bool = False,
+        init: str | Path | None = None,
+        skip_bad: bool = False,
+        device: str = "auto",
+        command: str = "",
+    ) -> None:
+        self.config = config
+        self.run = Path(run)
+        self.rank = int(os.environ.get("RANK", 0))
+        self.world = int(os.environ.get("WORLD_SIZE", 1))
+        self.device = _device(device)
+        if config.batch % self.world:
+            raise InputError(f"batch {config.batch} cannot be split over {self.world} processes")
+        if self.world > 1 and not dist.is_initialized():
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        if not resume and (self.run / CHECKPOINT).exists():
+            raise InputError(
+                f"{self.run / CHECKPOINT}: there is a run already; continue it by --resume or "
+                "give another folder by --run"
+            )
+        self.run.mkdir(parents=True, exist_ok=True)
+        self.bad: list[str] = []
+        self.train_scenes, self.held_out = _scenes(config, skip_bad, self._note_bad)
+        self.skip_bad = skip_bad
+
+        self.model = make_model(config).eval()  # batch norm stays frozen; nothing else differs
+        state = load_checkpoint(self.run) if resume else None
+        self.history: list[dict[str, Any]] = []
+        if init is not None and state is None:
+            earlier = load_checkpoint(init)
+            self.history = list(earlier["history"])
+            _load_weights(self.model, earlier["ema"], str(init))
+        self.model.to(self.device, memory_format=torch.channels_last)
+        self.step = 0
+        self.ema = Ema(self.model, config.ema)
+        self.stage = STAGE_CLASSES[config.stage](config, self.model)
+        groups = self.stage.parameter_groups()
+        self.optimizer = torch.optim.AdamW(groups, lr=0.0, weight_decay=config.weight_decay)
+        if state is not None:
+            self._restore(state)
+        if self.device.type == "cpu" and cpu_has_bfloat16():
+            accelerate(self.model)
+        network: nn.Module = self.stage.network
+        if config.compile:
+            network = torch.compile(network)
+        if self.world > 1:
+            network = DistributedDataParallel(network)
+        self.network = network
+        self.history.append(
+            {
+                "stage": config.stage,
+                "command": command,
+                "seed": config.seed,
+                "from_step": self.step,
+                "to_step": self.step,
+                "seconds": 0.0,
+                "hardware": hardware(self.device),
+                "processes": self.world,
+                "scenes": [scene.name for scene in self.train_scenes],
+                "config": asdict(config),
+            }
+        )
+        self._stop = False
+        self._skipped_in_a_row = 0
+
+    def _note_bad(self, line: str) -> None:
+        self.bad.append(line)
+        print(f"left out: {line}", file=sys.stderr)
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        if state["stage"] != self.config.stage:
+            raise InputError(
+                f"{self.run}: holds a run of stage '{state['stage']}', not '{self.config.stage}'"
+            )
+        _load_weights(self.model, state["model"], str(self.run))
+        _load_weights(self.ema.model, state["ema"], str(self.run))
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step = state["step"]
+        self.history = state["history"]
+        torch.set_rng_state(state["rng"])
+
+    def checkpoint(self) -> None:
+        """Write the run's state; only the first process does."""
+        if self.rank == 0:
+            save_checkpoint(
+                self.run / CHECKPOINT,
+                {
+                    "stage": self.config.stage,
+                    "step": self.step,
+                    "model": self.model.state_dict(),
+                    "ema": self.ema.model.state_dict(),
+                    "optimizer": self.optimizer.state_dict(),
+                    "rng": torch.get_rng_state(),
+                    "history": self.history,
+                },
+            )
+
+    def _loader(self, end: int) -> Iterator[dict[str, Any]]:
+        config = self.config
+        dataset = Numbered(self.stage.dataset(self.train_scenes, self.skip_bad))
+        return iter(
+            DataLoader(
+                dataset,
+                batch_sampler=StepSampler(self.step, end, config.batch, self.rank, self.world),
+                num_workers=config.workers,
+                worker_init_fn=_start_worker,
+                prefetch_factor=4 if config.workers else None,
+                multiprocessing_context="forkserver" if config.workers else None,
+                pin_memory=self.device.type == "cuda",
+            )
+        )
+
+    def rate(self, step: int) -> float:
+        """Share of the peak learning rate at a step."""
+        config = self.config
+        rise = min(1.0, (step + 1) / max(1, config.warmup_steps))
+        if config.schedule == "constant":
+            return rise
+        progress = min(1.0, step / config.steps)
+        return rise * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+    def train(self, stop_at: int | None = None, time_limit: float | None = None) -> int:
+        """Train until the last step, a signal, `stop_at` or `time_limit` minutes.
+
+        Returns:
+            the step reached; the checkpoint of it is written.
+        """
+        config = self.config
+        end = config.steps if stop_at is None else min(stop_at, config.steps)
+        started = time.monotonic()
+        before = self.history[-1]["seconds"]
+        log = _Log(self.run) if self.rank == 0 else None
+        validation = (
+            Validation(self.held_out, config.validation_pairs, tuple(config.size))
+            if self.rank == 0 and self.held_out and config.validation_pairs
+            else None
+        )
+        handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
+        bar = tqdm(total=end, initial=self.step, unit="step", disable=None if log else True)
+        try:
+            batches = self._loader(end)
+            while self.step < end and not self._stop:
+                if self._agree(
+                    time_limit is not None and time.monotonic() - started > 60 * time_limit
+                ):
+                    break
+                batch = _to_device(next(batches), self.device)
+                terms = self._one_step(batch, log)
+                self.step += 1
+                bar.update()
+                now = time.monotonic()
+                self.history[-1] |= {"to_step": self.step, "seconds": before + now - started}
+                if log and terms and self.step % config.log_every == 0:
+                    bar.set_postfix(loss=f"{terms['loss']:.3f}")
+                    log.scalars(self.step, terms | {"seconds": now - started})
+                if log and self.step % config.picture_every == 0:
+                    log.pictures(self.step, self.stage.pictures(self.ema.model, batch))
+                if validation and (self.step % config.validate_every == 0 or self.step == end):
+                    tested = time.monotonic()
+                    detector = config.stage == "detector"
+                    figures = validation(self.ema.model, detector=detector)
+                    figures["validation_seconds"] = time.monotonic() - tested
+                    log.validation(self.step, figures)
+                    line = ", ".join(f"{key} {value:.3f}" for key, value in figures.items())
+                    bar.write(f"step {self.step}: {line}")
+                if self.step % config.checkpoint_every == 0:
+                    self.checkpoint()
+            self.checkpoint()
+        finally:
+            bar.close()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            if log:
+                log.close()
+        return self.step
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._stop = True
+
+    def _agree(self, stop: bool) -> bool:
+        """Whether any process wants to stop; all of them must leave the loop together."""
+        if self.world == 1:
+            return stop or self._stop
+        flag = torch.tensor(float(stop or self._stop), device=self.device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        self._stop = bool(flag)
+        return self._stop
+
+    def _one_step(self, batch: dict[str, Any], log: _Log | None) -> dict[str, float] | None:
+        """One update; None if it was skipped for a loss or gradient that is not finite."""
+        config = self.config
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * self.rate(self.step)
+        cuda = self.device.type == "cuda"
+        with torch.autocast("cuda", torch.bfloat16) if cuda else nullcontext():
+            losses, terms = self.stage.losses(self.network, batch)
+        bad = ~losses.detach().isfinite()
+        if self._any(bad.any()):
+            self._skip([n for n, b in zip(batch["name"], bad.tolist(), strict=True) if b], log)
+            return None
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = losses.mean()
+        loss.backward()
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        norm = nn.utils.clip_grad_norm_(parameters, config.clip)
+        if not norm.isfinite():
+            self._skip(list(batch["name"]), log)
+            return None
+        self.optimizer.step()
+        self.ema.update(self.model, self.step)
+        self._skipped_in_a_row = 0
+        values = {"loss": loss.detach(), **terms, "gradient": norm}
+        if (self.step + 1) % config.log_every:
+            return None
+        return {name: float(self._mean(value)) for name, value in values.items()}
+
+    def _any(self, flag: torch.Tensor) -> bool:
+        if self.world == 1:
+            return bool(flag)
+        flag = flag.float()
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return bool(flag)
+
+    def _mean(self, value: torch.Tensor) -> torch.Tensor:
+        """Mean over the processes."""
+        if self.world == 1:
+            return value
+        value = value.detach().clone().float()
+        dist.all_reduce(value)
+        return value / self.world
+
+    def _skip(self, names: list[str], log: _Log | None) -> None:
+        self._skipped_in_a_row += 1
+        where = "; ".join(names) or "another process's pairs"
+        print(f"step {self.step}: loss or gradient not finite, skipped ({where})", file=sys.stderr)
+        if log:
+            log.row({"step": self.step, "skipped": names})
+        if self._skipped_in_a_row > MAX_SKIPPED_IN_A_ROW:
+            raise ScfeatError(
+                f"{MAX_SKIPPED_IN_A_ROW} steps in a row without a finite loss: the run has "
+                "diverged; resume it from an older checkpoint with a smaller lr"
+            )
+
+
+class _Log:
+    """TensorBoard files and a file of JSON lines."""
+
+    def __init__(self, run: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+        self.writer = SummaryWriter(str(run))
+        self.file = (run / LOG).open("a", encoding="utf-8")
+
+    def row(self, values: dict[str, Any]) -> None:
+        self.file.write(json.dumps(values) + "\n")
+        self.file.flush()
+
+    def scalars(self, step: int, values: dict[str, float], group: str = "train") -> None:
+        self.row({"step": step, group: {k: round(v, 5) for k, v in values.items()}})
+        for name, value in values.items():
+            self.writer.add_scalar(f"{group}/{name}", value, step)
+
+    def validation(self, step: int, values: dict[str, float]) -> None:
+        self.scalars(step, values, "validation")
+
+    def pictures(self, step: int, pictures: dict[str, np.ndarray]) -> None:
+        for name, picture in pictures.items():
+            self.writer.add_image(name, picture, step, dataformats="HWC")
+
+    def close(self) -> None:
+        self.writer.close()
+        self.file.close()
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def _scenes(config: TrainConfig, skip_bad: bool, on_bad: Any) -> tuple[list[Scene], list[Scene]]:
+    scenes = read_scenes(config.data, skip_bad, on_bad)
+    if config.scenes:
+        known = {scene.name for scene in scenes}
+        missing = [name for name in config.scenes if name not in known]
+        if missing:
+            raise InputError(f"{config.data}: has no scene '{missing[0]}'; it has {sorted(known)}")
+        scenes = [scene for scene in scenes if scene.name in config.scenes]
+    train, held_out = split_scenes(scenes)
+    if not train:
+        raise InputError(f"{config.data}: all scenes are held out for validation, none to train on")
+    return train, held_out
+
+
+def _load_weights(model: nn.Module, state: dict[str, torch.Tensor], where: str) -> None:
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+        raise InputError(f"{where}: weights of another network ({first})") from error
+
+
+def _to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    return {
+        key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+        for key, value in batch.items()
+    }

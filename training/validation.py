@@ -1,0 +1,134 @@
+"""Figures on held-out pairs while training: cheap, fixed, the same from run to run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from scfeat_ros.model.sampling import sample
+from scfeat_ros.model.scfeat import SCFeat
+from scfeat_training.datasets import (
+    HomographyPairs,
+    HomographyPairsConfig,
+    Scene,
+    photo_paths,
+    validation_pairs,
+)
+from scfeat_training.geometry import epipolar_distance, transform_points
+
+CORNERS = 500
+NEAR = 2.0
+"""Threshold on the epipolar distance, pixels."""
+
+
+def corners(image: torch.Tensor) -> torch.Tensor:
+    """Shi-Tomasi corners (N, 2) float32 of a (3, H, W) uint8 image, at most `CORNERS`."""
+    grey = cv2.cvtColor(image.permute(1, 2, 0).contiguous().numpy(), cv2.COLOR_RGB2GRAY)
+    found = cv2.goodFeaturesToTrack(grey, CORNERS, 0.005, 4)
+    return torch.zeros(0, 2) if found is None else torch.from_numpy(found[:, 0])
+
+
+def strongest(scores: torch.Tensor, count: int, radius: int = 1, border: int = 2) -> torch.Tensor:
+    """Places (N, 2) of the `count` largest local maxima of an (H, W) score map."""
+    window = 2 * radius + 1
+    largest = F.max_pool2d(scores[None, None], window, 1, radius)[0, 0]
+    kept = torch.where(scores == largest, scores, scores.new_zeros(()))
+    inner = torch.zeros_like(kept)
+    inner[border:-border, border:-border] = kept[border:-border, border:-border]
+    values, places = inner.flatten().topk(min(count, inner.numel()))
+    places = places[values > 0]
+    width = scores.shape[1]
+    return torch.stack([places % width, places // width], dim=1).float()
+
+
+def mutual_matches(first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Indices of mutual nearest neighbours between unit-norm (N, D) and (M, D)."""
+    if not len(first) or not len(second):
+        nothing = torch.zeros(0, dtype=torch.long)
+        return nothing, nothing
+    similarity = first @ second.T
+    forward, back = similarity.argmax(1), similarity.argmax(0)
+    mutual = back[forward] == torch.arange(len(first))
+    return mutual.nonzero()[:, 0], forward[mutual]
+
+
+class Validation:
+    """A fixed set of pairs from scenes that are not trained on.
+
+    Args:
+        scenes: held-out scenes (`split_scenes` gives them).
+        count: homography pairs, and as many posed pairs.
+        size: (width, height) of the crops.
+    """
+
+    def __init__(self, scenes: Sequence[Scene], count: int, size: tuple[int, int]) -> None:
+        config = HomographyPairsConfig(
+            size=size, length=count, seed=10_000, rotation=(30.0, 30.0), scale=(0.6, 1.6)
+        )
+        homographies = HomographyPairs(photo_paths(scenes), config)
+        posed = validation_pairs(scenes, count, size)
+        self.pairs: list[dict[str, Any]] = [
+            pairs[i] for pairs in (homographies, posed) for i in range(count)
+        ]
+
+    @torch.inference_mode()
+    def __call__(self, model: SCFeat, keypoints: int = 500, detector: bool = True) -> dict:
+        """Evaluate a network (in evaluation mode).
+
+        Returns:
+            Means over the pairs. mma1, mma3: share of mutual matches within 1 and 3 px of the
+            true place under a homography; line: share within `NEAR` px of the epipolar line
+            of a posed pair; matches: mutual matches a pair; found: matches within 3 px a pair.
+            Each at Shi-Tomasi corners for descriptors before (`corner`) and after (`bridged`)
+            the bridge, and with `detector` at the network's own keypoints (`own`).
+        """
+        device = next(model.parameters()).device
+        figures: dict[str, list[float]] = {}
+
+        def note(name: str, value: float) -> None:
+            figures.setdefault(name, []).append(value)
+
+        for pair in self.pairs:
+            images = torch.stack([pair["image1"], pair["image2"]])
+            batch = images.to(device).float().div(255).contiguous(memory_format=torch.channels_last)
+            description = model.describe(batch)
+            at_corners = [corners(image) for image in images]
+            variants = [
+                ("corner", description.descriptors, at_corners),
+                ("bridged", description.bridged, at_corners),
+            ]
+            if detector:
+                scores = model.detect(batch, description)[:, 0].cpu()
+                own = [strongest(scores[i], keypoints) for i in range(2)]
+                variants.append(("own", description.descriptors, own))
+            for name, maps, points in variants:
+                found = [
+                    F.normalize(sample(maps[i : i + 1], points[i][None].to(device))[0], dim=1)
+                    for i in range(2)
+                ]
+                first, second = mutual_matches(found[0].cpu(), found[1].cpu())
+                matched1 = points[0][first].double().numpy()
+                matched2 = points[1][second].double().numpy()
+                kind = "h" if "H" in pair else "p"
+                note(f"{name}/{kind}_matches", len(matched1))
+                if kind == "h":
+                    true = transform_points(pair["H"].double().numpy(), matched1)
+                    error = np.linalg.norm(true - matched2, axis=1)
+                    for threshold in (1, 3):
+                        note(f"{name}/mma{threshold}", _share(error, threshold))
+                    note(f"{name}/found", float((error < 3).sum()))
+                else:
+                    fundamental = pair["F"].double().numpy()
+                    forward = epipolar_distance(fundamental, matched1, matched2)
+                    back = epipolar_distance(fundamental.T, matched2, matched1)
+                    note(f"{name}/line", _share(np.maximum(forward, back), NEAR))
+        return {name: float(np.mean(values)) for name, values in figures.items()}
+
+
+def _share(errors: np.ndarray, threshold: float) -> float:
+    return float((errors < threshold).mean()) if len(errors) else 0.0
