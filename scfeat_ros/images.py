@@ -113,6 +113,9 @@ def decode(data: np.ndarray, name: str) -> np.ndarray:
     Raises:
         UnreadableImageError: no image, or a damaged one.
     """
+    if data[:2].tobytes() == b"\xff\xd8" and b"\xff\xd9" not in data[-4096:].tobytes():
+        # OpenCV would give a picture that is grey from there on
+        raise UnreadableImageError(f"{name} is cut off after {len(data)} bytes")
     try:
         image = cv2.imdecode(data, _DECODE_FLAGS) if len(data) else None
     except cv2.error as error:

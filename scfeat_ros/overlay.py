@@ -50,7 +50,7 @@ class Overlay:
             (H, W, 3) uint8 RGB. Grey rings are new keypoints; tracks go from blue (young) to
             red (30 frames and older).
         """
-        trails = self._extend(result)
+        trails = self.follow(result)
         canvas = cv2.cvtColor(image, cv2.COLOR_GRAY2RGB) if image.ndim == 2 else image.copy()
         canvas = np.ascontiguousarray(canvas)
         scale = max(1.0, max(canvas.shape[:2]) / 1000)
@@ -65,8 +65,12 @@ class Overlay:
             _draw_rings(canvas, result.features.keypoints[chosen], colour, 3 * scale, thickness)
         return canvas
 
-    def _extend(self, result: FrameResult) -> np.ndarray:
-        """(N, TRAIL_LENGTH, 2) positions of every keypoint's track, the newest first."""
+    def follow(self, result: FrameResult) -> np.ndarray:
+        """Take over a frame's tracks without drawing; `draw` does it by itself.
+
+        Returns:
+            (N, TRAIL_LENGTH, 2) positions of every keypoint's track, the newest first.
+        """
         keypoints = result.features.keypoints
         trails = np.repeat(keypoints[:, None], TRAIL_LENGTH, axis=1)
         if result.reset is None:

@@ -1,0 +1,129 @@
+"""Poses of the camera over time, and the share of matches that agree with them."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from scfeat_ros.camera import Camera
+
+POSE_TYPES = ("geometry_msgs/msg/PoseStamped", "nav_msgs/msg/Odometry")
+DEFAULT_TOPIC = "/ground_truth/pose"
+RIGHT_WITHIN = 2.0
+"""A match is right within this distance of the true epipolar lines in both images, pixels."""
+_REMEMBERED = 1000
+_LONGEST_GAP = 200_000_000  # between two poses to interpolate, nanoseconds
+_NEAREST = 1_000_000  # a single pose counts for an image this near, nanoseconds
+
+
+@dataclass(frozen=True)
+class Pose:
+    """Pose of the camera's optical frame in the world: x_world = R x_camera + position."""
+
+    R: np.ndarray
+    position: np.ndarray
+
+
+class PoseTrack:
+    """The latest poses of a topic, for the pose at the time of an image."""
+
+    def __init__(self) -> None:
+        self._poses: deque[tuple[int, np.ndarray, np.ndarray]] = deque(maxlen=_REMEMBERED)
+
+    def add(self, stamp: int, message: Any) -> None:
+        """Take over a geometry_msgs/PoseStamped or nav_msgs/Odometry.
+
+        A pose that is not finite or whose quaternion is zero is left out, and so is one that
+        is older than the last.
+        """
+        pose = message.pose.pose if hasattr(message.pose, "pose") else message.pose
+        p, q = pose.position, pose.orientation
+        position = np.array([p.x, p.y, p.z], np.float64)
+        quaternion = np.array([q.x, q.y, q.z, q.w], np.float64)
+        norm = np.linalg.norm(quaternion)
+        if not np.isfinite(position).all() or not np.isfinite(norm) or norm < 1e-6:
+            return
+        if self._poses and stamp <= self._poses[-1][0]:
+            return
+        self._poses.append((stamp, position, quaternion / norm))
+
+    def covers(self, stamp: int) -> bool:
+        """Whether a pose at or after this time has come."""
+        return bool(self._poses) and self._poses[-1][0] >= stamp
+
+    def at(self, stamp: int) -> Pose | None:
+        """The pose at a time, between its two neighbours; None where there are none near."""
+        after = next((i for i, pose in enumerate(self._poses) if pose[0] >= stamp), None)
+        if after is None:
+            candidates = [self._poses[-1]] if self._poses else []
+        elif self._poses[after][0] == stamp or after == 0:
+            candidates = [self._poses[after]]
+        else:
+            (t0, p0, q0), (t1, p1, q1) = self._poses[after - 1], self._poses[after]
+            if t1 - t0 <= _LONGEST_GAP:
+                weight = (stamp - t0) / (t1 - t0)
+                return Pose(_rotation(_slerp(q0, q1, weight)), (1 - weight) * p0 + weight * p1)
+            candidates = [self._poses[after - 1], self._poses[after]]
+        for time, position, quaternion in candidates:
+            if abs(time - stamp) <= _NEAREST:
+                return Pose(_rotation(quaternion), position)
+        return None
+
+
+def _slerp(a: np.ndarray, b: np.ndarray, weight: float) -> np.ndarray:
+    """Unit quaternion on the shorter arc from a to b."""
+    cosine = float(a @ b)
+    if cosine < 0:
+        b, cosine = -b, -cosine
+    angle = np.arccos(min(cosine, 1.0))
+    if angle < 1e-6:
+        return b
+    return (np.sin((1 - weight) * angle) * a + np.sin(weight * angle) * b) / np.sin(angle)
+
+
+def _rotation(quaternion: np.ndarray) -> np.ndarray:
+    """(3, 3) rotation of a unit quaternion x, y, z, w."""
+    x, y, z, w = quaternion
+    return np.array(
+        [
+            [1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)],
+            [2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w)],
+            [2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y)],
+        ]
+    )
+
+
+def right_matches(
+    camera: Camera, first: Pose, second: Pose, points1: np.ndarray, points2: np.ndarray
+) -> np.ndarray | None:
+    """Which correspondences lie on each other's true epipolar lines.
+
+    Args:
+        camera: of both images; lens distortion is taken out first.
+        first, second: poses of the camera at the two images.
+        points1, points2: (M, 2) pixels.
+
+    Returns:
+        (M,) bool: distance of at most `RIGHT_WITHIN` px in both images; None where the camera
+        has not moved, since a mere rotation has no epipolar lines.
+    """
+    R = second.R.T @ first.R
+    t = second.R.T @ (first.position - second.position)
+    baseline = np.linalg.norm(t)
+    if baseline < 1e-9 * max(1.0, np.linalg.norm(first.position)):
+        return None
+    x, y, z = t / baseline
+    E = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]]) @ R
+    # distances in pixels of the undistorted image with the same K
+    pixels1 = camera.bearings(points1).astype(np.float64) @ camera.K.T
+    pixels2 = camera.bearings(points2).astype(np.float64) @ camera.K.T
+    K_inverse = np.linalg.inv(camera.K)
+    F = K_inverse.T @ E @ K_inverse
+    lines2, lines1 = pixels1 @ F.T, pixels2 @ F
+    algebraic = np.abs((pixels2 * lines2).sum(axis=1))
+    scale = np.minimum(np.linalg.norm(lines1[:, :2], axis=1), np.linalg.norm(lines2[:, :2], axis=1))
+    # NaN, where the lens model has no inverse, is not right
+    return algebraic <= RIGHT_WITHIN * scale

@@ -1,0 +1,335 @@
+"""The offline tool: bag, video or image folder -> output bag, overlay video, report."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from scfeat_ros import __version__
+from scfeat_ros.errors import InputError
+from scfeat_ros.extractor import Extractor
+from scfeat_ros.feature_bag import FeatureBagWriter
+from scfeat_ros.features import FrameResult
+from scfeat_ros.frontend import FrontEnd
+from scfeat_ros.ground_truth import RIGHT_WITHIN, right_matches
+from scfeat_ros.matcher import epipolar_inliers
+from scfeat_ros.overlay import Overlay
+from scfeat_ros.parameters import MatcherOptions
+from scfeat_ros.pipeline import background
+from scfeat_ros.recovery import RawMessage
+from scfeat_ros.report import SampleFrames, render
+from scfeat_ros.run_statistics import RunStatistics
+from scfeat_ros.sources import Frame, Source
+from scfeat_ros.staging import SUMMARY, check_apart, check_output, staged_folder
+from scfeat_ros.video import VideoWriter, require_av
+
+BAG, REPORT = "features", "report/index.html"
+"""Names in the output folder, beside the summary and the video."""
+INLIER_THRESHOLD = 1.0
+"""Of the epipolar inlier ratio in the report, pixels."""
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """What is written besides features, matches, report and summary.
+
+    Attributes:
+        video: name of the overlay video in the output folder (.mp4), None for none.
+        overlay: whether the output bag carries the overlay pictures.
+        passthrough: whether the output bag carries the input's messages.
+        descriptor_type: of the features in the bag, "float32" or "int8".
+        overwrite: whether an earlier output may be replaced.
+    """
+
+    video: str | None = None
+    overlay: bool = False
+    passthrough: bool = False
+    descriptor_type: str = "float32"
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        name = self.video
+        if name is not None and (Path(name).name != name or not name.endswith(".mp4")):
+            raise InputError(
+                f"--video {name}: give the name of an .mp4 file, it is put into the output folder "
+                "(the input comes before --video)"
+            )
+
+
+def run(
+    source: Source,
+    extractor: Extractor,
+    output: Path,
+    matching: MatcherOptions | None = None,
+    options: OutputOptions | None = None,
+    mask: np.ndarray | None = None,
+    model_name: str = "",
+    progress: bool | None = None,
+) -> dict[str, Any]:
+    """Process a source and write the output folder.
+
+    Reading and decoding, the network, and writing run on three threads with short queues in
+    between, so that memory does not depend on the length of the input.
+
+    Args:
+        source: where frames come from; it is closed at the end.
+        extractor: of the front end.
+        output: the folder to make.
+        matching: how frames are matched, None for the defaults.
+        options: what to write, None for the defaults.
+        mask: (H, W), non-zero where keypoints are wanted.
+        model_name: for the report.
+        progress: whether to show a progress bar, None for "on a terminal".
+
+    Returns:
+        The content of summary.json.
+
+    Raises:
+        OutputExistsError: see `staging.staged_folder`.
+        InputError: the source has not a single frame that can be used.
+    """
+    matching = matching or MatcherOptions()
+    options = options or OutputOptions()
+    with ExitStack() as stack:
+        stack.callback(source.close)
+        check_output(Path(output), options.overwrite)
+        check_apart(output, source.description["path"])
+        if options.video:
+            require_av()
+        front_end = FrontEnd(
+            extractor,
+            ratio=matching.ratio or None,
+            min_similarity=matching.min_similarity,
+            epipolar_threshold=matching.epipolar_threshold or None,
+            max_gap=matching.max_gap,
+        )
+        folder = stack.enter_context(staged_folder(output, options.overwrite))
+        writer = _Writer(folder, options, source)
+        began = time.perf_counter()
+        try:
+            frames = stack.enter_context(background(source.frames()))
+            results = stack.enter_context(background(_process(frames, front_end, mask)))
+            bar = stack.enter_context(
+                tqdm(
+                    total=len(source) or None,
+                    unit=" frames",
+                    disable=None if progress is None else not progress,
+                    file=sys.stderr,
+                )
+            )
+            for item in results:
+                if isinstance(item, RawMessage):
+                    writer.pass_through(item)
+                else:
+                    writer.write(*item)
+                    bar.update()
+        except BaseException:
+            writer.abort()
+            raise
+        if writer.statistics.frames == 0:
+            writer.abort()
+            raise InputError(_no_frames(source))
+        seconds = time.perf_counter() - began
+        settings = asdict(extractor.options) | asdict(matching) | asdict(options)
+        model = {
+            "name": model_name or extractor.model.config.name,
+            "architecture": extractor.model.config.name,
+            "descriptor_dim": extractor.descriptor_dim,
+            "device": str(extractor.device),
+        }
+        return writer.finish(seconds, model, settings)
+
+
+def _process(
+    items: Iterable[Frame | RawMessage], front_end: FrontEnd, mask: np.ndarray | None
+) -> Generator[tuple[Frame, FrameResult] | RawMessage, None, None]:
+    for item in items:
+        if isinstance(item, RawMessage):
+            yield item
+            continue
+        if mask is not None and mask.shape != item.image.shape[:2]:
+            raise InputError(
+                f"the mask is {mask.shape[1]}x{mask.shape[0]} pixels, the images are "
+                f"{item.image.shape[1]}x{item.image.shape[0]}"
+            )
+        yield item, front_end.process(item.image, item.stamp, item.frame_id, mask)
+
+
+def _no_frames(source: Source) -> str:
+    account = source.account
+    reasons = [f"{count} x {reason}" for reason, count in account.skipped.items()]
+    reasons += account.damage.places[:2]
+    return f"{source.description['path']}: not a single frame could be read" + (
+        f" ({'; '.join(reasons)})" if reasons else "; is the time range empty?"
+    )
+
+
+class _Writer:
+    """Everything that is written of a run."""
+
+    def __init__(self, folder: Path, options: OutputOptions, source: Source) -> None:
+        self.folder = folder
+        self.options = options
+        self.source = source
+        self.statistics = RunStatistics()
+        self._bag = FeatureBagWriter(folder / BAG, options.descriptor_type, options.overlay)
+        self._video: VideoWriter | None = None
+        self._overlay = Overlay()
+        self._samples = SampleFrames()
+        self._previous: Frame | None = None
+
+    def pass_through(self, message: RawMessage) -> None:
+        self._bag.write_input(message, self.source.reader)
+
+    def write(self, frame: Frame, result: FrameResult) -> None:
+        began = time.perf_counter()
+        inliers = right = None
+        if result.reset is None:
+            points = result.features.keypoints[result.matches.indices[:, 1]]
+            inliers, _ = epipolar_inliers(result.previous_keypoints, points, INLIER_THRESHOLD)
+            right = self._judge(frame, result.previous_keypoints, points)
+        bearings = frame.camera.bearings(result.features.keypoints) if frame.camera else None
+        self._bag.write(result, bearings, frame.time)
+        self._draw(frame, result, inliers)
+        self._previous = frame
+        timings = result.timings | {
+            "decode": frame.decode_seconds,
+            "output": time.perf_counter() - began,
+        }
+        self.statistics.add(result, inliers, right, timings)
+
+    def _judge(self, frame: Frame, before: np.ndarray, now: np.ndarray) -> np.ndarray | None:
+        """Which matches are right by the recorded poses; None where they do not say."""
+        previous = self._previous
+        if frame.camera is None or frame.pose is None or previous.pose is None:
+            return None
+        return right_matches(frame.camera, previous.pose, frame.pose, before, now)
+
+    def _draw(self, frame: Frame, result: FrameResult, inliers: np.ndarray | None) -> None:
+        """The overlay, where the video, the bag or the report wants it."""
+        sample = self._samples.wants_next()
+        if not (sample or self.options.video or self.options.overlay):
+            self._overlay.follow(result)
+            self._samples.skip()
+            return
+        picture = self._overlay.draw(frame.image, result)
+        if self.options.video:
+            if self._video is None:
+                self._video = VideoWriter(self.folder / self.options.video, picture.shape[1::-1])
+            self._video.write(picture, result.stamp)
+        if self.options.overlay:
+            self._bag.write_overlay(picture, result, frame.time)
+        if sample:
+            caption = f"{frame.name}: {len(result.features)} keypoints"
+            if result.reset is None:
+                caption += f", {len(result.matches)} matches, {int(inliers.sum())} inliers"
+            self._samples.add(picture, caption)
+        else:
+            self._samples.skip()
+
+    def finish(
+        self, seconds: float, model: dict[str, Any], settings: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Close all files, write report and summary, return the summary."""
+        self._bag.close()
+        if self._video is not None:
+            self._video.close()
+        self.statistics.finish()
+        account = self.source.account
+        for topic, reason in self._bag.not_passed.items():
+            account.warn(f"{topic} was not passed through: {reason}")
+        figures = self.statistics.summary()
+        summary = {
+            "version": __version__,
+            "input": self.source.description,
+            "model": model,
+            "options": settings,
+            **figures,
+            "duration_s": (self.statistics.last_stamp - self.statistics.first_stamp) * 1e-9,
+            "processing_s": round(seconds, 3),
+            "frames_per_second": round(self.statistics.frames / seconds, 3),
+            "peak_memory_mib": _peak_memory(),
+            "thresholds_px": {
+                "epipolar_inlier": INLIER_THRESHOLD,
+                "right_by_ground_truth": RIGHT_WITHIN,
+            },
+            "frames_skipped": dict(account.skipped),
+            "damage": asdict(account.damage),
+            "warnings": account.warnings,
+            "damaged": account.is_damaged,
+        }
+        page = self.folder / REPORT
+        page.parent.mkdir()
+        title = f"SCFeat on {Path(self.source.description['path']).name}"
+        page.write_text(
+            render(title, summary, self.statistics, self._samples.chosen()), encoding="utf-8"
+        )
+        # the last file: the mark of a complete output
+        (self.folder / SUMMARY).write_text(
+            json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8"
+        )
+        return summary
+
+    def abort(self) -> None:
+        """Close all files; the folder goes away."""
+        self._bag.abort()
+        if self._video is not None:
+            self._video.close()
+
+
+def _peak_memory() -> float | None:
+    """Largest resident memory of this process in MiB, None where the system does not say."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)
+
+
+def figures_text(summary: dict[str, Any], output: Path) -> str:
+    """The figures and places of a finished run, for a terminal."""
+
+    def rows() -> Iterator[tuple[str, str]]:
+        yield "frames", f"{summary['frames']}, {summary['frames_per_second']:.1f} per second"
+        for key, name in (
+            ("keypoints_per_frame", "keypoints per frame"),
+            ("matches_per_frame", "matches per frame"),
+        ):
+            if summary[key]:
+                yield name, f"{summary[key]['mean']:.0f}"
+        if summary["epipolar_inlier_ratio"]:
+            ratio = summary["epipolar_inlier_ratio"]["mean"]
+            yield "fit one epipolar geometry", f"{100 * ratio:.1f} %"
+        if summary["ground_truth"]:
+            share = summary["ground_truth"]["share"]
+            yield "right by ground truth", f"{100 * share:.1f} % (within {RIGHT_WITHIN:g} px)"
+        if summary["tracks"]:
+            yield "track length", f"{summary['tracks']['mean_length']:.1f} frames (mean)"
+        for reason, count in summary["frames_skipped"].items():
+            yield "skipped", f"{count} x {reason}"
+        damage = summary["damage"]
+        if damage["places"]:
+            yield "lost", f"{damage['bytes_lost']} bytes, {damage['messages_lost']} messages"
+            for place in damage["places"]:
+                yield "", place
+        for warning in summary["warnings"]:
+            yield "note", warning
+        yield "output bag", str(output / BAG)
+        if summary["options"]["video"]:
+            yield "overlay video", str(output / summary["options"]["video"])
+        yield "report", str(output / REPORT)
+        yield "summary", str(output / SUMMARY)
+
+    lines = list(rows())
+    width = max(len(name) for name, _ in lines)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)

@@ -1,0 +1,78 @@
+"""Stages that overlap: run a generator on a thread of its own."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+T = TypeVar("T")
+
+_POLL = 0.1  # seconds between looks at the stop flag
+
+
+class _End:
+    """Closes a queue; carries what the iterable raised."""
+
+    def __init__(self, error: BaseException | None) -> None:
+        self.error = error
+
+
+@contextmanager
+def background(items: Iterable[T], depth: int = 4) -> Generator[Iterator[T], None, None]:
+    """Iterate on a thread, at most `depth` items ahead of who reads.
+
+    Several of these in a row make a pipeline whose stages work at the same time (decoding, the
+    network and encoding release Python's lock), whose order is kept, and whose memory is bounded.
+
+    Args:
+        items: what to iterate; a generator is closed on the thread that runs it.
+        depth: items that may wait.
+
+    Yields:
+        An iterator over the same items. What the iterable raises comes out of it. When the
+        context ends, the thread stops after the item that it works at.
+    """
+    waiting: queue.Queue[T | _End] = queue.Queue(depth)
+    stop = threading.Event()
+
+    def put(item: T | _End) -> bool:
+        while not stop.is_set():
+            try:
+                waiting.put(item, timeout=_POLL)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def run() -> None:
+        error = None
+        try:
+            for item in items:
+                if not put(item):
+                    break
+        except BaseException as raised:
+            error = raised
+        finally:
+            if isinstance(items, Generator):
+                items.close()
+        put(_End(error))
+
+    def read() -> Iterator[T]:
+        while True:
+            item = waiting.get()
+            if isinstance(item, _End):
+                if item.error is not None:
+                    raise item.error
+                return
+            yield item
+
+    thread = threading.Thread(target=run, daemon=True, name="scfeat-stage")
+    thread.start()
+    try:
+        yield read()
+    finally:
+        stop.set()
+        thread.join()

@@ -1,0 +1,485 @@
+"""Where frames come from: a bag, a folder of images, a video."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import Counter, deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from scfeat_ros.bags import CAMERA_INFO, BagReader, UnreadableMessageError
+from scfeat_ros.camera import Camera
+from scfeat_ros.errors import InputError
+from scfeat_ros.ground_truth import DEFAULT_TOPIC, POSE_TYPES, Pose, PoseTrack
+from scfeat_ros.images import UnknownEncodingError, UnreadableImageError, from_message, read_file
+from scfeat_ros.messages import stamp_to_nanoseconds
+from scfeat_ros.recovery import Damage, RawMessage
+from scfeat_ros.video import VIDEO_SUFFIXES, count_frames, read_video, require_av
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".pgm", ".ppm")
+_GIVE_UP_AFTER = 3  # images of an unknown encoding, where none could be read
+_PATIENCE = 20  # images that wait for a later CameraInfo or pose
+
+
+@dataclass
+class Frame:
+    """One image on its way through the tool.
+
+    Attributes:
+        image: (H, W, 3) uint8 RGB or (H, W) uint8 grey.
+        stamp: when it was taken, nanoseconds.
+        frame_id: the camera's optical frame.
+        time: when it was recorded, nanoseconds; the time of the output messages.
+        name: for a person.
+        camera: calibration, None where not known.
+        pose: of the camera in the world, None where not known.
+        decode_seconds: how long reading and decoding took.
+    """
+
+    image: np.ndarray
+    stamp: int
+    frame_id: str
+    time: int
+    name: str
+    camera: Camera | None = None
+    pose: Pose | None = None
+    decode_seconds: float = 0.0
+
+
+@dataclass
+class Account:
+    """What went wrong while a source was read, without stopping it.
+
+    Attributes:
+        damage: lost parts of the input.
+        skipped: reason -> number of frames that could not be used.
+        warnings: for the user, each once.
+    """
+
+    damage: Damage = field(default_factory=Damage)
+    skipped: Counter[str] = field(default_factory=Counter)
+    warnings: list[str] = field(default_factory=list)
+
+    def warn(self, text: str) -> None:
+        if text not in self.warnings:
+            self.warnings.append(text)
+
+    @property
+    def is_damaged(self) -> bool:
+        """Whether something of the input was lost."""
+        return bool(self.damage) or bool(self.skipped)
+
+
+class Source(Protocol):
+    """Gives frames in order.
+
+    Attributes:
+        description: what is read, for the report.
+        account: what went wrong; complete after the last frame.
+    """
+
+    description: dict[str, Any]
+    account: Account
+
+    def __len__(self) -> int:
+        """Expected number of frames, 0 where not known."""
+
+    def frames(self) -> Iterator[Frame | RawMessage]:
+        """Frames; and, from a bag whose input is passed through, its messages in between."""
+
+    def close(self) -> None: ...
+
+
+@dataclass
+class _Waiting:
+    """An image message that waits for its CameraInfo and pose."""
+
+    message: RawMessage
+    content: Any
+    stamp: int
+    seconds: float
+
+
+class BagSource:
+    """Frames of an image topic of a bag, with calibration and poses.
+
+    Args:
+        path: the bag.
+        topic: image topic; None takes the only one.
+        camera_info: CameraInfo topic; None takes that beside the image topic, or the only one.
+        poses: topic with the camera's pose; None takes /ground_truth/pose where it is there.
+        every: use every n-th image.
+        start: seconds to leave out at the beginning.
+        duration: seconds to use, None for all.
+        passthrough: whether to give all messages, too.
+
+    Raises:
+        InputError: no bag, or no such topic; the text lists the candidates.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        topic: str | None = None,
+        camera_info: str | None = None,
+        poses: str | None = None,
+        every: int = 1,
+        start: float = 0.0,
+        duration: float | None = None,
+        passthrough: bool = False,
+    ) -> None:
+        if every < 1:
+            raise InputError(f"--every must be at least 1, got {every}")
+        if start < 0 or (duration is not None and duration <= 0):
+            raise InputError("--start must not be negative and --duration must be positive")
+        self.reader = BagReader(path)
+        self.account = Account(damage=self.reader.damage)
+        self.every, self.start, self.duration = every, start, duration
+        self.passthrough = passthrough
+        self._decoded = False
+        try:
+            self.topic = self._image_topic(topic)
+            self.camera_info = self._camera_info_topic(camera_info)
+            self.poses = self._pose_topic(poses)
+        except InputError:
+            self.close()
+            raise
+        self.description = {
+            "path": str(path),
+            "image_topic": self.topic,
+            "camera_info_topic": self.camera_info,
+            "pose_topic": self.poses,
+            "every": every,
+            "start_s": start,
+            "duration_s": duration,
+        }
+
+    def __len__(self) -> int:
+        count = self.reader.topics[self.topic].count
+        if count is None or self.start or self.duration is not None:
+            return 0
+        return -(-count // self.every)
+
+    def close(self) -> None:
+        self.reader.__exit__()
+
+    def _image_topic(self, asked: str | None) -> str:
+        images = self.reader.image_topics
+        listing = ", ".join(
+            f"{t.name} ({t.type.split('/')[-1]}" + (f", {t.count})" if t.count else ")")
+            for t in images
+        )
+        if asked is not None:
+            if any(t.name == asked for t in images):
+                return asked
+            known = self.reader.topics.get(asked)
+            problem = f"is of type {known.type}, not an image" if known else "is not in the bag"
+            raise InputError(
+                f"{self.reader.path}: topic {asked} {problem}; image topics: {listing or 'none'}"
+            )
+        if not images:
+            others = ", ".join(self.reader.topics) or "none"
+            lost = f"; {self.reader.damage.places[0]}" if self.reader.damage else ""
+            raise InputError(
+                f"{self.reader.path}: the bag has no image topic (topics: {others}){lost}"
+            )
+        if len(images) > 1:
+            raise InputError(
+                f"{self.reader.path}: the bag has several image topics, choose one with --topic: "
+                f"{listing}"
+            )
+        return images[0].name
+
+    def _camera_info_topic(self, asked: str | None) -> str | None:
+        known = [t.name for t in self.reader.topics.values() if t.type == CAMERA_INFO]
+        if asked is not None:
+            if asked not in known:
+                raise InputError(
+                    f"{self.reader.path}: no CameraInfo topic {asked}; there are: "
+                    f"{', '.join(known) or 'none'}"
+                )
+            return asked
+        namespace = self.topic.removesuffix("/compressed")
+        while "/" in namespace:
+            namespace = namespace.rpartition("/")[0]
+            if f"{namespace}/camera_info" in known:
+                return f"{namespace}/camera_info"
+        return known[0] if len(known) == 1 and len(self.reader.image_topics) == 1 else None
+
+    def _pose_topic(self, asked: str | None) -> str | None:
+        known = [t.name for t in self.reader.topics.values() if t.type in POSE_TYPES]
+        if asked is not None and asked not in known:
+            raise InputError(
+                f"{self.reader.path}: no pose topic {asked} (PoseStamped or Odometry); there are: "
+                f"{', '.join(known) or 'none'}"
+            )
+        return asked or (DEFAULT_TOPIC if DEFAULT_TOPIC in known else None)
+
+    def frames(self) -> Iterator[Frame | RawMessage]:
+        calibration = _Calibration(self.account) if self.camera_info else None
+        track = PoseTrack() if self.poses else None
+        waiting: deque[_Waiting] = deque()
+        images = 0
+        began = time.perf_counter()
+        for message in self._messages():
+            seconds = time.perf_counter() - began
+            if self.passthrough:
+                yield message
+            if message.topic == self.topic:
+                images += 1
+                if (images - 1) % self.every == 0:
+                    content = self._decode(message)
+                    if content is not None:
+                        stamp = self._stamp(message, content)
+                        waiting.append(_Waiting(message, content, stamp, seconds))
+            elif message.topic == self.camera_info:
+                content = self._decode(message)
+                if content is not None:
+                    calibration.update(content)
+            elif message.topic == self.poses:
+                content = self._decode(message)
+                if content is not None:
+                    track.add(self._stamp(message, content), content)
+            while waiting and (
+                len(waiting) > _PATIENCE
+                or (
+                    (calibration is None or calibration.received)
+                    and (track is None or track.covers(waiting[0].stamp))
+                )
+            ):
+                yield from self._frame(waiting.popleft(), calibration, track)
+            began = time.perf_counter()
+        while waiting:
+            yield from self._frame(waiting.popleft(), calibration, track)
+        if calibration is not None and not calibration.received:
+            self.account.warn(f"no usable message on {self.camera_info}: bearings are NaN")
+
+    def _messages(self) -> Iterator[RawMessage]:
+        """Messages of the time range; without an index the first message begins it."""
+        wanted = {self.topic, self.camera_info, self.poses} - {None}
+        topics = None if self.passthrough else wanted
+        if not self.start and self.duration is None:
+            yield from self.reader.messages(topics)
+            return
+        first = self.reader.start_time
+        if first is not None:
+            yield from self.reader.messages(topics, *self._range(first))
+            return
+        for message in self.reader.messages(topics):
+            first = message.time if first is None else first
+            start, stop = self._range(first)
+            if message.time >= start and (stop is None or message.time < stop):
+                yield message
+
+    def _range(self, first: int) -> tuple[int, int | None]:
+        start = first + round(self.start * 1e9)
+        return start, None if self.duration is None else start + round(self.duration * 1e9)
+
+    def _decode(self, message: RawMessage) -> Any | None:
+        try:
+            return self.reader.decode(message)
+        except UnreadableMessageError as error:
+            if message.topic == self.topic:
+                self.account.skipped["message cannot be decoded"] += 1
+            else:
+                self.account.damage.add(str(error), len(message.data), 1)
+            return None
+
+    def _stamp(self, message: RawMessage, content: Any) -> int:
+        """Time in the header, or, where that is zero, of the recording."""
+        stamp = stamp_to_nanoseconds(content.header.stamp)
+        if stamp == 0:
+            self.account.warn(f"{message.topic} has no stamps: the times of the recording are used")
+            return message.time
+        return stamp
+
+    def _frame(
+        self, waiting: _Waiting, calibration: _Calibration | None, track: PoseTrack | None
+    ) -> Iterator[Frame]:
+        """The frame of an image message; nothing where it cannot be read."""
+        began = time.perf_counter()
+        try:
+            image = from_message(waiting.content)
+        except UnknownEncodingError as error:
+            # a name that occurs once in a while is damage
+            self.account.skipped[str(error)] += 1
+            if not self._decoded and self.account.skipped.total() >= _GIVE_UP_AFTER:
+                raise InputError(f"{self.topic}: {error}") from error
+            return
+        except UnreadableImageError:
+            self.account.skipped["image cannot be decoded"] += 1
+            return
+        self._decoded = True
+        camera = calibration.camera if calibration else None
+        if camera is not None and not camera.fits(image.shape[1::-1]):
+            self.account.warn(
+                f"{self.camera_info} is for {camera.image_size[0]}x{camera.image_size[1]} images, "
+                f"those on {self.topic} are {image.shape[1]}x{image.shape[0]}: bearings are NaN"
+            )
+            camera = None
+        seconds = waiting.seconds + time.perf_counter() - began
+        yield Frame(
+            image=image,
+            stamp=waiting.stamp,
+            frame_id=waiting.content.header.frame_id,
+            time=waiting.message.time,
+            name=f"{waiting.stamp * 1e-9:.3f} s",
+            camera=camera,
+            pose=track.at(waiting.stamp) if track else None,
+            decode_seconds=seconds,
+        )
+
+
+class _Calibration:
+    """The camera of the latest CameraInfo."""
+
+    def __init__(self, account: Account) -> None:
+        self.account = account
+        self.received = False
+        self.camera: Camera | None = None
+
+    def update(self, message: Any) -> None:
+        self.received = True
+        try:
+            self.camera = Camera.from_message(message)
+        except (InputError, ValueError) as error:
+            self.account.warn(f"{error}: bearings are NaN")
+            self.camera = None
+        else:
+            if self.camera is None:
+                self.account.warn("the camera is not calibrated (K is zero): bearings are NaN")
+
+
+class FolderSource:
+    """The images of a folder in natural order (img2 before img10).
+
+    Args:
+        path: the folder.
+        rate: frames per second that the stamps go by.
+        every: use every n-th image.
+
+    Raises:
+        InputError: the folder is not there or has no images.
+    """
+
+    def __init__(self, path: Path, rate: float = 10.0, every: int = 1) -> None:
+        if not 0 < rate < 1e9:
+            raise InputError(f"--rate must be positive, got {rate}")
+        if every < 1:
+            raise InputError(f"--every must be at least 1, got {every}")
+        self.files = list_images(path)[::every]
+        self.rate = rate
+        self.account = Account()
+        self.description = {"path": str(path), "rate_hz": rate, "every": every}
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def close(self) -> None:
+        pass
+
+    def frames(self) -> Iterator[Frame]:
+        for index, file in enumerate(self.files):
+            began = time.perf_counter()
+            try:
+                image = read_file(file)
+            except InputError as error:
+                self.account.skipped["image cannot be decoded"] += 1
+                self.account.damage.add(str(error), file.stat().st_size if file.exists() else 0, 1)
+                continue
+            stamp = round(index / self.rate * 1e9)
+            seconds = time.perf_counter() - began
+            yield Frame(image, stamp, "camera", stamp, file.name, decode_seconds=seconds)
+
+
+class VideoSource:
+    """The frames of a video.
+
+    Args:
+        path: the file.
+        every: use every n-th frame.
+
+    Raises:
+        InputError: the file is not there.
+        ScfeatError: PyAV is not installed.
+    """
+
+    def __init__(self, path: Path, every: int = 1) -> None:
+        require_av()
+        if every < 1:
+            raise InputError(f"--every must be at least 1, got {every}")
+        if not path.is_file():
+            raise InputError(f"{path}: no such file or folder")
+        self.path, self.every = path, every
+        self.account = Account()
+        self.description = {"path": str(path), "every": every}
+
+    def __len__(self) -> int:
+        return -(-(count_frames(self.path) or 0) // self.every)
+
+    def close(self) -> None:
+        pass
+
+    def frames(self) -> Iterator[Frame]:
+        decoded = read_video(self.path)
+        index = 0
+        while True:
+            began = time.perf_counter()
+            try:
+                image, stamp = next(decoded)
+            except StopIteration:
+                break
+            except InputError as error:
+                if index == 0:
+                    raise
+                self.account.damage.add(str(error))
+                break
+            if index % self.every == 0:
+                seconds = time.perf_counter() - began
+                name = f"frame {index}"
+                yield Frame(image, stamp, "camera", stamp, name, decode_seconds=seconds)
+            index += 1
+        expected = count_frames(self.path)
+        if expected and index < expected:
+            missing = expected - index
+            self.account.damage.add(
+                f"{self.path}: {missing} of {expected} frames are missing", lost_messages=missing
+            )
+
+
+def open_images(path: Path, rate: float = 10.0, every: int = 1) -> FolderSource | VideoSource:
+    """A folder of images or a video, whichever the path is."""
+    if path.is_dir():
+        return FolderSource(path, rate, every)
+    if path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES:
+        raise InputError(f"{path}: this is a single image; give its folder, or a video")
+    if path.is_file() and path.suffix.lower() not in VIDEO_SUFFIXES:
+        raise InputError(
+            f"{path}: neither a folder nor a video ({', '.join(VIDEO_SUFFIXES)}); for a bag use "
+            "`scfeat bag`"
+        )
+    return VideoSource(path, every)
+
+
+def list_images(folder: Path) -> list[Path]:
+    """The image files of a folder (not of folders in it) in natural order.
+
+    Raises:
+        InputError: the folder is not there or has no images.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder")
+    files = [f for f in folder.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES and f.name[0] != "."]
+    if not files:
+        raise InputError(f"{folder}: no images here ({', '.join(IMAGE_SUFFIXES)})")
+    return sorted(files, key=lambda f: _natural(f.name))
+
+
+def _natural(name: str) -> list[str | int]:
+    parts = re.split(r"(\d+)", name)
+    return [int(part) if index % 2 else part for index, part in enumerate(parts)]
