@@ -173,7 +173,5 @@ class Cache:
 def _load(file: Path, digest: str) -> Extracted:
     with np.load(file) as data:
         width, height = (int(v) for v in data["image_size"])
-        features = Features(
-            data["keypoints"], data["scores"], data["descriptors"], (width, height)
-        )
+        features = Features(data["keypoints"], data["scores"], data["descriptors"], (width, height))
         return Extracted(features, float(data["seconds"]), digest)

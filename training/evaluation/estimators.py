@@ -58,36 +58,66 @@ def estimate_pose_magsac(
     Args:
         first, second: (M, 2) matched pixels.
         K1, K2: (3, 3) intrinsics.
-        threshold: pixels; divided by the mean focal length of the two cameras.
+        threshold: pixels.
 
     Returns:
         None with fewer than 5 matches or where no pose fits.
     """
     if len(first) < 5:
         return None
+    undistorted = np.zeros(4)
+    try:
+        E, mask = cv2.findEssentialMat(
+            np.ascontiguousarray(first, np.float64),
+            np.ascontiguousarray(second, np.float64),
+            np.asarray(K1, np.float64),
+            np.asarray(K2, np.float64),
+            undistorted,
+            undistorted,
+            magsac_parameters(threshold),
+        )
+    except cv2.error:
+        return None
+    return _decompose(E, mask, normalize_points(K1, first), normalize_points(K2, second))
+
+
+def estimate_pose_magsac_1000(
+    first: np.ndarray, second: np.ndarray, K1: np.ndarray, K2: np.ndarray, threshold: float
+) -> RelativePose | None:
+    """OpenCV's call as most scripts make it: normalized points, at most 1,000 iterations.
+
+    It finds fewer poses than `estimate_pose_magsac`; it is here because many published tables were
+    made this way.
+    """
+    if len(first) < 5:
+        return None
     n1, n2 = normalize_points(K1, first), normalize_points(K2, second)
     focal = np.mean([K1[0, 0], K1[1, 1], K2[0, 0], K2[1, 1]])
-    identity, undistorted = np.eye(3), np.zeros(4)
     try:
         E, mask = cv2.findEssentialMat(
             n1,
             n2,
-            identity,
-            identity,
-            undistorted,
-            undistorted,
-            magsac_parameters(threshold / focal),
+            np.eye(3),
+            method=cv2.USAC_MAGSAC,
+            prob=CONFIDENCE,
+            threshold=threshold / focal,
+            maxIters=1000,
         )
     except cv2.error:
         return None
+    return _decompose(E, mask, n1, n2)
+
+
+def _decompose(
+    E: np.ndarray | None, mask: np.ndarray, n1: np.ndarray, n2: np.ndarray
+) -> RelativePose | None:
+    """The one of an essential matrix's poses that has the points in front of both cameras."""
     if E is None or E.shape[1] != 3 or not np.isfinite(E).all():
         return None
     best = None
     inliers = mask.ravel().astype(bool)
     for candidate in np.split(E, len(E) // 3):
-        count, R, t, _ = cv2.recoverPose(
-            candidate, n1, n2, identity, 1e9, mask=mask.copy()
-        )[:4]
+        count, R, t, _ = cv2.recoverPose(candidate, n1, n2, np.eye(3), mask=mask.copy())
         if best is None or count > best[0]:
             best = count, R, t.ravel()
     if best is None or not best[0]:
@@ -108,7 +138,12 @@ def estimate_pose_poselib(
     if len(first) < 5:
         return None
     cameras = [
-        {"model": "PINHOLE", "width": 0, "height": 0, "params": [K[0, 0], K[1, 1], K[0, 2], K[1, 2]]}
+        {
+            "model": "PINHOLE",
+            "width": 0,
+            "height": 0,
+            "params": [K[0, 0], K[1, 1], K[0, 2], K[1, 2]],
+        }
         for K in (K1, K2)
     ]
     pose, info = poselib.estimate_relative_pose(

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from scfeat_ros.errors import InputError
 from scfeat_ros.matcher import match
@@ -33,7 +32,14 @@ from scfeat_training.evaluation.metrics import (
     mma_score,
     repeatability,
 )
-from scfeat_training.evaluation.report import COLOURS, Figure, Report, Table, draw
+from scfeat_training.evaluation.report import (
+    COLOURS,
+    Figure,
+    Report,
+    Table,
+    draw,
+    progress_bar,
+)
 
 DEFAULTS = {"max_keypoints": 8000}
 
@@ -146,10 +152,10 @@ def run(args: argparse.Namespace, methods: list[Method], cache: Cache) -> Report
         raise InputError(f"--data {args.data}: no pair can be used; first reason: {skipped[0]}")
     results: dict[str, list[tuple[str, str, dict]]] = {m.label: [] for m in methods}
     broken: dict[tuple[Path, Path], str] = {}
-    with tqdm(total=len(methods) * len(pairs), desc="hpatches", unit="pair") as progress:
+    with progress_bar(len(methods) * len(pairs), "hpatches", "pair") as progress:
         for method in methods:
             for name, first, second, H in pairs:
-                progress.set_postfix_str(f"{method.label} {name}")
+                progress.set_postfix_str(f"{method.label} {name}", refresh=False)
                 try:
                     key = {
                         "task": "hpatches",
@@ -180,7 +186,9 @@ def _report(
     cache: Cache,
 ) -> Report:
     names = {name for name, _, _ in next(iter(results.values()))}
-    splits = [s for s in ("illumination", "viewpoint", "other") if any(split_of(n) == s for n in names)]
+    splits = [
+        s for s in ("illumination", "viewpoint", "other") if any(split_of(n) == s for n in names)
+    ]
     groups = [*splits, "overall"] if len(splits) > 1 else splits
     tables, curves = [], {}
     for group in groups:
@@ -249,9 +257,7 @@ def _report(
     )
 
 
-def _by_sequence(
-    methods: list[Method], results: dict[str, list[tuple[str, str, dict]]]
-) -> Table:
+def _by_sequence(methods: list[Method], results: dict[str, list[tuple[str, str, dict]]]) -> Table:
     names = sorted({name for name, _, _ in next(iter(results.values()))})
     rows = []
     for name in names:
@@ -270,9 +276,7 @@ def published() -> list[dict[str, str]]:
         return list(csv.DictReader(line for line in stream if not line.startswith("#")))
 
 
-def _figure(
-    methods: list[Method], curves: dict, groups: list[str], with_published: bool
-) -> Figure:
+def _figure(methods: list[Method], curves: dict, groups: list[str], with_published: bool) -> Figure:
     """MMA against the threshold, one panel per split, like the paper's Fig. 8."""
 
     def paint(axes: Any) -> None:
@@ -286,9 +290,7 @@ def _figure(
                     markersize=3,
                     label=method.label,
                 )
-            axis.set(
-                title=group, xlabel="threshold, px", ylim=(0, 1), xticks=MMA_THRESHOLDS
-            )
+            axis.set(title=group, xlabel="threshold, px", ylim=(0, 1), xticks=MMA_THRESHOLDS)
         first = np.atleast_1d(axes)[0]
         first.set_ylabel("MMA")
         first.legend(fontsize=8)

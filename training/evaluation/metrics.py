@@ -152,7 +152,8 @@ def epipolar_errors(F: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.
     lines_in_second, lines_in_first = first @ F.T, second @ F
     algebraic = np.abs((second * lines_in_second).sum(axis=1))
     lengths = np.minimum(
-        np.linalg.norm(lines_in_second[:, :2], axis=1), np.linalg.norm(lines_in_first[:, :2], axis=1)
+        np.linalg.norm(lines_in_second[:, :2], axis=1),
+        np.linalg.norm(lines_in_first[:, :2], axis=1),
     )
     return algebraic / np.maximum(lengths, 1e-12)
 

@@ -7,6 +7,7 @@ import io
 import os
 import platform
 import shlex
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
@@ -16,6 +17,7 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from scfeat_ros import __version__
 from scfeat_ros.errors import InputError
@@ -78,8 +80,12 @@ def format_cell(value: Any) -> str:
         if not np.isfinite(value):
             return "-"
         magnitude = abs(value)
-        return f"{value:.0f}" if magnitude >= 1000 else f"{value:.1f}" if magnitude >= 10 else (
-            f"{value:.3f}"
+        return (
+            f"{value:.0f}"
+            if magnitude >= 1000
+            else f"{value:.1f}"
+            if magnitude >= 10
+            else (f"{value:.3f}")
         )
     return str(value)
 
@@ -115,6 +121,12 @@ def environment(command: Sequence[str]) -> dict[str, Any]:
     }
 
 
+def progress_bar(total: int, name: str, unit: str) -> tqdm:
+    """A progress bar; where standard error is no terminal, a line every half minute."""
+    interval = 0.2 if sys.stderr.isatty() else 30.0
+    return tqdm(total=total, desc=name, unit=unit, mininterval=interval, maxinterval=interval)
+
+
 def _processor() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
@@ -128,8 +140,12 @@ def _processor() -> str:
 def skipped_note(report: Report) -> str:
     """One sentence about what was left out."""
     count = len(report.skipped)
-    return "" if not count else f"{count} left out: " + "; ".join(report.skipped[:3]) + (
-        f"; and {count - 3} more (listed in result.json)" if count > 3 else ""
+    return (
+        ""
+        if not count
+        else f"{count} left out: "
+        + "; ".join(report.skipped[:3])
+        + (f"; and {count - 3} more (listed in result.json)" if count > 3 else "")
     )
 
 

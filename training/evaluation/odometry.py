@@ -1,0 +1,373 @@
+"""Matches, tracks and a plain monocular visual odometry on consecutive frames.
+
+--data is one of:
+  a scene   images/ and scene.npz with one camera
+  KITTI     image_0/ or image_2/, calib.txt, and poses.txt or ../../poses/NN.txt
+  TUM       rgb.txt, groundtruth.txt, with --intrinsics
+  EuRoC     mav0/cam0 with sensor.yaml and data.csv, mav0/state_groundtruth_estimate0
+  a bag     .mcap, .db3, .bag or a ROS 2 bag folder, with an image topic and its CameraInfo
+  images    any image folder, with --intrinsics
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from scfeat_ros.errors import InputError
+from scfeat_ros.matcher import match
+from scfeat_training.evaluation.cache import Cache, CorruptImageError
+from scfeat_training.evaluation.estimators import estimate_pose_magsac
+from scfeat_training.evaluation.methods import Method
+from scfeat_training.evaluation.metrics import (
+    epipolar_errors,
+    fundamental_matrix,
+    homography_errors,
+    track_lengths,
+)
+from scfeat_training.evaluation.report import (
+    COLOURS,
+    Figure,
+    Report,
+    Table,
+    draw,
+    progress_bar,
+)
+from scfeat_training.evaluation.sequences import Sequence, load_sequence
+
+DEFAULTS = {"max_keypoints": 1000}
+RESULT_VERSION = 1
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of this task alone."""
+    parser.add_argument("--step", type=int, default=1, help="take every n-th frame (default: 1)")
+    parser.add_argument("--max-frames", type=int, default=0, help="stop after n frames; 0 never")
+    parser.add_argument(
+        "--intrinsics",
+        type=_numbers,
+        help="fx,fy,cx,cy and 0, 4, 5 or 8 distortion coefficients, pixels; write "
+        "--intrinsics=... where the first is negative",
+    )
+    parser.add_argument("--poses", type=Path, help="KITTI poses file, if it lies elsewhere")
+    parser.add_argument("--topic", help="image topic of a bag")
+    parser.add_argument(
+        "--pose-topic",
+        help="topic of a bag with ground-truth poses of the camera's optical frame (PoseStamped, "
+        "Odometry or TransformStamped)",
+    )
+    parser.add_argument(
+        "--threshold",
+        type=float,
+        default=1.0,
+        help="inlier threshold of the essential matrix, pixels (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--precision-threshold",
+        type=float,
+        default=2.0,
+        help="a match is right within this distance of the true epipolar line, pixels "
+        "(default: %(default)s)",
+    )
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(value) for value in text.split(",")]
+
+
+def check_data(args: argparse.Namespace) -> None:
+    """Read the sequence before any model is loaded, and refuse it if it cannot be used."""
+    if args.step < 1:
+        raise InputError("--step must be at least 1")
+    sequence = load_sequence(
+        args.data, args.intrinsics, args.poses, args.topic, args.pose_topic, args.output / "frames"
+    )
+    chosen = np.arange(0, len(sequence.frames), args.step)
+    if args.max_frames:
+        chosen = chosen[: args.max_frames]
+    args.sequence = sequence.select(chosen)
+    if len(chosen) < 2:
+        raise InputError(f"--data {args.data}: fewer than 2 frames left after --step/--max-frames")
+
+
+def match_errors(
+    sequence: Sequence, step: int, first: np.ndarray, second: np.ndarray
+) -> np.ndarray:
+    """(M,) distances of matches from what the true motion from frame `step` on allows, pixels.
+
+    Without a translation there is no epipolar line: then the distance to the rotated point.
+    """
+    motion = np.linalg.inv(sequence.poses[step + 1]) @ sequence.poses[step]
+    R, t = motion[:3, :3], motion[:3, 3]
+    if np.linalg.norm(t) < 1e-9:
+        return homography_errors(sequence.K @ R @ np.linalg.inv(sequence.K), first, second)
+    return epipolar_errors(fundamental_matrix(sequence.K, sequence.K, R, t), first, second)
+
+
+def evaluate_method(
+    method: Method, sequence: Sequence, cache: Cache, args: argparse.Namespace, progress: Any
+) -> dict[str, Any]:
+    """Match consecutive frames and chain the motions; frames are readable."""
+    before = cache.extract(method, sequence.frames[0])
+    counts, seconds = [len(before.features)], [before.seconds]
+    kept: list[np.ndarray] = []
+    shares, matches, inliers, estimated, rotation_failures = [], [], [], [], []
+    pose = np.eye(4) if sequence.poses is None else sequence.poses[0].copy()
+    trajectory = [pose.copy()]
+    motion = np.eye(4)
+    for step, path in enumerate(sequence.frames[1:]):
+        now = cache.extract(method, path)
+        indices = match(before.features, now.features).indices
+        first = sequence.undistort(before.features.keypoints[indices[:, 0]])
+        second = sequence.undistort(now.features.keypoints[indices[:, 1]])
+        found = estimate_pose_magsac(first, second, sequence.K, sequence.K, args.threshold)
+        agree = np.zeros(len(indices), bool) if found is None else found[2]
+        right = (
+            agree
+            if sequence.poses is None
+            else match_errors(sequence, step, first, second) <= args.precision_threshold
+        )
+        length = 1.0
+        if sequence.poses is not None:
+            length = float(
+                np.linalg.norm(sequence.poses[step + 1][:3, 3] - sequence.poses[step][:3, 3])
+            )
+        if found is not None:
+            motion = np.eye(4)
+            motion[:3, :3], motion[:3, 3] = found[0], length * found[1]
+        # else: the motion goes on as it was
+        rotation_failures.append(found is None)
+        pose = pose @ np.linalg.inv(motion)
+        trajectory.append(pose.copy())
+        matches.append(len(indices))
+        shares.append(float(right.mean()) if len(right) else 0.0)
+        estimated.append(float(agree.mean()) if len(agree) else 0.0)
+        inliers.append(int(right.sum()))
+        kept.append(indices[right])
+        counts.append(len(now.features))
+        seconds.append(now.seconds)
+        before = now
+        progress.update()
+    lengths = track_lengths(kept, counts)
+    return {
+        "features": counts,
+        "matches": matches,
+        "inlier_share": shares,
+        "inliers": inliers,
+        "estimated_share": estimated,
+        "failures": int(sum(rotation_failures)),
+        "track_length": float(lengths.mean()) if len(lengths) else None,
+        "trajectory": [p.tolist() for p in trajectory],
+        "seconds": seconds,
+    }
+
+
+def score_trajectory(trajectory: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+    """ATE and RPE by evo; both (N, 4, 4) camera to world.
+
+    Returns:
+        ate: RMSE of positions after a rigid alignment, metres. rpe_translation (metres) and
+        rpe_rotation (degrees): RMSE from frame to frame.
+    """
+    from evo.core.metrics import APE, RPE, PoseRelation, StatisticsType, Unit
+    from evo.core.trajectory import PosePath3D
+
+    reference = PosePath3D(poses_se3=list(_orthonormal(truth)))
+    estimate = PosePath3D(poses_se3=list(_orthonormal(trajectory)))
+    scores = {}
+    for name, relation in (
+        ("rpe_translation", PoseRelation.translation_part),
+        ("rpe_rotation", PoseRelation.rotation_angle_deg),
+    ):
+        metric = RPE(relation, delta=1, delta_unit=Unit.frames, all_pairs=True)
+        metric.process_data((reference, estimate))
+        scores[name] = float(metric.get_statistic(StatisticsType.rmse))
+    estimate.align(reference, correct_scale=False)
+    metric = APE(PoseRelation.translation_part)
+    metric.process_data((reference, estimate))
+    scores["ate"] = float(metric.get_statistic(StatisticsType.rmse))
+    return scores
+
+
+def _orthonormal(poses: np.ndarray) -> np.ndarray:
+    """Poses whose rotations are exactly such; text files round them."""
+    poses = np.array(poses, np.float64)
+    U, _, Vt = np.linalg.svd(poses[:, :3, :3])
+    poses[:, :3, :3] = U @ Vt
+    return poses
+
+
+def run(args: argparse.Namespace, methods: list[Method], cache: Cache) -> Report:
+    """Evaluate all methods on the sequence."""
+    sequence: Sequence = args.sequence
+    readable, skipped = [], list(sequence.skipped)
+    from scfeat_training.evaluation.cache import read_image
+
+    digests = []
+    for number, path in enumerate(sequence.frames):
+        try:
+            digests.append(read_image(path)[1])
+            readable.append(number)
+        except CorruptImageError as error:
+            skipped.append(str(error))
+    if len(readable) < 2:
+        raise InputError(
+            f"--data {args.data}: fewer than 2 readable images"
+            + (f"; first reason: {skipped[0]}" if skipped else "")
+        )
+    sequence = sequence.select(np.array(readable))
+    results = {}
+    steps = len(sequence.frames) - 1
+    with progress_bar(steps * len(methods), "odometry", "frame") as progress:
+        for number, method in enumerate(methods):
+            progress.set_postfix_str(method.label, refresh=False)
+            key = {
+                "task": "odometry",
+                "version": RESULT_VERSION,
+                "method": method.fingerprint(),
+                "images": digests,
+                "max_size": cache.max_size,
+                "K": sequence.K.tolist(),
+                "distortion": [*sequence.distortion.tolist(), sequence.fisheye],
+                "poses": None if sequence.poses is None else sequence.poses.tolist(),
+                "thresholds": [args.threshold, args.precision_threshold],
+            }
+            results[method.label] = cache.result(
+                key, lambda m=method: evaluate_method(m, sequence, cache, args, progress)
+            )
+            progress.update((number + 1) * steps - progress.n)
+    return _report(args, methods, sequence, results, skipped)
+
+
+def _report(
+    args: argparse.Namespace,
+    methods: list[Method],
+    sequence: Sequence,
+    results: dict[str, dict],
+    skipped: list[str],
+) -> Report:
+    known = sequence.poses is not None
+    rows, odometry_rows = [], []
+    for method in methods:
+        value = results[method.label]
+        rows.append(
+            [
+                method.label,
+                float(np.mean(value["features"])),
+                float(np.mean(value["matches"])),
+                float(np.mean(value["inlier_share"])),
+                float(np.mean(value["inliers"])),
+                value["track_length"],
+                1000 * float(np.median(value["seconds"])),
+            ]
+        )
+        if known:
+            scores = score_trajectory(np.array(value["trajectory"]), sequence.poses)
+            results[method.label] = {**value, **scores}
+            odometry_rows.append(
+                [
+                    method.label,
+                    scores["ate"],
+                    scores["rpe_translation"],
+                    scores["rpe_rotation"],
+                    float(np.mean(value["estimated_share"])),
+                    value["failures"],
+                ]
+            )
+    tables = [
+        Table(
+            f"Consecutive frames: {sequence.name}, {len(sequence.frames)} frames",
+            [
+                "method",
+                "features",
+                "matches",
+                "inlier share" if known else "inlier share (est.)",
+                "inliers / frame",
+                "track length",
+                "ms / image",
+            ],
+            rows,
+            f"{len(skipped)} left out, see the list." if skipped else "",
+        )
+    ]
+    figures = []
+    if known:
+        length = float(np.linalg.norm(np.diff(sequence.poses[:, :3, 3], axis=0), axis=1).sum())
+        tables.append(
+            Table(
+                f"Visual odometry over {length:.1f} m",
+                ["method", "ATE, m", "RPE, m", "RPE, deg", "RANSAC inlier share", "failures"],
+                odometry_rows,
+            )
+        )
+        figures.append(_trajectories(methods, sequence, results))
+    figures.append(_per_frame(methods, results, known))
+    inlier = (
+        f"Inlier: a match within {args.precision_threshold:g} px of the true epipolar lines in "
+        "both images; shares are means over frames."
+        if known
+        else f"No poses: an inlier is a match that agrees with the estimated essential matrix at "
+        f"{args.threshold:g} px; this flatters a method whose wrong matches agree by chance."
+    )
+    return Report(
+        task="odometry",
+        title=f"Odometry: {sequence.name}",
+        protocol=[
+            f"{len(sequence.frames)} frames (every {args.step}.), at most {args.max_keypoints} "
+            "features; mutual nearest neighbours between consecutive frames.",
+            inlier,
+            "Track length: mean number of frames of the tracks that chained inliers make.",
+            f"Visual odometry: essential matrix by USAC_MAGSAC at {args.threshold:g} px for each "
+            "step, length of the step from ground truth, no bundle adjustment, no loop closing; "
+            "where no motion is found, the last one is repeated and counted as a failure.",
+            "ATE: RMSE of positions after rigid alignment; RPE: RMSE from frame to frame (evo).",
+            "ms / image: median time of one extraction on the machine named below, at the time "
+            "when the features were made.",
+        ],
+        tables=tables,
+        figures=figures,
+        skipped=skipped,
+        details=results,
+    )
+
+
+def _trajectories(methods: list[Method], sequence: Sequence, results: dict) -> Figure:
+    """Top view: the two directions in which the true path reaches farthest."""
+    truth = sequence.poses[:, :3, 3]
+    spread = np.ptp(truth, axis=0)
+    a, b = sorted(np.argsort(spread)[-2:])
+
+    def paint(axis: Any) -> None:
+        axis.plot(truth[:, a], truth[:, b], "k--", linewidth=1.5, label="ground truth")
+        for number, method in enumerate(methods):
+            path = np.array(results[method.label]["trajectory"])[:, :3, 3]
+            colour = COLOURS[number % len(COLOURS)]
+            axis.plot(path[:, a], path[:, b], color=colour, label=method.label)
+        axis.set(xlabel=f"{'xyz'[a]}, m", ylabel=f"{'xyz'[b]}, m")
+        axis.set_aspect("equal", adjustable="datalim")
+        axis.legend(fontsize=8)
+
+    return Figure(
+        "Trajectories",
+        draw(paint, height=5),
+        "Started at the true first pose, not aligned; the two axes in which the path reaches "
+        "farthest.",
+    )
+
+
+def _per_frame(methods: list[Method], results: dict, known: bool) -> Figure:
+    def paint(axes: Any) -> None:
+        for number, method in enumerate(methods):
+            colour = COLOURS[number % len(COLOURS)]
+            axes[0].plot(results[method.label]["inlier_share"], color=colour, label=method.label)
+            axes[1].plot(results[method.label]["inliers"], color=colour)
+        axes[0].set(xlabel="frame", ylabel="inlier share", ylim=(0, 1))
+        axes[1].set(xlabel="frame", ylabel="inliers")
+        axes[1].set_ylim(bottom=0)
+        axes[0].legend(fontsize=8)
+
+    reference = "true epipolar lines" if known else "estimated essential matrix"
+    return Figure("Frame by frame", draw(paint, width=9, columns=2), f"Against the {reference}.")
