@@ -93,6 +93,31 @@ class CorrespondencePairs(Dataset):
         }
 
 
+class GeometryPairs(Dataset):
+    """Brings the samples of `HomographyPairs` and `PosedPairs` to one form.
+
+    Samples are dicts of image1, image2 (3, H, W) uint8; geometry (3, 3) float32, a homography
+    from image 1 to image 2 or a fundamental matrix; planar, bool, which of the two; name.
+    """
+
+    def __init__(self, pairs: HomographyPairs | PosedPairs) -> None:
+        self.pairs = pairs
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        sample = self.pairs[index]
+        planar = "H" in sample
+        return {
+            "image1": sample["image1"],
+            "image2": sample["image2"],
+            "geometry": sample["H"] if planar else sample["F"],
+            "planar": planar,
+            "name": sample["name"] if planar else f"{sample['name1']} {sample['name2']}",
+        }
+
+
 class MixedPairs(Dataset):
     """Sample i comes from `second` for a share of the indices, evenly spread, else from `first`."""
 

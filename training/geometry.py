@@ -141,3 +141,61 @@ def back_project(K: Array, pixels: Array, depth: Array) -> Array:
     xp = _module(K)
     rays = homogeneous(pixels) @ xp.linalg.inv(K).swapaxes(-1, -2)
     return rays * depth[..., None]
+
+
+def eight_point(points1: torch.Tensor, points2: torch.Tensor) -> torch.Tensor:
+    """Fundamental matrices by the normalized eight-point algorithm (Hartley and Zisserman 11.2).
+
+    Args:
+        points1, points2: (..., N, 2) corresponding points, N >= 8; computed in float64.
+
+    Returns:
+        (..., 3, 3) float64 of rank 2 and unit Frobenius norm with x2^T F x1 = 0 in the least
+        squares sense. Points in a degenerate position (all on one line, say) give some matrix.
+
+    Raises:
+        ValueError: fewer than eight points, or shapes that differ.
+    """
+    if points1.shape != points2.shape or points1.shape[-2] < 8:
+        raise ValueError(
+            f"eight_point wants the same N >= 8 points twice, got {tuple(points1.shape)} and "
+            f"{tuple(points2.shape)}"
+        )
+    T1, normal1 = _hartley(points1.double())
+    T2, normal2 = _hartley(points2.double())
+    # x2^T F x1 = 0 is linear in F: one row x2 (outer) x1 for each correspondence
+    rows = homogeneous(normal2)[..., :, None] * homogeneous(normal1)[..., None, :]
+    _, _, Vh = torch.linalg.svd(rows.flatten(-2), full_matrices=True)
+    F = Vh[..., -1, :].unflatten(-1, (3, 3))
+    U, S, Vh = torch.linalg.svd(F)
+    rank_two = torch.cat([S[..., :2], torch.zeros_like(S[..., :1])], -1)
+    F = T2.mT @ (U * rank_two[..., None, :] @ Vh) @ T1
+    return F / F.flatten(-2).norm(dim=-1)[..., None, None].clamp_min(1e-300)
+
+
+def _hartley(points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """T (..., 3, 3), and points (..., N, 2) mapped by it: mean 0, mean distance sqrt(2)."""
+    mean = points.mean(-2)
+    distance = (points - mean[..., None, :]).norm(dim=-1).mean(-1)
+    scale = 2**0.5 / distance.clamp_min(1e-12)
+    T = torch.zeros(*points.shape[:-2], 3, 3, dtype=points.dtype, device=points.device)
+    T[..., 0, 0] = T[..., 1, 1] = scale
+    T[..., :2, 2] = -scale[..., None] * mean
+    T[..., 2, 2] = 1
+    return T, (points - mean[..., None, :]) * scale[..., None, None]
+
+
+def fundamental_error(F1: torch.Tensor, F2: torch.Tensor) -> torch.Tensor:
+    """Smooth L1 distance (...) of fundamental matrices (..., 3, 3) up to scale and sign (Eq. 19).
+
+    Both are brought to unit Frobenius norm and the same sign first: a fundamental matrix has no
+    scale. The nine terms are summed, so that the result lies between 0 and 1. The matrices should
+    belong to coordinates of about unit size (pixels divided by the image's size): in pixels the
+    last entries outweigh all others.
+    """
+    F1 = F1 / F1.flatten(-2).norm(dim=-1)[..., None, None]
+    F2 = F2 / F2.flatten(-2).norm(dim=-1)[..., None, None]
+    agree = (F1 * F2).sum((-2, -1))[..., None, None]
+    aligned = torch.where(agree < 0, -F2, F2)
+    loss = torch.nn.functional.smooth_l1_loss
+    return loss(F1, aligned.expand_as(F1), reduction="none").sum((-2, -1))

@@ -8,13 +8,15 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import Dataset
 
 from scfeat_ros.errors import InputError
+from scfeat_ros.model.sampling import sample
 from scfeat_ros.model.scfeat import SCFeat
 from scfeat_training.config import TrainConfig
-from scfeat_training.correspondences import CorrespondencePairs, MixedPairs
+from scfeat_training.correspondences import CorrespondencePairs, GeometryPairs, MixedPairs
 from scfeat_training.datasets import (
     HomographyPairs,
     HomographyPairsConfig,
@@ -23,7 +25,19 @@ from scfeat_training.datasets import (
     Scene,
     photo_paths,
 )
-from scfeat_training.sampling_order import uniform
+from scfeat_training.keypoint_policy import (
+    PolicyOptions,
+    draw_keypoints,
+    epipolar_matches,
+    fundamental_matrix_error,
+    homography_matches,
+    keypoint_loss,
+    match_probability,
+    mutual_nearest,
+    noise_count,
+    pair_reward,
+)
+from scfeat_training.sampling_order import generator_of, uniform
 from scfeat_training.warmup_loss import WarmupOptions, warmup_loss
 
 T = TypeVar("T")
@@ -171,4 +185,118 @@ class WarmupStage(Stage):
         return total, terms
 
 
-STAGE_CLASSES: dict[str, type[Stage]] = {"warmup": WarmupStage}
+class Detect(nn.Module):
+    """Images -> score map and D_desc; only the detector is differentiated."""
+
+    def __init__(self, model: SCFeat) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.no_grad():
+            description = self.model.describe(images)
+        return self.model.detect(images, description), description.descriptors
+
+
+class DetectorStage(Stage):
+    """Stage 2: the detector by policy gradient; backbone and bridge are frozen.
+
+    `posed_share` of the pairs have the epipolar reward of the paper; the others are homographies,
+    where the distance to the true place is known and pays instead of the one to the line.
+    """
+
+    def __init__(self, config: TrainConfig, model: SCFeat) -> None:
+        super().__init__(config, model)
+        self.options = options_of(PolicyOptions, config.loss, "loss")
+        width, height = size_of(config)
+        if width % self.options.cell or height % self.options.cell:
+            raise InputError(f"config: size {config.size} is no multiple of cell")
+        self.network = Detect(model)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        self.model.requires_grad_(False)
+        self.model.detector.requires_grad_(True)
+        return [{"params": list(self.model.detector.parameters()), "peak": self.config.lr}]
+
+    def dataset(self, scenes: Sequence[Scene], skip_bad: bool) -> Dataset:
+        posed = posed_pairs(self.config, scenes, skip_bad)
+        if self.config.posed_share >= 1:
+            return GeometryPairs(posed)
+        homographies = homography_pairs(self.config, scenes, skip_bad)
+        posed.images = homographies.images
+        return MixedPairs(
+            GeometryPairs(homographies), GeometryPairs(posed), self.config.posed_share
+        )
+
+    def losses(self, network: Callable, batch: Batch) -> tuple[torch.Tensor, Terms]:
+        scores, maps = network(images_of(batch))
+        pairs = len(batch["index"])
+        scores, maps = scores[:, 0].float(), maps.float()
+        rows = [
+            self._pair(
+                (scores[i], scores[pairs + i]),
+                (maps[i : i + 1], maps[pairs + i : pairs + i + 1]),
+                batch["geometry"][i],
+                bool(batch["planar"][i]),
+                int(batch["index"][i]),
+            )
+            for i in range(pairs)
+        ]
+        losses = torch.stack([loss for loss, _ in rows])
+        terms = {}
+        for key in sorted({key for _, found in rows for key in found}):
+            values = [found[key] for _, found in rows if key in found]
+            terms[key] = torch.tensor(sum(values) / len(values))
+        return losses, terms
+
+    def _pair(
+        self,
+        scores: tuple[torch.Tensor, torch.Tensor],
+        maps: tuple[torch.Tensor, torch.Tensor],
+        geometry: torch.Tensor,
+        planar: bool,
+        index: int,
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        """Loss of one pair, and figures for the log."""
+        options = self.options
+        generator = generator_of(self.config.seed, index)
+        height, width = scores[0].shape
+        drawn, descriptors = [], []
+        for score_map, feature_map in zip(scores, maps, strict=True):
+            noise = torch.rand(noise_count(height, width, options.cell), generator=generator)
+            keypoints = draw_keypoints(score_map, options.cell, noise.to(score_map))
+            drawn.append(keypoints)
+            descriptors.append(F.normalize(sample(feature_map, keypoints.points[None])[0], dim=1))
+        first, second = drawn
+        with torch.no_grad():
+            probability = match_probability(*descriptors, options.temperature)
+            find = homography_matches if planar else epipolar_matches
+            matches = find(geometry, first.points, second.points, options.threshold)
+            chosen = mutual_nearest(probability)
+            error = torch.zeros((), dtype=torch.float64)
+            if options.fundamental_reward and not planar:
+                at1, at2 = (chosen & matches).nonzero(as_tuple=True)
+                error = fundamental_matrix_error(
+                    first.points[at1],
+                    second.points[at2],
+                    geometry,
+                    (width, height),
+                    options.resamples,
+                    generator,
+                )
+            reward = pair_reward(matches, error, options)
+        loss = keypoint_loss(first, second, probability, reward, error, options)
+        count = len(first.points) + len(second.points)
+        figures = {
+            "keypoints": count / 2,
+            "pay": float((probability * reward).sum()),
+            f"precision/{'planar' if planar else 'posed'}": float(
+                (chosen & matches).sum() / chosen.sum().clamp_min(1)
+            ),
+        }
+        if not planar:
+            figures["fundamental_error"] = float(error)
+        return loss, figures
+
+
+STAGE_CLASSES: dict[str, type[Stage]] = {"warmup": WarmupStage, "detector": DetectorStage}
