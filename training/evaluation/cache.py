@@ -21,11 +21,12 @@ import numpy as np
 
 from scfeat_ros.errors import InputError
 from scfeat_ros.features import Features
+from scfeat_ros.images import UnreadableImageError, decode
 from scfeat_training.evaluation.methods import Method
 
 
 class CorruptImageError(InputError):
-    """An image file that is missing or that OpenCV cannot decode."""
+    """An image file that is missing or cannot be decoded."""
 
 
 class Extracted(NamedTuple):
@@ -47,13 +48,14 @@ def read_image(path: Path) -> tuple[np.ndarray, str]:
     """
     try:
         content = Path(path).read_bytes()
+        image = decode(np.frombuffer(content, np.uint8), "the image")
     except OSError as error:
         raise CorruptImageError(f"{path}: cannot be read ({error.strerror})") from error
-    flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
-    image = cv2.imdecode(np.frombuffer(content, np.uint8), flags) if content else None
-    if image is None:
-        raise CorruptImageError(f"{path}: not an image that OpenCV can decode, it may be damaged")
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB), hashlib.sha256(content).hexdigest()
+    except UnreadableImageError as error:
+        raise CorruptImageError(f"{path}: {error}") from error
+    if image.ndim == 2:
+        image = np.repeat(image[..., None], 3, axis=2)
+    return image, hashlib.sha256(content).hexdigest()
 
 
 def shrink(image: np.ndarray, max_size: int) -> np.ndarray:

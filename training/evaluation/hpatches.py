@@ -166,7 +166,8 @@ def run(args: argparse.Namespace, methods: list[Method], cache: Cache) -> Report
                         "H": H.tolist(),
                     }
                     value = cache.result(
-                        key, lambda a=first, b=second, H=H: evaluate_pair(method, cache, a, b, H)
+                        key,
+                        lambda m=method, a=first, b=second, H=H: evaluate_pair(m, cache, a, b, H),
                     )
                     results[method.label].append((name, second.stem, value))
                 except InputError as error:

@@ -19,7 +19,7 @@ import numpy as np
 
 from scfeat_ros.errors import InputError
 from scfeat_ros.matcher import match
-from scfeat_training.evaluation.cache import Cache, CorruptImageError
+from scfeat_training.evaluation.cache import Cache, CorruptImageError, read_image
 from scfeat_training.evaluation.estimators import estimate_pose_magsac
 from scfeat_training.evaluation.methods import Method
 from scfeat_training.evaluation.metrics import (
@@ -103,8 +103,12 @@ def match_errors(
     motion = np.linalg.inv(sequence.poses[step + 1]) @ sequence.poses[step]
     R, t = motion[:3, :3], motion[:3, 3]
     if np.linalg.norm(t) < 1e-9:
-        return homography_errors(sequence.K @ R @ np.linalg.inv(sequence.K), first, second)
-    return epipolar_errors(fundamental_matrix(sequence.K, sequence.K, R, t), first, second)
+        return homography_errors(
+            sequence.camera.K @ R @ np.linalg.inv(sequence.camera.K), first, second
+        )
+    return epipolar_errors(
+        fundamental_matrix(sequence.camera.K, sequence.camera.K, R, t), first, second
+    )
 
 
 def evaluate_method(
@@ -114,7 +118,7 @@ def evaluate_method(
     before = cache.extract(method, sequence.frames[0])
     counts, seconds = [len(before.features)], [before.seconds]
     kept: list[np.ndarray] = []
-    shares, matches, inliers, estimated, rotation_failures = [], [], [], [], []
+    shares, matches, inliers, estimated, failed = [], [], [], [], []
     pose = np.eye(4) if sequence.poses is None else sequence.poses[0].copy()
     trajectory = [pose.copy()]
     motion = np.eye(4)
@@ -123,7 +127,11 @@ def evaluate_method(
         indices = match(before.features, now.features).indices
         first = sequence.undistort(before.features.keypoints[indices[:, 0]])
         second = sequence.undistort(now.features.keypoints[indices[:, 1]])
-        found = estimate_pose_magsac(first, second, sequence.K, sequence.K, args.threshold)
+        usable = np.isfinite(first).all(axis=1) & np.isfinite(second).all(axis=1)
+        indices, first, second = indices[usable], first[usable], second[usable]
+        found = estimate_pose_magsac(
+            first, second, sequence.camera.K, sequence.camera.K, args.threshold
+        )
         agree = np.zeros(len(indices), bool) if found is None else found[2]
         right = (
             agree
@@ -139,7 +147,7 @@ def evaluate_method(
             motion = np.eye(4)
             motion[:3, :3], motion[:3, 3] = found[0], length * found[1]
         # else: the motion goes on as it was
-        rotation_failures.append(found is None)
+        failed.append(found is None)
         pose = pose @ np.linalg.inv(motion)
         trajectory.append(pose.copy())
         matches.append(len(indices))
@@ -158,7 +166,7 @@ def evaluate_method(
         "inlier_share": shares,
         "inliers": inliers,
         "estimated_share": estimated,
-        "failures": int(sum(rotation_failures)),
+        "failures": int(sum(failed)),
         "track_length": float(lengths.mean()) if len(lengths) else None,
         "trajectory": [p.tolist() for p in trajectory],
         "seconds": seconds,
@@ -204,8 +212,6 @@ def run(args: argparse.Namespace, methods: list[Method], cache: Cache) -> Report
     """Evaluate all methods on the sequence."""
     sequence: Sequence = args.sequence
     readable, skipped = [], list(sequence.skipped)
-    from scfeat_training.evaluation.cache import read_image
-
     digests = []
     for number, path in enumerate(sequence.frames):
         try:
@@ -230,13 +236,13 @@ def run(args: argparse.Namespace, methods: list[Method], cache: Cache) -> Report
                 "method": method.fingerprint(),
                 "images": digests,
                 "max_size": cache.max_size,
-                "K": sequence.K.tolist(),
-                "distortion": [*sequence.distortion.tolist(), sequence.fisheye],
+                "K": sequence.camera.K.tolist(),
+                "distortion": [sequence.camera.model, *sequence.camera.D.tolist()],
                 "poses": None if sequence.poses is None else sequence.poses.tolist(),
                 "thresholds": [args.threshold, args.precision_threshold],
             }
             results[method.label] = cache.result(
-                key, lambda m=method: evaluate_method(m, sequence, cache, args, progress)
+                key, lambda m=method, s=sequence: evaluate_method(m, s, cache, args, progress)
             )
             progress.update((number + 1) * steps - progress.n)
     return _report(args, methods, sequence, results, skipped)
@@ -316,7 +322,7 @@ def _report(
         task="odometry",
         title=f"Odometry: {sequence.name}",
         protocol=[
-            f"{len(sequence.frames)} frames (every {args.step}.), at most {args.max_keypoints} "
+            f"{len(sequence.frames)} frames (--step {args.step}), at most {args.max_keypoints} "
             "features; mutual nearest neighbours between consecutive frames.",
             inlier,
             "Track length: mean number of frames of the tracks that chained inliers make.",

@@ -83,8 +83,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--estimators",
         default="magsac,poselib",
-        help="comma-separated: magsac and poselib with 10,000 iterations, magsac-1000 with OpenCV's "
-        "default of 1,000 on normalized points (default: %(default)s)",
+        help="comma-separated: magsac and poselib with 10,000 iterations, magsac-1000 with "
+        "OpenCV's default of 1,000 on normalized points (default: %(default)s)",
     )
     parser.add_argument(
         "--threshold",
@@ -220,7 +220,8 @@ def run(args: argparse.Namespace, methods: list[Method], cache: Cache) -> Report
                             "thresholds": [args.threshold, args.precision_threshold],
                         }
                         value = cache.result(
-                            key, lambda p=pair: evaluate_pair(method, cache, p, estimators, args)
+                            key,
+                            lambda m=method, p=pair: evaluate_pair(m, cache, p, estimators, args),
                         )
                         values.append(
                             {"first": pair.first.name, "second": pair.second.name, **value}

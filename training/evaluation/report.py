@@ -227,7 +227,8 @@ def draw(
 
 
 STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;color:#1c2733;max-width:1100px;margin:2rem auto;padding:0 1rem}
+body{font:15px/1.5 system-ui,sans-serif;color:#1c2733;max-width:1100px;margin:2rem auto}
+body{padding:0 1rem}
 h1{font-size:1.6rem;margin-bottom:.2rem}h2{font-size:1.15rem;margin:2rem 0 .5rem}
 .sub{color:#5a6b7b;margin-top:0}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:14px}
@@ -258,7 +259,8 @@ def render(report: Report, surroundings: dict[str, Any]) -> str:
         rest = len(report.skipped) - 50
         more = f"<li>and {rest} more, see result.json</li>" if rest > 0 else ""
         parts.append(
-            f"<div class='warning'><b>{len(report.skipped)} left out</b><ul>{items}{more}</ul></div>"
+            f"<div class='warning'><b>{len(report.skipped)} left out</b>"
+            f"<ul>{items}{more}</ul></div>"
         )
     for table in report.tables:
         head = "".join(f"<th>{_text(c)}</th>" for c in table.columns)
@@ -267,8 +269,8 @@ def render(report: Report, surroundings: dict[str, Any]) -> str:
             for row in table.rows
         )
         parts.append(
-            f"<h2>{_text(table.title)}</h2><div class='scroll'><table><thead><tr>{head}</tr></thead>"
-            f"<tbody>{body}</tbody></table></div>"
+            f"<h2>{_text(table.title)}</h2><div class='scroll'><table>"
+            f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
         )
         if table.note:
             parts.append(f"<p class='note'>{_text(table.note)}</p>")

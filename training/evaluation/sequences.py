@@ -13,7 +13,9 @@ import cv2
 import numpy as np
 import yaml
 
+from scfeat_ros.camera import Camera
 from scfeat_ros.errors import InputError
+from scfeat_ros.sources import BagSource
 from scfeat_training.evaluation.data import is_scene, list_images, load_scene, require_folder
 
 LAYOUT = (
@@ -34,9 +36,7 @@ class Sequence:
     Attributes:
         name: for titles.
         frames: image files in order.
-        K: (3, 3) intrinsics in pixels.
-        distortion: OpenCV's coefficients (0, 4, 5, 8 or more), or the four of a fisheye camera.
-        fisheye: whether `distortion` is OpenCV's fisheye model (Kannala-Brandt, "equidistant").
+        camera: intrinsics and distortion.
         poses: (N, 4, 4) camera to world in metres, or None.
         stamps: (N,) seconds, or None.
         skipped: what was left out, one sentence each.
@@ -44,29 +44,26 @@ class Sequence:
 
     name: str
     frames: list[Path]
-    K: np.ndarray
-    distortion: np.ndarray = field(default_factory=lambda: np.zeros(0))
-    fisheye: bool = False
+    camera: Camera
     poses: np.ndarray | None = None
     stamps: np.ndarray | None = None
     skipped: list[str] = field(default_factory=list)
 
     def undistort(self, points: np.ndarray) -> np.ndarray:
-        """(M, 2) pixels as stored -> pixels of the ideal pinhole camera with the same K."""
-        if not self.distortion.any() or not len(points):
-            return points
-        model = cv2.fisheye if self.fisheye else cv2
-        column = np.ascontiguousarray(points, np.float64)[:, None]
-        return model.undistortPoints(column, self.K, self.distortion, P=self.K)[:, 0]
+        """(M, 2) pixels as stored -> float64 pixels of the ideal pinhole camera with the same K.
+
+        NaN where the lens model has no inverse.
+        """
+        if not self.camera.D.any():
+            return np.asarray(points, np.float64)
+        return (self.camera.bearings(points).astype(np.float64) @ self.camera.K.T)[:, :2]
 
     def select(self, chosen: np.ndarray) -> Sequence:
         """The frames at the given indices."""
         return Sequence(
             self.name,
             [self.frames[i] for i in chosen],
-            self.K,
-            self.distortion,
-            self.fisheye,
+            self.camera,
             None if self.poses is None else self.poses[chosen],
             None if self.stamps is None else self.stamps[chosen],
             self.skipped,
@@ -96,32 +93,28 @@ def load_sequence(
         InputError: no known layout, or an incomplete one.
     """
     data = Path(data)
+    camera = camera_from_numbers(intrinsics) if intrinsics else None
     if data.suffix in BAG_SUFFIXES or (data / "metadata.yaml").is_file():
-        from scfeat_training.evaluation.bags import load_bag
-
-        sequence = load_bag(data, topic, pose_topic, frames_folder, need_camera=intrinsics is None)
+        sequence = _load_bag(data, camera, topic, pose_topic, frames_folder)
     else:
         require_folder(data, LAYOUT)
         if is_scene(data):
-            sequence = _load_scene_sequence(data)
+            sequence = _load_scene_sequence(data, camera)
         elif (data / "calib.txt").is_file():
-            sequence = _load_kitti(data, poses)
+            sequence = _load_kitti(data, camera, poses)
         elif (data / "rgb.txt").is_file():
-            sequence = _load_tum(data, intrinsics)
+            sequence = _load_tum(data, camera)
         elif (data / "mav0" / "cam0").is_dir() or (data / "cam0").is_dir():
-            sequence = _load_euroc(data)
+            sequence = _load_euroc(data, camera)
         else:
-            sequence = _load_images(data, intrinsics)
-    if intrinsics:
-        sequence.K, sequence.distortion = camera_from_numbers(intrinsics)
-        sequence.fisheye = False
+            sequence = _load_images(data, camera)
     if len(sequence.frames) < 2:
         raise InputError(f"--data {data}: {len(sequence.frames)} images, odometry needs at least 2")
     return sequence
 
 
-def camera_from_numbers(numbers: list[float]) -> tuple[np.ndarray, np.ndarray]:
-    """K and distortion from fx, fy, cx, cy and 0, 4, 5 or 8 coefficients.
+def camera_from_numbers(numbers: list[float]) -> Camera:
+    """A pinhole camera from fx, fy, cx, cy and 0, 4, 5 or 8 distortion coefficients.
 
     Raises:
         InputError: another count.
@@ -131,8 +124,13 @@ def camera_from_numbers(numbers: list[float]) -> tuple[np.ndarray, np.ndarray]:
             f"--intrinsics has {len(numbers)} numbers; it takes fx,fy,cx,cy and then 0, 4, 5 or 8 "
             "distortion coefficients (k1,k2,p1,p2,k3,...)"
         )
-    fx, fy, cx, cy = numbers[:4]
-    return np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1.0]]), np.array(numbers[4:])
+    model = "rational_polynomial" if len(numbers) == 12 else "plumb_bob"
+    return Camera(intrinsic_matrix(*numbers[:4]), np.array(numbers[4:]), model)
+
+
+def intrinsic_matrix(fx: float, fy: float, cx: float, cy: float) -> np.ndarray:
+    """(3, 3) intrinsics."""
+    return np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1.0]])
 
 
 def invert(R: np.ndarray, t: np.ndarray) -> np.ndarray:
@@ -181,23 +179,62 @@ def attach_poses(sequence: Sequence, pose_stamps: np.ndarray, poses: np.ndarray)
     return kept
 
 
-def _load_scene_sequence(folder: Path) -> Sequence:
+def _load_scene_sequence(folder: Path, camera: Camera | None) -> Sequence:
     scene = load_scene(folder)
     if np.abs(scene.K - scene.K[0]).max() > 1e-6:
         raise InputError(f"{folder}: the images have different intrinsics, so this is no sequence")
     poses = np.stack([invert(R, t) for R, t in zip(scene.R, scene.t, strict=True)])
-    return Sequence(
-        folder.name, [scene.path(i) for i in range(len(scene))], scene.K[0], poses=poses
-    )
+    frames = [scene.path(i) for i in range(len(scene))]
+    return Sequence(folder.name, frames, camera or Camera(scene.K[0]), poses)
 
 
-def _load_kitti(folder: Path, poses_file: Path | None) -> Sequence:
-    for name, key in (("image_0", "P0"), ("image_2", "P2")):
-        images = list_images(folder / name) if (folder / name).is_dir() else []
-        if images:
-            break
-    else:
+def _load_bag(
+    path: Path,
+    camera: Camera | None,
+    topic: str | None,
+    pose_topic: str | None,
+    frames_folder: Path,
+) -> Sequence:
+    """Images of a bag, written as PNG files, with the bag's CameraInfo and poses."""
+    source = BagSource(path, topic, poses=pose_topic)
+    frames_folder.mkdir(parents=True, exist_ok=True)
+    frames, stamps, poses = [], [], []
+    try:
+        for frame in source.frames():
+            camera = camera or frame.camera
+            file = frames_folder / f"{frame.stamp:020d}.png"
+            image = frame.image if frame.image.ndim == 2 else frame.image[..., ::-1]
+            # level 1 is quick; the format is lossless, so features are those of the bag's image
+            cv2.imwrite(str(file), image, [cv2.IMWRITE_PNG_COMPRESSION, 1])
+            frames.append(file)
+            stamps.append(frame.stamp * 1e-9)
+            poses.append(None if frame.pose is None else (frame.pose.R, frame.pose.position))
+    finally:
+        source.close()
+    if camera is None:
+        raise InputError(f"{path}: no CameraInfo for {source.topic}; give --intrinsics")
+    account = source.account
+    skipped = [f"{count} images: {reason}" for reason, count in account.skipped.items()]
+    skipped += account.damage.places
+    sequence = Sequence(path.stem, frames, camera, stamps=np.array(stamps), skipped=skipped)
+    known = [i for i, pose in enumerate(poses) if pose is not None]
+    if not known:
+        return sequence
+    if len(known) < len(poses):
+        skipped.append(f"{len(poses) - len(known)} images without a ground-truth pose left out")
+    sequence = sequence.select(np.array(known))
+    sequence.poses = np.tile(np.eye(4), (len(known), 1, 1))
+    for row, index in enumerate(known):
+        sequence.poses[row, :3, :3], sequence.poses[row, :3, 3] = poses[index]
+    return sequence
+
+
+def _load_kitti(folder: Path, camera: Camera | None, poses_file: Path | None) -> Sequence:
+    cameras = {"image_0": "P0", "image_2": "P2"}
+    found = [name for name in cameras if (folder / name).is_dir() and list_images(folder / name)]
+    if not found:
         raise InputError(f"{folder}: calib.txt, but no images in image_0/ or image_2/")
+    images, key = list_images(folder / found[0]), cameras[found[0]]
     K = None
     for line in (folder / "calib.txt").read_text(encoding="utf-8").splitlines():
         label, _, numbers = line.partition(":")
@@ -208,21 +245,18 @@ def _load_kitti(folder: Path, poses_file: Path | None) -> Sequence:
                 K = P[:, :3]
     if K is None:
         raise InputError(f"{folder / 'calib.txt'}: no line '{key}:' with twelve numbers")
-    sequence = Sequence(folder.name, images, K)
-    candidates = [
-        poses_file,
-        folder / "poses.txt",
-        folder.parent.parent / "poses" / f"{folder.name}.txt",
-    ]
-    file = next((f for f in candidates if f is not None and f.is_file()), None)
-    if poses_file is not None and file != poses_file:
+    sequence = Sequence(folder.name, images, camera or Camera(K))
+    if poses_file is not None and not poses_file.is_file():
         raise InputError(f"--poses {poses_file}: no such file")
+    beside = folder.parent.parent / "poses" / f"{folder.name}.txt"
+    candidates = [poses_file, folder / "poses.txt", beside]
+    file = next((f for f in candidates if f is not None and f.is_file()), None)
     if file is not None:
         rows = np.loadtxt(file, ndmin=2)
         if rows.shape != (len(images), 12):
             raise InputError(
-                f"{file}: {rows.shape[0]} rows of {rows.shape[1]} numbers for {len(images)} images, "
-                "expected 12 numbers for each image"
+                f"{file}: {rows.shape[0]} rows of {rows.shape[1]} numbers for {len(images)} "
+                "images, expected 12 numbers for each image"
             )
         poses = np.tile(np.eye(4), (len(images), 1, 1))
         poses[:, :3] = rows.reshape(-1, 3, 4)
@@ -238,17 +272,16 @@ def _read_tum_list(file: Path) -> list[list[str]]:
     return [line.split() for line in lines if line.strip() and not line.startswith("#")]
 
 
-def _load_tum(folder: Path, intrinsics: list[float] | None) -> Sequence:
-    if not intrinsics:
+def _load_tum(folder: Path, camera: Camera | None) -> Sequence:
+    if camera is None:
         raise InputError(
             f"{folder}: a TUM sequence does not hold its intrinsics; give --intrinsics, e.g. "
             "--intrinsics 517.3,516.5,318.6,255.3,0.2624,-0.9531,-0.0054,0.0026,1.1633 (freiburg1)"
         )
     rows = [row for row in _read_tum_list(folder / "rgb.txt") if len(row) == 2]
-    K, distortion = camera_from_numbers(intrinsics)
     stamps = np.array([float(row[0]) for row in rows])
     frames = [folder / row[1] for row in rows]
-    sequence = Sequence(folder.name, frames, K, distortion, stamps=stamps)
+    sequence = Sequence(folder.name, frames, camera, stamps=stamps)
     file = folder / "groundtruth.txt"
     if not file.is_file():
         return sequence
@@ -257,22 +290,25 @@ def _load_tum(folder: Path, intrinsics: list[float] | None) -> Sequence:
     return attach_poses(sequence, truth[:, 0], poses)
 
 
-def _load_euroc(folder: Path) -> Sequence:
+def _load_euroc(folder: Path, camera: Camera | None) -> Sequence:
     root = folder / "mav0" if (folder / "mav0").is_dir() else folder
-    camera = root / "cam0"
+    source = root / "cam0"
     try:
-        sensor = yaml.safe_load((camera / "sensor.yaml").read_text(encoding="utf-8"))
-        fx, fy, cx, cy = sensor["intrinsics"]
-        distortion = np.array(sensor["distortion_coefficients"], float)
-        fisheye = sensor.get("distortion_model") == "equidistant"
+        sensor = yaml.safe_load((source / "sensor.yaml").read_text(encoding="utf-8"))
+        camera = camera or Camera(
+            intrinsic_matrix(*sensor["intrinsics"]),
+            np.array(sensor["distortion_coefficients"], float),
+            {"radial-tangential": "plumb_bob"}.get(
+                sensor["distortion_model"], sensor["distortion_model"]
+            ),
+        )
         camera_in_body = np.array(sensor["T_BS"]["data"], float).reshape(4, 4)
-        rows = _read_csv(camera / "data.csv")
+        rows = _read_csv(source / "data.csv")
     except (OSError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
-        raise InputError(f"{camera}: sensor.yaml or data.csv cannot be read ({error})") from error
-    K = np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1.0]])
-    frames = [camera / "data" / row[1].strip() for row in rows]
+        raise InputError(f"{source}: sensor.yaml or data.csv cannot be read ({error})") from error
+    frames = [source / "data" / row[1].strip() for row in rows]
     stamps = np.array([int(row[0]) * 1e-9 for row in rows])
-    sequence = Sequence(folder.name, frames, K, distortion, fisheye, stamps=stamps)
+    sequence = Sequence(folder.name, frames, camera, stamps=stamps)
     file = root / "state_groundtruth_estimate0" / "data.csv"
     if not file.is_file():
         return sequence
@@ -288,13 +324,13 @@ def _read_csv(file: Path) -> list[list[str]]:
         return [row for row in csv.reader(stream) if row and not row[0].startswith("#")]
 
 
-def _load_images(folder: Path, intrinsics: list[float] | None) -> Sequence:
+def _load_images(folder: Path, camera: Camera | None) -> Sequence:
     frames = list_images(folder)
     if not frames:
         raise InputError(f"--data {folder}: no images found. Expected: {LAYOUT}")
-    if not intrinsics:
+    if camera is None:
         raise InputError(
             f"--data {folder}: a plain image folder needs --intrinsics fx,fy,cx,cy "
             "(an essential matrix is estimated)"
         )
-    return Sequence(folder.name, frames, camera_from_numbers(intrinsics)[0])
+    return Sequence(folder.name, frames, camera)
