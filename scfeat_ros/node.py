@@ -68,6 +68,8 @@ WATCH_PERIOD = 0.5
 """Seconds between looks at the publishers of the input topics."""
 STOP_TIMEOUT = 1.0
 """Seconds that the end of the process waits for a frame in work."""
+SPIN_TIMEOUT = 0.2
+"""Seconds after which the executor looks whether the process is to end."""
 LOG_AGAIN = 10.0
 """Seconds after which the same problem is logged again."""
 
@@ -388,6 +390,11 @@ class ExtractorNode(LifecycleNode):
             torch.cuda.empty_cache()
 
     @property
+    def state(self) -> str:
+        """Label of the lifecycle state, such as "active"."""
+        return self._state_machine.current_state[1]
+
+    @property
     def busy(self) -> bool:
         """Whether a frame is still in work after a shutdown that did not wait for it."""
         return self._worker is not None
@@ -480,8 +487,11 @@ class ExtractorNode(LifecycleNode):
             self._monitor.failed(Level.ERROR, str(error))
             self._log(Level.ERROR, f"image left out: {error}")
         except Exception as error:
-            self._monitor.failed(Level.ERROR, f"{type(error).__name__}: {error}")
-            self._log(Level.ERROR, f"image left out:\n{traceback.format_exc()}")
+            text = f"{type(error).__name__}: {error}"
+            self._monitor.failed(Level.ERROR, text)
+            # memory runs out without anybody's mistake; all else is one, and shows where
+            detail = text if _is_out_of_memory(error) else f"\n{traceback.format_exc()}"
+            self._log(Level.ERROR, f"image left out: {detail}")
         finally:
             self._previous_done = time.perf_counter()
 
@@ -540,6 +550,7 @@ class ExtractorNode(LifecycleNode):
         }
         if not self._options.overlay:
             wanted.pop("overlay", None)
+        self._monitor.set_facts(outputs=" ".join(sorted(wanted)) or "nobody subscribes")
         if not wanted:
             return
         camera = self._camera_for(result)
@@ -664,7 +675,7 @@ class ExtractorNode(LifecycleNode):
 
     def _publish_diagnostics(self) -> None:
         report = self._monitor.report()
-        state = self._state_machine.current_state[1]
+        state = self.state
         message = report.message if state == "active" or report.level else state
         values = {"state": state, **report.values}
         array = DiagnosticArray()
@@ -721,7 +732,9 @@ def main(args: list[str] | None = None) -> int:
 
     def spin() -> None:
         try:
-            executor.spin()
+            # looks at `stop` now and then: an executor that is shut down while it spins may raise
+            while not stop.is_set():
+                executor.spin_once(timeout_sec=SPIN_TIMEOUT)
         except Exception:
             failure.append(traceback.format_exc())
         stop.set()
@@ -729,16 +742,16 @@ def main(args: list[str] | None = None) -> int:
     thread = threading.Thread(target=spin, name="executor", daemon=True)
     thread.start()
     stop.wait()
-    executor.shutdown(timeout_sec=0)
     thread.join(STOP_TIMEOUT / 2)
     if failure:
         print(f"extractor: the executor failed:\n{failure[0]}", file=sys.stderr)
-    if not thread.is_alive():
+    if not thread.is_alive() and node.state != "finalized":
         node.trigger_shutdown()
     if thread.is_alive() or node.busy:
         # loading, or a frame in work that outlasts any patience: nothing of it is worth saving
         sys.stderr.flush()
         os._exit(1 if failure else 0)
+    executor.shutdown()
     node.destroy_node()
     rclpy.try_shutdown()
     return 1 if failure else 0
