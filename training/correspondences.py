@@ -41,14 +41,52 @@ def textured_points(
     return points + rng.uniform(-0.5, 0.5, points.shape)
 
 
-class CorrespondencePairs(Dataset):
-    """Adds corresponding points to the samples of `HomographyPairs` or `PosedPairs`.
+class GeometryPairs(Dataset):
+    """Brings the samples of `HomographyPairs` and `PosedPairs` to one form.
 
-    Samples are dicts of image1, image2 (3, H, W) uint8; points1, points2 (count, 2) float32
-    pixels; valid (count,) bool, whether a row of points2 is the true place of points1's row;
-    name. From a homography the points are spread by texture. From posed pairs they are the sparse
-    3D points that both crops show, where the scene has any; the rows that are left are textured
-    points of each image without a partner, which serve as wrong candidates.
+    Samples are dicts of image1, image2 (3, H, W) uint8; geometry (3, 3) float32, a homography
+    from image 1 to image 2 or a fundamental matrix; planar, bool, which of the two; K1, K2, R, t,
+    depth_range1, depth_range2 as `PosedPairs` has them (a planar pair has identities and unknown
+    depths); name.
+    """
+
+    def __init__(self, pairs: HomographyPairs | PosedPairs) -> None:
+        self.pairs = pairs
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return _one_form(self.pairs[index])
+
+
+def _one_form(sample: dict[str, Any]) -> dict[str, Any]:
+    common = {key: sample[key] for key in ("image1", "image2")}
+    if "H" in sample:
+        unknown = torch.tensor([0.0, torch.inf])
+        return {
+            **common,
+            "geometry": sample["H"],
+            "planar": True,
+            **{key: torch.eye(3) for key in ("K1", "K2", "R")},
+            "t": torch.zeros(3),
+            "depth_range1": unknown,
+            "depth_range2": unknown,
+            "name": sample["name"],
+        }
+    cameras = {key: sample[key] for key in ("K1", "K2", "R", "t", "depth_range1", "depth_range2")}
+    name = f"{sample['name1']} {sample['name2']}"
+    return {**common, "geometry": sample["F"], "planar": False, **cameras, "name": name}
+
+
+class CorrespondencePairs(Dataset):
+    """`GeometryPairs` with corresponding points.
+
+    Samples have in addition points1, points2 (count, 2) float32 pixels; valid (count,) bool,
+    whether a row of points2 is the true place of points1's row. From a homography the points are
+    spread by texture. From posed pairs they are the sparse 3D points that both crops show, where
+    the scene has any; the rows that are left are textured points of each image without a
+    partner, which serve as wrong candidates.
 
     Args:
         pairs: where samples come from; `PosedPairs` with `tracks` rows of correspondences.
@@ -75,46 +113,17 @@ class CorrespondencePairs(Dataset):
             points2 = transform_points(sample["H"].numpy().astype(np.float64), points1)
             size = np.array(image2.shape[1::-1])
             valid = (points2 > self.margin).all(1) & (points2 < size - 1 - self.margin).all(1)
-            name = sample["name"]
         else:
             points2 = textured_points(image2, self.count, rng)
             tracks = sample["tracks"].numpy()
             tracks = tracks[np.isfinite(tracks).all(1)][: len(points1)]
             points1[: len(tracks)], points2[: len(tracks)] = tracks[:, :2], tracks[:, 2:]
             valid = np.arange(len(points1)) < len(tracks)
-            name = f"{sample['name1']} {sample['name2']}"
         return {
-            "image1": sample["image1"],
-            "image2": sample["image2"],
+            **_one_form(sample),
             "points1": torch.from_numpy(points1).float(),
             "points2": torch.from_numpy(points2).float(),
             "valid": torch.from_numpy(valid),
-            "name": name,
-        }
-
-
-class GeometryPairs(Dataset):
-    """Brings the samples of `HomographyPairs` and `PosedPairs` to one form.
-
-    Samples are dicts of image1, image2 (3, H, W) uint8; geometry (3, 3) float32, a homography
-    from image 1 to image 2 or a fundamental matrix; planar, bool, which of the two; name.
-    """
-
-    def __init__(self, pairs: HomographyPairs | PosedPairs) -> None:
-        self.pairs = pairs
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        sample = self.pairs[index]
-        planar = "H" in sample
-        return {
-            "image1": sample["image1"],
-            "image2": sample["image2"],
-            "geometry": sample["H"] if planar else sample["F"],
-            "planar": planar,
-            "name": sample["name"] if planar else f"{sample['name1']} {sample['name2']}",
         }
 
 

@@ -25,6 +25,12 @@ from scfeat_training.datasets import (
     Scene,
     photo_paths,
 )
+from scfeat_training.descriptor_loss import (
+    DescriptorOptions,
+    View,
+    descriptor_loss,
+    query_count,
+)
 from scfeat_training.keypoint_policy import (
     PolicyOptions,
     draw_keypoints,
@@ -39,6 +45,9 @@ from scfeat_training.keypoint_policy import (
 )
 from scfeat_training.sampling_order import generator_of, uniform
 from scfeat_training.warmup_loss import WarmupOptions, warmup_loss
+
+POINTS = 700
+"""Corresponding points a pair, of which up to a half come from sparse 3D points."""
 
 T = TypeVar("T")
 Batch = dict[str, Any]
@@ -145,10 +154,21 @@ def homography_pairs(
     return HomographyPairs(photo_paths(scenes), options, skip_bad=skip_bad)
 
 
+def correspondence_pairs(
+    config: TrainConfig, scenes: Sequence[Scene], posed_scenes: Sequence[Scene], skip_bad: bool
+) -> Dataset:
+    """Homographies of the photos of `scenes`, and `posed_share` of pairs of `posed_scenes`."""
+    homographies = homography_pairs(config, scenes, skip_bad)
+    pairs = CorrespondencePairs(homographies, POINTS)
+    if not config.posed_share:
+        return pairs
+    posed = posed_pairs(config, posed_scenes, skip_bad, tracks=POINTS // 2)
+    posed.images = homographies.images
+    return MixedPairs(pairs, CorrespondencePairs(posed, POINTS), config.posed_share)
+
+
 class WarmupStage(Stage):
     """Stage 0: descriptors before and after the bridge, from known correspondences."""
-
-    POINTS = 700
 
     def __init__(self, config: TrainConfig, model: SCFeat) -> None:
         super().__init__(config, model)
@@ -159,14 +179,8 @@ class WarmupStage(Stage):
         return description_groups(self.config, self.model)
 
     def dataset(self, scenes: Sequence[Scene], skip_bad: bool) -> Dataset:
-        homographies = homography_pairs(self.config, scenes, skip_bad)
-        pairs = CorrespondencePairs(homographies, self.POINTS)
-        if not self.config.posed_share:
-            return pairs
         tracked = [scene for scene in scenes if scene.tracks is not None]
-        posed = posed_pairs(self.config, tracked, skip_bad, tracks=self.POINTS // 2)
-        posed.images = homographies.images
-        return MixedPairs(pairs, CorrespondencePairs(posed, self.POINTS), self.config.posed_share)
+        return correspondence_pairs(self.config, scenes, tracked, skip_bad)
 
     def losses(self, network: Callable, batch: Batch) -> tuple[torch.Tensor, Terms]:
         before, after = network(images_of(batch))
@@ -182,6 +196,62 @@ class WarmupStage(Stage):
             )
             total = total + weight * loss
             terms |= {f"{name}/{key}": value for key, value in parts.items()}
+        return total, terms
+
+
+class DescriptorStage(Stage):
+    """Stage 1: the epipolar loss on F_cn, from camera poses alone.
+
+    With `contrast_weight` the warm-up's loss is added where correspondences are known; then
+    1 - `posed_share` of the pairs are homographies, which have no epipolar loss.
+    """
+
+    def __init__(self, config: TrainConfig, model: SCFeat) -> None:
+        super().__init__(config, model)
+        self.options = options_of(DescriptorOptions, config.loss, "loss")
+        if self.options.contrast_weight == 0 and config.posed_share != 1:
+            raise InputError("config: without contrast_weight, posed_share must be 1 in stage 1")
+        self.contrast = WarmupOptions()
+        self.network = Describe(model)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        return description_groups(self.config, self.model)
+
+    def dataset(self, scenes: Sequence[Scene], skip_bad: bool) -> Dataset:
+        if self.options.contrast_weight == 0:
+            return GeometryPairs(posed_pairs(self.config, scenes, skip_bad))
+        return correspondence_pairs(self.config, scenes, scenes, skip_bad)
+
+    def losses(self, network: Callable, batch: Batch) -> tuple[torch.Tensor, Terms]:
+        before, after = network(images_of(batch))
+        map1, map2 = after.float().chunk(2)
+        seed, indices = self.config.seed, batch["index"]
+        count = query_count(size_of(self.config), self.options.cell)
+        cameras = (
+            View(batch["K1"], batch["depth_range1"]),
+            View(batch["K2"], batch["depth_range2"]),
+            batch["R"],
+            batch["t"],
+        )
+        noise = uniform(seed, indices, (count, 8)).to(map1)
+        epipolar, used = descriptor_loss(
+            map1, map2, batch["geometry"], noise, self.options, cameras
+        )
+        posed = (~batch["planar"]).to(epipolar)
+        # a homography is no fundamental matrix: where() also keeps its values out of the gradient
+        total = torch.where(posed > 0, epipolar, torch.zeros_like(epipolar))
+        among = posed.sum().clamp_min(1)
+        terms = {
+            "epipolar": total.detach().sum() / among,
+            "queries_used": (used * posed).sum() / among,
+        }
+        if self.options.contrast_weight:
+            points1, points2, valid = batch["points1"], batch["points2"], batch["valid"]
+            noise = uniform(seed + 1, indices, (points1.shape[1], 4)).to(points1)
+            maps = before.float().chunk(2)
+            loss, parts = warmup_loss(*maps, points1, points2, valid, noise, self.contrast)
+            total = total + self.options.contrast_weight * loss
+            terms |= {f"backbone/{key}": value for key, value in parts.items()}
         return total, terms
 
 
@@ -299,4 +369,8 @@ class DetectorStage(Stage):
         return loss, figures
 
 
-STAGE_CLASSES: dict[str, type[Stage]] = {"warmup": WarmupStage, "detector": DetectorStage}
+STAGE_CLASSES: dict[str, type[Stage]] = {
+    "warmup": WarmupStage,
+    "descriptor": DescriptorStage,
+    "detector": DetectorStage,
+}

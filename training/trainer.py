@@ -241,6 +241,7 @@ class Trainer:
             else None
         )
         handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
+        means = _Means()
         bar = tqdm(total=end, initial=self.step, unit="step", disable=None if log else True)
         try:
             batches = self._loader(end)
@@ -250,14 +251,16 @@ class Trainer:
                 ):
                     break
                 batch = _to_device(next(batches), self.device)
-                terms = self._one_step(batch, log)
+                means.add(self._one_step(batch, log))
                 self.step += 1
                 bar.update()
                 now = time.monotonic()
                 self.history[-1] |= {"to_step": self.step, "seconds": before + now - started}
-                if log and terms and self.step % config.log_every == 0:
-                    bar.set_postfix(loss=f"{terms['loss']:.3f}")
-                    log.scalars(self.step, terms | {"seconds": now - started})
+                if self.step % config.log_every == 0:
+                    terms = self._over_processes(means.take())
+                    if log and terms:
+                        bar.set_postfix(loss=f"{terms['loss']:.3f}")
+                        log.scalars(self.step, terms | {"seconds": now - started})
                 if log and self.step % config.picture_every == 0:
                     log.pictures(self.step, self.stage.pictures(self.ema.model, batch))
                 if validation and (self.step % config.validate_every == 0 or self.step == end):
@@ -291,8 +294,8 @@ class Trainer:
         self._stop = bool(flag)
         return self._stop
 
-    def _one_step(self, batch: dict[str, Any], log: _Log | None) -> dict[str, float] | None:
-        """One update; None if it was skipped for a loss or gradient that is not finite."""
+    def _one_step(self, batch: dict[str, Any], log: _Log | None) -> dict[str, torch.Tensor]:
+        """One update; its terms for the log, none if loss or gradient were not finite."""
         config = self.config
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * self.rate(self.step)
@@ -302,7 +305,7 @@ class Trainer:
         bad = ~losses.detach().isfinite()
         if self._any(bad.any()):
             self._skip([n for n, b in zip(batch["name"], bad.tolist(), strict=True) if b], log)
-            return None
+            return {}
         self.optimizer.zero_grad(set_to_none=True)
         loss = losses.mean()
         loss.backward()
@@ -310,14 +313,11 @@ class Trainer:
         norm = nn.utils.clip_grad_norm_(parameters, config.clip)
         if not norm.isfinite():
             self._skip(list(batch["name"]), log)
-            return None
+            return {}
         self.optimizer.step()
         self.ema.update(self.model, self.step)
         self._skipped_in_a_row = 0
-        values = {"loss": loss.detach(), **terms, "gradient": norm}
-        if (self.step + 1) % config.log_every:
-            return None
-        return {name: float(self._mean(value)) for name, value in values.items()}
+        return {"loss": loss.detach(), **terms, "gradient": norm}
 
     def _any(self, flag: torch.Tensor) -> bool:
         if self.world == 1:
@@ -326,13 +326,15 @@ class Trainer:
         dist.all_reduce(flag, dist.ReduceOp.MAX)
         return bool(flag)
 
-    def _mean(self, value: torch.Tensor) -> torch.Tensor:
-        """Mean over the processes."""
+    def _over_processes(self, terms: dict[str, float]) -> dict[str, float]:
+        """Means over the processes; a term may be absent in some of them."""
         if self.world == 1:
-            return value
-        value = value.detach().clone().float()
-        dist.all_reduce(value)
-        return value / self.world
+            return terms
+        rows: list[Any] = [None] * self.world
+        dist.all_gather_object(rows, terms)
+        names = sorted({name for row in rows for name in row})
+        found = {name: [row[name] for row in rows if name in row] for name in names}
+        return {name: sum(values) / len(values) for name, values in found.items()}
 
     def _skip(self, names: list[str], log: _Log | None) -> None:
         self._skipped_in_a_row += 1
@@ -345,6 +347,24 @@ class Trainer:
                 f"{MAX_SKIPPED_IN_A_ROW} steps in a row without a finite loss: the run has "
                 "diverged; resume it from an older checkpoint with a smaller lr"
             )
+
+
+class _Means:
+    """Means of the terms of the steps since they were last taken."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, torch.Tensor] = {}
+        self.counts: dict[str, int] = {}
+
+    def add(self, terms: dict[str, torch.Tensor]) -> None:
+        for name, value in terms.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value.detach()
+            self.counts[name] = self.counts.get(name, 0) + 1
+
+    def take(self) -> dict[str, float]:
+        means = {name: float(total) / self.counts[name] for name, total in self.sums.items()}
+        self.sums, self.counts = {}, {}
+        return means
 
 
 class _Log:
