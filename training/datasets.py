@@ -321,8 +321,8 @@ def warp(
     )
 
 
-def _curriculum(index: int, start: float, end: float, samples: int) -> float:
-    """Linear from `start` at sample 0 to `end` at sample `samples` and after."""
+def curriculum(index: int, start: float, end: float, samples: int) -> float:
+    """A value that is linear from `start` at sample 0 to `end` at sample `samples` and after."""
     return end if index >= samples else start + (end - start) * index / samples
 
 
@@ -417,7 +417,7 @@ class PosedPairs(Dataset):
 
     def max_rotation(self, index: int) -> float:
         """Largest relative rotation in degrees that sample `index` may have before roll."""
-        limit = _curriculum(index, *self.config.rotation, self.config.curriculum)
+        limit = curriculum(index, *self.config.rotation, self.config.curriculum)
         return max(limit, float(self._least_rotation))
 
     def _draw(self, rng: np.random.Generator, max_rotation: float) -> dict[str, Any] | None:
@@ -466,23 +466,38 @@ class PosedPairs(Dataset):
         width, height = config.size
         if min(_share_hit(F, width, height), _share_hit(F.T, width, height)) < config.lines_inside:
             return None
-        sample: dict[str, Any] = {}
-        for number, (view, image, index) in enumerate(
-            zip(views, images, (i, j), strict=True), start=1
-        ):
+        crops = []
+        for view, image in zip(views, images, strict=True):
             crop = warp(image, view.affinity, config.size)
             if config.photometric is not None:
                 crop = augment(crop, rng, config.photometric)
-            sample[f"image{number}"] = torch.from_numpy(crop.transpose(2, 0, 1).copy())
-            sample[f"K{number}"] = _float32(view.K)
-            sample[f"depth_range{number}"] = _float32(scene.depth_range[index])
-            sample[f"name{number}"] = f"{scene.name}/{scene.paths[index].name}"
-        sample["R"], sample["t"], sample["F"] = _float32(R), _float32(t), _float32(F)
+            crops.append(crop)
+        names = [f"{scene.name}/{scene.paths[index].name}" for index in (i, j)]
+        depths = scene.depth_range[[i, j]]
+        sample = two_view_sample(crops, (first.K, second.K), R, t, depths, names)
         if config.tracks:
-            sample["tracks"] = _float32(
-                _visible_tracks(scene.shared_points(i, j), views, config, rng)
-            )
+            shared = scene.shared_points(i, j)
+            sample["tracks"] = _float32(_visible_tracks(shared, views, config, rng))
         return sample
+
+
+def two_view_sample(
+    images: Sequence[np.ndarray],
+    K: Sequence[np.ndarray],
+    R: np.ndarray,
+    t: np.ndarray,
+    depth_ranges: Sequence[Sequence[float]] | np.ndarray,
+    names: Sequence[str],
+) -> dict[str, Any]:
+    """The dict of a sample, as `PosedPairs` describes it, from two images (H, W, 3) uint8."""
+    sample: dict[str, Any] = {"R": _float32(R), "t": _float32(t)}
+    sample["F"] = _float32(fundamental_from_pose(K[0], K[1], R, t))
+    for k in (0, 1):
+        sample[f"image{k + 1}"] = torch.from_numpy(images[k].transpose(2, 0, 1).copy())
+        sample[f"K{k + 1}"] = _float32(K[k])
+        sample[f"depth_range{k + 1}"] = _float32(depth_ranges[k])
+        sample[f"name{k + 1}"] = names[k]
+    return sample
 
 
 def _float32(array: np.ndarray) -> torch.Tensor:
@@ -722,7 +737,7 @@ class HomographyPairs(Dataset):
 
     def max_rotation(self, index: int) -> float:
         """Largest in-plane rotation in degrees of sample `index`."""
-        return _curriculum(index, *self.config.rotation, self.config.curriculum)
+        return curriculum(index, *self.config.rotation, self.config.curriculum)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         config = self.config
