@@ -143,7 +143,7 @@ def ranges(
     labels: Sequence[str], low: Sequence[float], high: Sequence[float], unit: str, colour: str
 ) -> str:
     """Horizontal bars from 0 to `low` with a thin line on to `high`, both written out."""
-    row, left, right = 30, 84, 190
+    row, left, right = 30, 84, 230
     width, height = WIDTH, row * len(labels) + 10
     largest = max([v for v in high if np.isfinite(v)], default=1.0) or 1.0
     scale = (width - left - right) / largest

@@ -142,6 +142,16 @@ def read_file(path: Path) -> np.ndarray:
         raise InputError(f"{path}: {error}; give a JPEG or PNG image") from error
 
 
+def read_mask(path: Path) -> np.ndarray:
+    """An image file as (H, W) bool, True where it is not black.
+
+    Raises:
+        InputError: see `read_file`.
+    """
+    image = read_file(path)
+    return image > 0 if image.ndim == 2 else image.any(axis=2)
+
+
 def _to_8_bits(image: np.ndarray) -> np.ndarray:
     if image.dtype == np.uint8:
         return np.ascontiguousarray(image)

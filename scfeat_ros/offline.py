@@ -81,7 +81,7 @@ def run(
     between, so that memory does not depend on the length of the input.
 
     Args:
-        source: where frames come from; it is closed at the end.
+        source: where frames come from.
         extractor: of the front end.
         output: the folder to make.
         matching: how frames are matched, None for the defaults.
@@ -100,7 +100,6 @@ def run(
     matching = matching or MatcherOptions()
     options = options or OutputOptions()
     with ExitStack() as stack:
-        stack.callback(source.close)
         check_output(Path(output), options.overwrite)
         check_apart(output, source.description["path"])
         if options.video:
@@ -229,7 +228,9 @@ class _Writer:
         if self.options.overlay:
             self._bag.write_overlay(picture, result, frame.time)
         if sample:
-            caption = f"{frame.name}: {len(result.features)} keypoints"
+            caption = (
+                f"Frame {self.statistics.frames}, {frame.name}: {len(result.features)} keypoints"
+            )
             if result.reset is None:
                 caption += f", {len(result.matches)} matches, {int(inliers.sum())} inliers"
             self._samples.add(picture, caption)
@@ -247,6 +248,9 @@ class _Writer:
         account = self.source.account
         for topic, reason in self._bag.not_passed.items():
             account.warn(f"{topic} was not passed through: {reason}")
+        for reason, count in self.statistics.resets.items():
+            remedy = "; --max-gap sets how long a gap may be" if reason == "gap" else ""
+            account.warn(f"tracking started anew {count} times: {reason}{remedy}")
         figures = self.statistics.summary()
         summary = {
             "version": __version__,

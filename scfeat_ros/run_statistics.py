@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from typing import Any
 
@@ -139,7 +140,8 @@ class RunStatistics:
             self.right += int(right.sum())
             self.judged += len(right)
         if result.reset and result.reset != "first frame":
-            self.resets[result.reset] += 1
+            # "gap of 1.5 s" -> "gap": kinds are few, texts are not
+            self.resets[re.sub(r" (of|from) .*", "", result.reset)] += 1
         self.first_stamp = result.stamp if self.first_stamp is None else self.first_stamp
         self.last_stamp = result.stamp
         for stage, duration in seconds.items():

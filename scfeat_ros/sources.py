@@ -35,7 +35,7 @@ class Frame:
         stamp: when it was taken, nanoseconds.
         frame_id: the camera's optical frame.
         time: when it was recorded, nanoseconds; the time of the output messages.
-        name: for a person.
+        name: for a person: the file, or the seconds since the first frame.
         camera: calibration, None where not known.
         pose: of the camera in the world, None where not known.
         decode_seconds: how long reading and decoding took.
@@ -142,6 +142,7 @@ class BagSource:
         self.every, self.start, self.duration = every, start, duration
         self.passthrough = passthrough
         self._decoded = False
+        self._first_stamp: int | None = None
         try:
             self.topic = self._image_topic(topic)
             self.camera_info = self._camera_info_topic(camera_info)
@@ -315,6 +316,8 @@ class BagSource:
             self.account.skipped["image cannot be decoded"] += 1
             return
         self._decoded = True
+        if self._first_stamp is None:
+            self._first_stamp = waiting.stamp
         camera = calibration.camera if calibration else None
         if camera is not None and not camera.fits(image.shape[1::-1]):
             self.account.warn(
@@ -328,7 +331,7 @@ class BagSource:
             stamp=waiting.stamp,
             frame_id=waiting.content.header.frame_id,
             time=waiting.message.time,
-            name=f"{waiting.stamp * 1e-9:.3f} s",
+            name=f"{(waiting.stamp - self._first_stamp) * 1e-9:.2f} s",
             camera=camera,
             pose=track.at(waiting.stamp) if track else None,
             decode_seconds=seconds,
@@ -441,7 +444,7 @@ class VideoSource:
                 break
             if index % self.every == 0:
                 seconds = time.perf_counter() - began
-                name = f"frame {index}"
+                name = f"{stamp * 1e-9:.2f} s"
                 yield Frame(image, stamp, "camera", stamp, name, decode_seconds=seconds)
             index += 1
         expected = count_frames(self.path)

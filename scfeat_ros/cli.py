@@ -1,0 +1,420 @@
+"""The `scfeat` command."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import signal
+import sys
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from scfeat_ros import __version__
+from scfeat_ros.errors import ScfeatError
+from scfeat_ros.messages import DESCRIPTOR_TYPES
+from scfeat_ros.parameters import ExtractorOptions, MatcherOptions, add_arguments, from_arguments
+
+# everything that imports torch, OpenCV or rosbags is imported where it is used: --help is quick
+if TYPE_CHECKING:
+    from scfeat_ros.extractor import Extractor
+    from scfeat_ros.sources import Source
+
+OK, ERROR, USAGE, DAMAGED, INTERRUPTED = 0, 1, 2, 3, 130
+
+_EXIT_CODES = """exit codes:
+  0    all is well
+  1    an error that you can mend; the line on stderr says how
+  2    a wrong command line
+  3    done, but the input is damaged: something of it was lost or skipped
+  130  interrupted"""
+
+_DELEGATED = {
+    "train": ("scfeat_training.train", "train the network"),
+    "evaluate": ("scfeat_training.evaluation", "measure features on benchmarks"),
+    "benchmark": ("scfeat_ros.benchmark", "measure speed and memory"),
+}
+"""Commands that parse their own arguments: module with main(argv) -> exit code, and help."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        # a polite kill removes unfinished output, as Ctrl-C does
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+        if argv and argv[0] in _DELEGATED:
+            return _delegate(argv[0], argv[1:])
+        arguments = _parser().parse_args(argv)
+        return arguments.run(arguments)
+    except (ScfeatError, ValueError) as error:
+        return _fail(str(error))
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return _fail(f"{where}{error.strerror or error}")
+    except KeyboardInterrupt:
+        print("scfeat: interrupted, nothing was written", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _fail(message: str) -> int:
+    print(f"scfeat: error: {' '.join(message.split())}", file=sys.stderr)
+    return ERROR
+
+
+def _delegate(command: str, argv: list[str]) -> int:
+    module = _DELEGATED[command][0]
+    try:
+        run = importlib.import_module(module).main
+    except ModuleNotFoundError as error:
+        package = module.split(".")[0]
+        if error.name is None or error.name.split(".")[0] != package:
+            raise ScfeatError(
+                f"`scfeat {command}` needs the Python package {error.name}: "
+                f"pip install {error.name}"
+            ) from error
+        raise ScfeatError(
+            f"`scfeat {command}` is not part of this installation: install from the source tree "
+            "(pip install PATH_TO_CHECKOUT)"
+        ) from error
+    return run(argv) or OK
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="scfeat",
+        description="SCFeat local features for recorded bags, images and videos.",
+        epilog="example:\n  scfeat bag drive.mcap -o drive_features --video\n\n" + _EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"scfeat {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_bag(commands)
+    _add_images(commands)
+    _add_match(commands)
+    _add_export(commands)
+    for name, (_, text) in _DELEGATED.items():
+        commands.add_parser(name, help=f"{text} (`scfeat {name} --help`)", add_help=False)
+    return parser
+
+
+def _command(
+    commands: argparse._SubParsersAction, name: str, text: str, example: str
+) -> argparse.ArgumentParser:
+    return commands.add_parser(
+        name,
+        help=text,
+        description=text[0].upper() + text[1:] + ".",
+        epilog=f"example:\n  {example}\n\n{_EXIT_CODES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def _add_bag(commands: argparse._SubParsersAction) -> None:
+    parser = _command(
+        commands,
+        "bag",
+        "extract and match features in a recorded bag",
+        "scfeat bag drive.mcap -o drive_features --video --every 2",
+    )
+    parser.add_argument(
+        "input",
+        type=Path,
+        metavar="IN",
+        help="a rosbag2 folder, an .mcap or .db3 file, or a ROS 1 .bag file; it is only read",
+    )
+    output = _add_output(parser)
+    output.add_argument(
+        "--passthrough", action="store_true", help="copy the input's topics into the output bag"
+    )
+    group = parser.add_argument_group("input")
+    group.add_argument("--topic", help="image topic (default: the only one)")
+    group.add_argument(
+        "--camera-info", metavar="TOPIC", help="CameraInfo topic (default: beside the image topic)"
+    )
+    group.add_argument(
+        "--poses",
+        metavar="TOPIC",
+        help="pose of the camera's optical frame in the world, PoseStamped or Odometry: the "
+        "share of right matches is measured against it (default: /ground_truth/pose if there)",
+    )
+    group.add_argument("--every", type=int, default=1, metavar="N", help="use every N-th image")
+    group.add_argument(
+        "--start", type=float, default=0.0, metavar="SECONDS", help="leave out the first seconds"
+    )
+    group.add_argument(
+        "--duration", type=float, metavar="SECONDS", help="process only so many seconds"
+    )
+    _add_network(parser)
+    parser.set_defaults(run=_bag)
+
+
+def _add_images(commands: argparse._SubParsersAction) -> None:
+    parser = _command(
+        commands,
+        "images",
+        "extract and match features in a folder of images or a video",
+        "scfeat images holiday.mp4 -o holiday_features --video",
+    )
+    parser.add_argument("input", type=Path, metavar="IN", help="a folder of images, or a video")
+    _add_output(parser)
+    group = parser.add_argument_group("input")
+    group.add_argument("--every", type=int, default=1, metavar="N", help="use every N-th image")
+    group.add_argument(
+        "--rate",
+        type=float,
+        default=10.0,
+        metavar="HZ",
+        help="images per second of a folder, for the stamps (default: %(default)s)",
+    )
+    _add_network(parser)
+    parser.set_defaults(run=_images)
+
+
+def _add_match(commands: argparse._SubParsersAction) -> None:
+    parser = _command(
+        commands,
+        "match",
+        "match two images and draw the matches side by side",
+        "scfeat match left.jpg right.jpg -o matches.png",
+    )
+    parser.add_argument("first", type=Path, metavar="A", help="an image")
+    parser.add_argument("second", type=Path, metavar="B", help="another image")
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="picture, .png or .jpg: matches that fit one epipolar geometry green, others red",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace the picture")
+    parser.add_argument(
+        "--inlier-threshold",
+        type=float,
+        default=1.0,
+        metavar="PIXELS",
+        help="largest distance of an inlier from its epipolar line (default: %(default)s)",
+    )
+    _add_network(parser)
+    parser.set_defaults(run=_match)
+
+
+def _add_export(commands: argparse._SubParsersAction) -> None:
+    parser = _command(
+        commands,
+        "export",
+        "write features and matches of a folder of images for other tools",
+        "scfeat export photos -o photos.db --sequential 10",
+    )
+    parser.add_argument("input", type=Path, metavar="FOLDER", help="a folder of images")
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help=".npz (numpy), .h5 (hloc; matches and pairs go into two files beside it) or "
+        ".db (COLMAP)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace the files")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    pairs = parser.add_argument_group("pairs").add_mutually_exclusive_group()
+    pairs.add_argument(
+        "--pairs",
+        type=Path,
+        metavar="FILE",
+        help="match the pairs of a text file, two names a line (default: all pairs)",
+    )
+    pairs.add_argument(
+        "--sequential", type=int, metavar="N", help="match each image with the next N"
+    )
+    colmap = parser.add_argument_group("COLMAP")
+    colmap.add_argument(
+        "--camera-model",
+        default="SIMPLE_RADIAL",
+        help="COLMAP's camera model (default: %(default)s)",
+    )
+    colmap.add_argument("--single-camera", action="store_true", help="all images are of one camera")
+    _add_network(parser)
+    parser.set_defaults(run=_export)
+
+
+def _video_name(text: str) -> str:
+    if Path(text).name != text or not text.endswith(".mp4"):
+        raise argparse.ArgumentTypeError(
+            f"'{text}' is no name of an .mp4 file (without a folder, it is put into OUT; IN goes "
+            "before --video)"
+        )
+    return text
+
+
+def _add_output(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Flags of the commands that write an output folder; returns their group."""
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        required=True,
+        metavar="OUT",
+        help="folder to make: features/ (a bag), report/index.html, summary.json",
+    )
+    group = parser.add_argument_group("output")
+    group.add_argument(
+        "--video",
+        nargs="?",
+        type=_video_name,
+        const="overlay.mp4",
+        metavar="NAME.mp4",
+        help="write a video with keypoints and tracks into OUT (default name: overlay.mp4)",
+    )
+    group.add_argument(
+        "--overlay", action="store_true", help="put the overlay pictures into the output bag"
+    )
+    group.add_argument(
+        "--descriptor-type",
+        choices=DESCRIPTOR_TYPES,
+        default="float32",
+        help="of the descriptors in the output bag (default: %(default)s)",
+    )
+    group.add_argument("--overwrite", action="store_true", help="replace an earlier output")
+    group.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.add_argument(
+        "--mask", type=Path, metavar="FILE", help="image: keypoints lie only where it is not black"
+    )
+    return group
+
+
+def _add_network(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("network")
+    group.add_argument(
+        "--weights",
+        default="scfeat-s",
+        metavar="NAME_OR_FILE",
+        help="an installed model or a .safetensors file (default: %(default)s)",
+    )
+    group.add_argument(
+        "--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: %(default)s)"
+    )
+    extractor = parser.add_argument_group("extractor")
+    add_arguments(extractor, ExtractorOptions)
+    extractor.add_argument(
+        "--resize",
+        dest="max_size",
+        type=int,
+        metavar="SIZE",
+        default=argparse.SUPPRESS,
+        help="the same as --max-size",
+    )
+    add_arguments(parser.add_argument_group("matcher"), MatcherOptions)
+
+
+def _load_extractor(arguments: argparse.Namespace) -> Extractor:
+    from scfeat_ros.extractor import Extractor
+
+    options = asdict(from_arguments(ExtractorOptions, arguments))
+    return Extractor.from_pretrained(arguments.weights, arguments.device, **options)
+
+
+def _bag(arguments: argparse.Namespace) -> int:
+    from scfeat_ros.sources import BagSource
+
+    source = BagSource(
+        arguments.input,
+        topic=arguments.topic,
+        camera_info=arguments.camera_info,
+        poses=arguments.poses,
+        every=arguments.every,
+        start=arguments.start,
+        duration=arguments.duration,
+        passthrough=arguments.passthrough,
+    )
+    return _process(arguments, source, arguments.passthrough)
+
+
+def _images(arguments: argparse.Namespace) -> int:
+    from scfeat_ros.sources import open_images
+
+    return _process(arguments, open_images(arguments.input, arguments.rate, arguments.every))
+
+
+def _process(arguments: argparse.Namespace, source: Source, passthrough: bool = False) -> int:
+    """Process a source into an output folder and print the figures."""
+    from scfeat_ros.images import read_mask
+    from scfeat_ros.offline import OutputOptions, figures_text, run
+    from scfeat_ros.staging import check_output
+
+    with closing(source):
+        options = OutputOptions(
+            video=arguments.video,
+            overlay=arguments.overlay,
+            passthrough=passthrough,
+            descriptor_type=arguments.descriptor_type,
+            overwrite=arguments.overwrite,
+        )
+        matching = from_arguments(MatcherOptions, arguments)
+        mask = read_mask(arguments.mask) if arguments.mask else None
+        # before the network is loaded, which takes its time
+        check_output(arguments.output, options.overwrite)
+        summary = run(
+            source,
+            _load_extractor(arguments),
+            arguments.output,
+            matching,
+            options,
+            mask,
+            model_name=arguments.weights,
+            progress=False if arguments.quiet else None,
+        )
+    print(figures_text(summary, arguments.output))
+    return DAMAGED if summary["damaged"] else OK
+
+
+def _match(arguments: argparse.Namespace) -> int:
+    from scfeat_ros.image_pair import match_pair
+
+    result = match_pair(
+        arguments.first,
+        arguments.second,
+        arguments.output,
+        _load_extractor(arguments),
+        from_arguments(MatcherOptions, arguments),
+        arguments.inlier_threshold,
+        arguments.overwrite,
+    )
+    print(
+        f"{result.keypoints[0]} and {result.keypoints[1]} keypoints, {result.matches} matches, "
+        f"{result.inliers} of them fit one epipolar geometry\n{arguments.output}"
+    )
+    return OK
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from scfeat_ros import export
+
+    if arguments.pairs is not None:
+        choose_pairs = partial(export.read_pairs, arguments.pairs)
+    elif arguments.sequential is not None:
+        choose_pairs = partial(export.sequential_pairs, overlap=arguments.sequential)
+    else:
+        choose_pairs = export.exhaustive_pairs
+    result = export.export(
+        arguments.input,
+        arguments.output,
+        _load_extractor(arguments),
+        choose_pairs,
+        from_arguments(MatcherOptions, arguments),
+        export.ColmapOptions(arguments.camera_model, arguments.single_camera),
+        arguments.overwrite,
+        progress=False if arguments.quiet else None,
+    )
+    print(
+        f"{result.images} images, {result.keypoints} keypoints, {result.pairs} pairs, "
+        f"{result.matches} matches"
+    )
+    for file in result.files:
+        print(file)
+    return OK

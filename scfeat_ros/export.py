@@ -1,0 +1,316 @@
+"""Features and matches of a folder of images, as .npz, as hloc's .h5, or as a COLMAP database.
+
+All keypoints are in pixels of the stored images with the centre of the top-left pixel at (0, 0),
+as hloc keeps them; COLMAP counts from the corner of that pixel, so 0.5 is added there.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from scfeat_ros.errors import InputError, ScfeatError
+from scfeat_ros.extractor import Extractor
+from scfeat_ros.features import Features, Matches
+from scfeat_ros.images import read_file
+from scfeat_ros.matcher import epipolar_inliers, match
+from scfeat_ros.parameters import MatcherOptions
+from scfeat_ros.sources import list_images
+from scfeat_ros.staging import staged_file
+
+FORMATS = (".npz", ".h5", ".db")
+MatchedPairs = Iterable[tuple[str, str, Matches]]
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What was written: files, numbers of images, keypoints, pairs and matches."""
+
+    files: list[Path]
+    images: int
+    keypoints: int
+    pairs: int
+    matches: int
+
+
+@dataclass(frozen=True)
+class ColmapOptions:
+    """How COLMAP is to see the images.
+
+    Attributes:
+        camera_model: one of COLMAP's names.
+        single_camera: whether all images are of one camera.
+    """
+
+    camera_model: str = "SIMPLE_RADIAL"
+    single_camera: bool = False
+
+
+def exhaustive_pairs(names: list[str]) -> list[tuple[str, str]]:
+    """Every image with every later one."""
+    return list(itertools.combinations(names, 2))
+
+
+def sequential_pairs(names: list[str], overlap: int) -> list[tuple[str, str]]:
+    """Every image with the next `overlap` ones.
+
+    Raises:
+        InputError: an overlap below 1.
+    """
+    if overlap < 1:
+        raise InputError(f"--sequential must be at least 1, got {overlap}")
+    return [
+        (name, other)
+        for index, name in enumerate(names)
+        for other in names[index + 1 : index + 1 + overlap]
+    ]
+
+
+def read_pairs(path: Path, names: list[str]) -> list[tuple[str, str]]:
+    """Pairs of a text file as hloc has it: two names a line; empty lines and # lines are left out.
+
+    Raises:
+        InputError: the file cannot be read, or a line has no two names of images in the folder.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from error
+    known, pairs = set(names), {}
+    for number, line in enumerate(lines, 1):
+        words = line.split()
+        if not words or words[0].startswith("#"):
+            continue
+        if len(words) != 2 or words[0] == words[1]:
+            raise InputError(f"{path}, line {number}: expected two names of images, got '{line}'")
+        for word in words:
+            if word not in known:
+                raise InputError(f"{path}, line {number}: there is no image '{word}' in the folder")
+        # a pair counts once, whichever comes first
+        pairs.setdefault(frozenset(words), (words[0], words[1]))
+    return list(pairs.values())
+
+
+def export(
+    folder: Path,
+    output: Path,
+    extractor: Extractor,
+    choose_pairs: Callable[[list[str]], list[tuple[str, str]]] = exhaustive_pairs,
+    matching: MatcherOptions | None = None,
+    colmap: ColmapOptions | None = None,
+    overwrite: bool = False,
+    progress: bool | None = None,
+) -> ExportResult:
+    """Extract and match all images of a folder and write them by the ending of `output`.
+
+    Args:
+        folder: with images; folders in it are not entered.
+        output: .npz; .h5 (features; matches go beside it to NAME-matches.h5 and the pairs to
+            NAME-pairs.txt); .db (COLMAP).
+        extractor: of features; they stay in memory until all pairs are matched.
+        choose_pairs: names -> pairs to match.
+        matching: None for the defaults.
+        colmap: for .db, None for the defaults.
+        overwrite: whether files that are there may be replaced.
+        progress: whether to show progress bars, None for "on a terminal".
+
+    Raises:
+        InputError: the folder has no images, one of them cannot be read, or the ending of
+            `output` is unknown.
+        OutputExistsError: an output file is there.
+        ScfeatError: the library for that format is not installed.
+    """
+    matching = matching or MatcherOptions()
+    if output.suffix not in FORMATS:
+        raise InputError(f"{output}: the name must end with one of {', '.join(FORMATS)}")
+    files = list_images(folder)
+    names = [file.name for file in files]
+    blank = next((name for name in names if len(name.split()) > 1), None)
+    if blank and output.suffix != ".npz":
+        raise InputError(
+            f"{folder / blank}: rename this image, the lists of pairs of hloc and COLMAP cannot "
+            "hold a name with a blank in it"
+        )
+    pairs = choose_pairs(names)
+    disable = None if progress is None else not progress
+    with ExitStack() as stack:
+        targets = [output]
+        if output.suffix == ".h5":
+            targets += [
+                output.with_name(f"{output.stem}-matches.h5"),
+                output.with_name(f"{output.stem}-pairs.txt"),
+            ]
+        partial = [stack.enter_context(staged_file(target, overwrite)) for target in targets]
+        features = {
+            file.name: extractor(read_file(file))
+            for file in tqdm(files, "features", unit=" images", disable=disable, file=sys.stderr)
+        }
+        counter = _Counter(_matched(features, pairs, matching, extractor, disable))
+        if output.suffix == ".npz":
+            _write_npz(partial[0], features, counter)
+        elif output.suffix == ".h5":
+            _write_h5(*partial, features, counter)
+        else:
+            _write_colmap(partial[0], features, counter, folder, colmap or ColmapOptions())
+    return ExportResult(
+        files=targets,
+        images=len(files),
+        keypoints=sum(len(f) for f in features.values()),
+        pairs=len(pairs),
+        matches=counter.matches,
+    )
+
+
+class _Counter:
+    """Passes matched pairs on and counts the matches."""
+
+    def __init__(self, pairs: MatchedPairs) -> None:
+        self._pairs = pairs
+        self.matches = 0
+
+    def __iter__(self) -> Iterator[tuple[str, str, Matches]]:
+        for first, second, matches in self._pairs:
+            self.matches += len(matches)
+            yield first, second, matches
+
+
+def _matched(
+    features: dict[str, Features],
+    pairs: list[tuple[str, str]],
+    matching: MatcherOptions,
+    extractor: Extractor,
+    disable: bool | None,
+) -> Iterator[tuple[str, str, Matches]]:
+    for first, second in tqdm(pairs, "matches", unit=" pairs", disable=disable, file=sys.stderr):
+        yield first, second, match_images(features[first], features[second], matching, extractor)
+
+
+def match_images(
+    first: Features, second: Features, matching: MatcherOptions, extractor: Extractor
+) -> Matches:
+    """Matches of two images with all of the matcher's options."""
+    matches = match(
+        first, second, matching.ratio or None, matching.min_similarity, extractor.device
+    )
+    if matching.epipolar_threshold:
+        points = (
+            first.keypoints[matches.indices[:, 0]],
+            second.keypoints[matches.indices[:, 1]],
+        )
+        matches = matches.select(epipolar_inliers(*points, matching.epipolar_threshold)[0])
+    return matches
+
+
+def _write_npz(path: Path, features: dict[str, Features], pairs: MatchedPairs) -> None:
+    """Arrays NAME/keypoints, /scores, /descriptors, /image_size; matches/NAME/NAME/indices,
+    /similarity.
+
+    They are written one after the other into the archive that numpy.load reads.
+    """
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+
+        def put(key: str, array: np.ndarray) -> None:
+            with archive.open(f"{key}.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array(file, np.ascontiguousarray(array), allow_pickle=False)
+
+        for name, f in features.items():
+            put(f"{name}/keypoints", f.keypoints)
+            put(f"{name}/scores", f.scores)
+            put(f"{name}/descriptors", f.descriptors)
+            put(f"{name}/image_size", np.array(f.image_size))
+        for first, second, matches in pairs:
+            put(f"matches/{first}/{second}/indices", matches.indices)
+            put(f"matches/{first}/{second}/similarity", matches.similarity)
+
+
+def _write_h5(
+    features_path: Path,
+    matches_path: Path,
+    pairs_path: Path,
+    features: dict[str, Features],
+    pairs: MatchedPairs,
+) -> None:
+    """hloc's layout: descriptors are (D, N); matches0 gives for every keypoint of the first
+    image its match in the second or -1, and matching_scores0 its similarity.
+    """
+    try:
+        import h5py
+    except ImportError as error:
+        raise ScfeatError("the .h5 format needs h5py: pip install h5py") from error
+    with h5py.File(features_path, "w", libver="latest") as file:
+        for name, f in features.items():
+            group = file.create_group(name)
+            keypoints = group.create_dataset("keypoints", data=f.keypoints)
+            # the standard deviation of a keypoint in pixels, as hloc notes it for its own
+            keypoints.attrs["uncertainty"] = 1.0
+            group.create_dataset("scores", data=f.scores)
+            group.create_dataset("descriptors", data=f.descriptors.T)
+            group.create_dataset("image_size", data=np.array(f.image_size))
+    with (
+        h5py.File(matches_path, "w", libver="latest") as file,
+        pairs_path.open("w", encoding="utf-8") as listing,
+    ):
+        for first, second, matches in pairs:
+            count = len(features[first])
+            indices = np.full(count, -1, np.int32)
+            scores = np.zeros(count, np.float16)
+            indices[matches.indices[:, 0]] = matches.indices[:, 1]
+            scores[matches.indices[:, 0]] = matches.similarity
+            group = file.create_group(f"{first}/{second}")
+            group.create_dataset("matches0", data=indices)
+            group.create_dataset("matching_scores0", data=scores)
+            listing.write(f"{first} {second}\n")
+
+
+def _write_colmap(
+    database_path: Path,
+    features: dict[str, Features],
+    pairs: MatchedPairs,
+    folder: Path,
+    options: ColmapOptions,
+) -> None:
+    """Cameras, images, keypoints, matches and verified two-view geometries for COLMAP's mapper."""
+    try:
+        import pycolmap
+    except ImportError as error:
+        raise ScfeatError("the .db format needs pycolmap: pip install pycolmap") from error
+    if not hasattr(pycolmap.CameraModelId, options.camera_model):
+        raise InputError(f"--camera-model {options.camera_model}: COLMAP has no such model")
+    pycolmap.logging.minloglevel = pycolmap.logging.Level.ERROR.value
+    with pycolmap.Database.open(database_path):
+        pass  # make the file, which import_images expects to be there
+    mode = pycolmap.CameraMode.SINGLE if options.single_camera else pycolmap.CameraMode.AUTO
+    pycolmap.import_images(
+        database_path,
+        folder,
+        mode,
+        image_names=list(features),
+        options=pycolmap.ImageReaderOptions(camera_model=options.camera_model),
+    )
+    listing = database_path.with_suffix(".pairs.txt")
+    try:
+        with (
+            pycolmap.Database.open(database_path) as database,
+            listing.open("w", encoding="utf-8") as file,
+        ):
+            ids = {image.name: image.image_id for image in database.read_all_images()}
+            missing = [name for name in features if name not in ids]
+            if missing:
+                raise InputError(f"{folder / missing[0]}: COLMAP cannot read this image")
+            for name, f in features.items():
+                database.write_keypoints(ids[name], f.keypoints + np.float32(0.5))
+            for first, second, matches in pairs:
+                indices = matches.indices.astype(np.uint32)
+                database.write_matches(ids[first], ids[second], indices)
+                file.write(f"{first} {second}\n")
+        pycolmap.verify_matches(database_path, listing)
+    finally:
+        listing.unlink(missing_ok=True)

@@ -1,0 +1,62 @@
+"""Matches between two images, and their picture."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from scfeat_ros.errors import InputError
+from scfeat_ros.export import match_images
+from scfeat_ros.extractor import Extractor
+from scfeat_ros.images import read_file
+from scfeat_ros.matcher import epipolar_inliers
+from scfeat_ros.overlay import draw_matches
+from scfeat_ros.parameters import MatcherOptions
+from scfeat_ros.staging import staged_file
+
+
+@dataclass(frozen=True)
+class PairResult:
+    """Numbers of a pair of images: keypoints in both, matches, epipolar inliers."""
+
+    keypoints: tuple[int, int]
+    matches: int
+    inliers: int
+
+
+def match_pair(
+    first: Path,
+    second: Path,
+    output: Path,
+    extractor: Extractor,
+    matching: MatcherOptions,
+    inlier_threshold: float = 1.0,
+    overwrite: bool = False,
+) -> PairResult:
+    """Match two image files and draw them side by side, inliers green, the others red.
+
+    Args:
+        inlier_threshold: largest distance from the epipolar line, pixels.
+
+    Raises:
+        InputError: an image cannot be read, or the output is no .png or .jpg.
+        OutputExistsError: the output is there.
+    """
+    if output.suffix.lower() not in (".png", ".jpg", ".jpeg"):
+        raise InputError(f"{output}: the picture's name must end with .png or .jpg")
+    with staged_file(output, overwrite) as partial:
+        images = [read_file(first), read_file(second)]
+        features = [extractor(image) for image in images]
+        matches = match_images(*features, matching, extractor)
+        inliers, _ = epipolar_inliers(
+            features[0].keypoints[matches.indices[:, 0]],
+            features[1].keypoints[matches.indices[:, 1]],
+            inlier_threshold,
+        )
+        picture = draw_matches(*images, *features, matches, inliers)
+        data = cv2.imencode(output.suffix.lower(), np.ascontiguousarray(picture[..., ::-1]))[1]
+        partial.write_bytes(data.tobytes())
+    return PairResult((len(features[0]), len(features[1])), len(matches), int(inliers.sum()))
