@@ -10,19 +10,29 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := demo
 
-.PHONY: demo test lint clean
+# The environment for the node: the Python, numpy and OpenCV that ROS and cv_bridge were built with
+ROS_PYTHON ?= /usr/bin/python3
+ROS_VENV := .venv-ros
+HAS_ROS := $(if $(ROS_DISTRO),$(shell $(ROS_PYTHON) -c 'import rclpy' 2>/dev/null && echo yes))
+
+# $(call install_torch,DIRECTORY OF PIP)
+define install_torch
+	@$(1)/pip install -q "$(TORCH)+cpu" 2>/dev/null \
+		|| $(1)/pip install -q --index-url $(TORCH_INDEX) "$(TORCH)" \
+		|| $(1)/pip install -q "$(TORCH)"
+endef
+
+.PHONY: demo test lint test-general test-ros clean
 
 # ROS's PYTHONPATH brings packages and pytest plugins that do not belong in this environment
-demo test lint: export PYTHONPATH :=
+demo lint test-general $(VENV)/.installed $(DEMO)/drive: export PYTHONPATH :=
 
-$(VENV)/.installed: setup.py pyproject.toml
+$(VENV)/.installed: setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "Python 3.10 or later is needed: make PYTHON=/path/to/python3 ..."; exit 1; }
 	@echo "Setting up $(VENV) (the first time takes a few minutes)"
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/pip install -q "$(TORCH)+cpu" 2>/dev/null \
-		|| $(BIN)/pip install -q --index-url $(TORCH_INDEX) "$(TORCH)" \
-		|| $(BIN)/pip install -q "$(TORCH)"
+	$(call install_torch,$(BIN))
 	@$(BIN)/pip install -q -e '.[test]'
 	@touch $@
 
@@ -38,8 +48,28 @@ lint: $(VENV)/.installed
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 
-test: lint
-	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest
+# the tests of the node are collected here too, to say that they are skipped and why
+test-general: lint
+	@OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -rs $(if $(HAS_ROS),--ignore test/ros)
+
+$(ROS_VENV)/.installed: setup.py
+	@echo "Setting up $(ROS_VENV) for ROS $(ROS_DISTRO)"
+	@$(ROS_PYTHON) -m venv --system-site-packages $(ROS_VENV)
+	$(call install_torch,$(ROS_VENV)/bin)
+	@numpy=$$($(ROS_PYTHON) -c 'import numpy; print(numpy.__version__.split(".")[0])') && \
+		$(ROS_VENV)/bin/pip install -q "numpy<$$((numpy + 1))" 'setuptools<80' safetensors rosbags \
+		tqdm hypothesis pytest
+	@# without their dependencies, which would put PyPI's OpenCV over the one of cv_bridge
+	@$(ROS_VENV)/bin/pip install -q --no-deps rosbags-image
+	@$(ROS_VENV)/bin/pip install -q --no-deps --no-build-isolation -e .
+	@touch $@
+
+# launch_testing's pytest plugins clash with recent pytest, hence no plugins
+test-ros: $(ROS_VENV)/.installed
+	@PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 OMP_WAIT_POLICY=passive \
+		$(ROS_VENV)/bin/python -m pytest -rs -p no:cacheprovider test/ros
+
+test: test-general $(if $(HAS_ROS),test-ros)
 
 clean:
-	rm -rf $(VENV) .venv-ros $(DEMO)
+	rm -rf $(VENV) $(ROS_VENV) $(DEMO)
