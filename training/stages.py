@@ -22,8 +22,6 @@ from scfeat_training.datasets import (
     HomographyPairsConfig,
     PosedPairs,
     PosedPairsConfig,
-    Scene,
-    photo_paths,
 )
 from scfeat_training.descriptor_loss import (
     DescriptorOptions,
@@ -44,6 +42,7 @@ from scfeat_training.keypoint_policy import (
     pair_reward,
 )
 from scfeat_training.sampling_order import generator_of, uniform
+from scfeat_training.scenes import Scene, photo_paths
 from scfeat_training.warmup_loss import WarmupOptions, warmup_loss
 
 POINTS = 700

@@ -29,10 +29,10 @@ from scfeat_ros.errors import InputError, ScfeatError
 from scfeat_ros.model.scfeat import CONFIGS, SCFeat
 from scfeat_training.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
 from scfeat_training.config import TrainConfig
-from scfeat_training.datasets import Scene, read_scenes, split_scenes
 from scfeat_training.ema import Ema
 from scfeat_training.fast_conv import accelerate, cpu_has_bfloat16
 from scfeat_training.sampling_order import Numbered, StepSampler
+from scfeat_training.scenes import Scene, read_scenes, split_scenes
 from scfeat_training.stages import STAGE_CLASSES
 from scfeat_training.validation import Validation
 

@@ -15,11 +15,10 @@ from scfeat_ros.model.scfeat import SCFeat
 from scfeat_training.datasets import (
     HomographyPairs,
     HomographyPairsConfig,
-    Scene,
-    photo_paths,
     validation_pairs,
 )
 from scfeat_training.geometry import epipolar_distance, transform_points
+from scfeat_training.scenes import Scene, photo_paths
 
 CORNERS = 500
 NEAR = 2.0

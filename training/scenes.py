@@ -1,0 +1,483 @@
+"""Scenes to train on: images with intrinsics and poses, read from three layouts.
+
+    scene.npz      a folder with images/, scene.npz and optionally points.npz
+    COLMAP         a folder with images/ and a sparse model, text or binary: sparse/0, sparse,
+                   sparse/manhattan/0 (MegaDepth), colmap/sparse/0, or beside the images folder;
+                   cameras without lens distortion
+    CAPS           MegaDepth as released with CAPS (Wang et al., ECCV 2020): scene/dense*/aligned
+                   with images/, img_cam.txt and pairs.txt
+
+Pixel centres are at integers here; COLMAP has them at halves, which is undone on reading.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from scfeat_ros.errors import InputError
+
+SCENE_FILE = "scene.npz"
+POINTS_FILE = "points.npz"
+COLMAP_MODELS = ("sparse/0", "sparse", "sparse/manhattan/0", "colmap/sparse/0", ".")
+CAPS_CAMERAS = "aligned/img_cam.txt"
+CAPS_DEPTH = (4.0, 400.0)  # the range that CAPS takes for all of its MegaDepth
+UNKNOWN_DEPTH = (0.0, np.inf)
+UNKNOWN_OVERLAP = 0.5  # of a listed pair whose covisibility is not known
+LEAST_SHARED = 15  # points that make a pair of a COLMAP model covisible
+HALF_PIXEL = 0.5
+
+# Training scenes that are never trained on: pairs of theirs choose between models.
+VALIDATION_SCENES = ("strecha_castle", "fern", "scodive_cafe")
+VALIDATION_TAILS = {"kitti_seq1": 41}  # scene: first frame of its held-out tail
+SCENE_WEIGHTS = {"liberty": 0.2}  # approximate poses
+
+
+@dataclass
+class Scene:
+    """Images of one place with intrinsics and poses.
+
+    K (N, 3, 3), R (N, 3, 3), t (N, 3): float64, world to camera, x_cam = R X + t.
+    size_wh (N, 2): int, pixels. pairs (M, 2): int, covisible images; overlap (M,) in [0, 1].
+    tracks: for each image the sorted ids (n,) of the 3D points that it sees and where, (n, 2)
+    pixels; None where there are no points. depth_range (N, 2): near and far z in the scene's
+    unit, (0, inf) where unknown. weight: how often the scene is drawn, relative to others.
+    """
+
+    name: str
+    paths: list[Path]
+    K: np.ndarray
+    R: np.ndarray
+    t: np.ndarray
+    size_wh: np.ndarray
+    pairs: np.ndarray
+    overlap: np.ndarray
+    tracks: list[tuple[np.ndarray, np.ndarray]] | None = None
+    depth_range: np.ndarray = field(default_factory=lambda: np.zeros((0, 2)))
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if len(self.depth_range) != len(self.paths):
+            self.depth_range = np.tile(UNKNOWN_DEPTH, (len(self.paths), 1))
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def subset(self, keep: Sequence[int] | np.ndarray) -> Scene:
+        """The scene with the images of the given indices only, in that order."""
+        keep = np.asarray(keep, dtype=int)
+        new_index = np.full(len(self), -1)
+        new_index[keep] = np.arange(len(keep))
+        pairs = new_index[self.pairs]
+        inside = (pairs >= 0).all(1)
+        return replace(
+            self,
+            paths=[self.paths[i] for i in keep],
+            K=self.K[keep],
+            R=self.R[keep],
+            t=self.t[keep],
+            size_wh=self.size_wh[keep],
+            pairs=pairs[inside],
+            overlap=self.overlap[inside],
+            tracks=None if self.tracks is None else [self.tracks[i] for i in keep],
+            depth_range=self.depth_range[keep],
+        )
+
+    def shared_points(self, i: int, j: int) -> tuple[np.ndarray, np.ndarray]:
+        """Pixels (n, 2) in image i and in image j of the 3D points that both see."""
+        if self.tracks is None:
+            return np.zeros((0, 2)), np.zeros((0, 2))
+        ids_i, xy_i = self.tracks[i]
+        ids_j, xy_j = self.tracks[j]
+        _, at_i, at_j = np.intersect1d(ids_i, ids_j, assume_unique=True, return_indices=True)
+        return xy_i[at_i], xy_j[at_j]
+
+
+def check_camera(where: str, K: np.ndarray, R: np.ndarray, t: np.ndarray) -> str | None:
+    """What is wrong with a camera, as one line that names `where` and the remedy; None if right."""
+    if not (np.isfinite(K).all() and np.isfinite(R).all() and np.isfinite(t).all()):
+        return f"{where}: K, R or t is not finite; remove the image from the scene"
+    if K[0, 0] <= 0 or K[1, 1] <= 0 or abs(K[2] - (0, 0, 1)).max() > 1e-6 or abs(K[1, 0]) > 1e-6:
+        return f"{where}: K is no intrinsic matrix: want [[fx, s, cx], [0, fy, cy], [0, 0, 1]]"
+    if abs(R @ R.T - np.eye(3)).max() > 1e-3 or np.linalg.det(R) < 0:
+        return f"{where}: R is no rotation: want R R^T = 1 and det R = 1, world to camera"
+    return None
+
+
+def read_scene(
+    folder: str | Path, skip_bad: bool = False, on_bad: Callable[[str], None] = lambda line: None
+) -> Scene:
+    """Read images/, scene.npz and (where there is one) points.npz of a folder.
+
+    An image that is missing or whose camera is wrong raises InputError; with skip_bad it is left
+    out and `on_bad` gets the line. scene.npz holds names, K, R, t, size_wh, pairs, overlap;
+    points.npz holds xyz, obs_image, obs_point, obs_xy.
+    """
+    folder = Path(folder)
+    data = _read_npz(folder / SCENE_FILE, ("names", "K", "R", "t", "size_wh", "pairs", "overlap"))
+    K, R, t = (data[key].astype(np.float64) for key in ("K", "R", "t"))
+    paths = [folder / "images" / str(name) for name in data["names"]]
+    count = len(paths)
+    for key, shape in (("K", (3, 3)), ("R", (3, 3)), ("t", (3,)), ("size_wh", (2,))):
+        if data[key].shape != (count, *shape):
+            raise InputError(
+                f"{folder / SCENE_FILE}: {key} has shape {data[key].shape}, want {(count, *shape)}"
+            )
+    pairs = data["pairs"].astype(int).reshape(-1, 2)
+    if len(pairs) and not (0 <= pairs.min() and pairs.max() < count):
+        raise InputError(f"{folder / SCENE_FILE}: pairs name images beyond the {count} there are")
+
+    tracks = None
+    depth_range = np.tile(UNKNOWN_DEPTH, (count, 1))
+    if (folder / POINTS_FILE).exists():
+        points = _read_npz(folder / POINTS_FILE, ("xyz", "obs_image", "obs_point", "obs_xy"))
+        tracks = _tracks(points["obs_image"], points["obs_point"], points["obs_xy"], count)
+        depth_range = _depth_ranges(points["xyz"], tracks, R, t)
+
+    scene = Scene(
+        name=folder.name,
+        paths=paths,
+        K=K,
+        R=R,
+        t=t,
+        size_wh=data["size_wh"].astype(int),
+        pairs=pairs,
+        overlap=data["overlap"].astype(float),
+        tracks=tracks,
+        depth_range=depth_range,
+        weight=SCENE_WEIGHTS.get(folder.name, 1.0),
+    )
+    return without_bad_images(scene, skip_bad, on_bad)
+
+
+def without_bad_images(
+    scene: Scene, skip_bad: bool = False, on_bad: Callable[[str], None] = lambda line: None
+) -> Scene:
+    """Check every image's file and camera; raise InputError at the first that is wrong.
+
+    With skip_bad wrong images are left out, and `on_bad` gets one line for each.
+    """
+    good = []
+    for i, path in enumerate(scene.paths):
+        problem = check_camera(str(path), scene.K[i], scene.R[i], scene.t[i])
+        if not path.is_file():
+            problem = f"{path}: missing; put the file there or remove it from the scene"
+        if problem is None:
+            good.append(i)
+        elif skip_bad:
+            on_bad(problem)
+        else:
+            raise InputError(f"{problem}, or go on without it by --skip-bad")
+    if not good:
+        raise InputError(f"{scene.name}: no usable image")
+    return scene if len(good) == len(scene) else scene.subset(good)
+
+
+def read_scenes(
+    root: str | Path, skip_bad: bool = False, on_bad: Callable[[str], None] = lambda line: None
+) -> list[Scene]:
+    """Read all scenes of a folder, of any layout: those in its folders, or the one it is.
+
+    With skip_bad, scenes and images that cannot be used are left out, and `on_bad` gets a line
+    for each; otherwise the first raises InputError.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise InputError(f"{root}: no such folder; give the folder of the training scenes")
+    readers = _scene_readers(root)
+    if not readers:
+        raise InputError(
+            f"{root}: no scene in it; want folders with {SCENE_FILE}, with a COLMAP model "
+            f"(sparse/0) and images/, or scene/dense*/{CAPS_CAMERAS}"
+        )
+    scenes = []
+    for reader, folder in readers:
+        try:
+            scenes.append(reader(folder, skip_bad, on_bad))
+        except InputError as error:
+            if not skip_bad:
+                raise
+            on_bad(str(error))
+    if not scenes:
+        raise InputError(f"{root}: none of its {len(readers)} scenes is usable")
+    return scenes
+
+
+Reader = Callable[[Path, bool, Callable[[str], None]], Scene]
+
+
+def _scene_readers(root: Path) -> list[tuple[Reader, Path]]:
+    """The scene folders in or at `root`, by name, each with what reads it."""
+    found: list[tuple[Reader, Path]] = []
+    children = sorted(child for child in root.iterdir() if child.is_dir())
+    for folder in (root, *children):
+        if (folder / SCENE_FILE).is_file():
+            found.append((read_scene, folder))
+        elif (folder / "images").is_dir() and colmap_model(folder) is not None:
+            found.append((read_colmap, folder))
+    for depth in ("", "dense*/", "*/dense*/", "*/*/dense*/"):
+        found += [(read_caps, path.parent) for path in sorted(root.glob(depth + CAPS_CAMERAS))]
+    return found
+
+
+def colmap_model(folder: Path) -> Path | None:
+    """The folder of the sparse model of a COLMAP project, None where there is none."""
+    for name in COLMAP_MODELS:
+        model = folder / name
+        for ending in (".bin", ".txt"):
+            if all((model / f"{part}{ending}").is_file() for part in ("cameras", "images")):
+                return model
+    return None
+
+
+def read_colmap(
+    folder: str | Path, skip_bad: bool = False, on_bad: Callable[[str], None] = lambda line: None
+) -> Scene:
+    """Read images/ and the sparse model of a COLMAP project (`COLMAP_MODELS` says where).
+
+    Pairs are images that share `LEAST_SHARED` points or more; overlap is the number shared over
+    the smaller of the two numbers seen. Raises InputError for a model that cannot be read, a
+    camera with lens distortion, and what `without_bad_images` finds.
+    """
+    try:
+        import pycolmap
+    except ImportError as error:
+        raise InputError(
+            f"{folder}: reading a COLMAP model needs pycolmap: pip install pycolmap"
+        ) from error
+    folder = Path(folder)
+    model = colmap_model(folder)
+    if model is None:
+        raise InputError(f"{folder}: no COLMAP model; want cameras and images in sparse/0")
+    ending = ".bin" if (model / "cameras.bin").is_file() else ".txt"
+    if not (model / f"points3D{ending}").is_file():
+        raise InputError(f"{model}: points3D{ending} is missing; export the whole model")
+    try:
+        reconstruction = pycolmap.Reconstruction(str(model))
+    except Exception as error:  # pycolmap passes on whatever its C++ side throws
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else "damaged file"
+        raise InputError(f"{model}: the COLMAP model cannot be read ({reason})") from error
+
+    images = sorted(
+        (image for image in reconstruction.images.values() if image.has_pose),
+        key=lambda image: image.name,
+    )
+    if not images:
+        raise InputError(f"{model}: no image of the model has a pose")
+    paths, K, R, t, sizes, observations = [], [], [], [], [], []
+    good = []
+    for number, image in enumerate(images):
+        camera = reconstruction.cameras[image.camera_id]
+        path = folder / "images" / image.name
+        if not camera.is_undistorted():
+            line = (
+                f"{path}: its camera model {camera.model_name} distorts; run colmap "
+                "image_undistorter and give the result"
+            )
+            if not skip_bad:
+                raise InputError(line)
+            on_bad(line)
+        else:
+            good.append(number)
+        matrix = np.array(camera.calibration_matrix(), float)
+        matrix[:2, 2] -= HALF_PIXEL
+        pose = image.cam_from_world
+        pose = pose() if callable(pose) else pose  # a property before pycolmap 3.12
+        matrix34 = np.asarray(pose.matrix(), float)
+        seen = image.get_observation_points2D()
+        ids = np.array([point.point3D_id for point in seen], dtype=np.int64)
+        xy = np.array([point.xy for point in seen], dtype=float).reshape(-1, 2) - HALF_PIXEL
+        paths.append(path)
+        K.append(matrix)
+        R.append(matrix34[:, :3])
+        t.append(matrix34[:, 3])
+        sizes.append((camera.width, camera.height))
+        observations.append((np.full(len(ids), number), ids, xy))
+    if not good:
+        raise InputError(f"{model}: no image with a usable camera")
+
+    point_ids = np.array(sorted(reconstruction.points3D), dtype=np.int64)
+    xyz = np.array([reconstruction.points3D[i].xyz for i in point_ids]).reshape(-1, 3)
+    where, ids, xy = (np.concatenate(column) for column in zip(*observations, strict=True))
+    points = np.searchsorted(point_ids, ids)
+    tracks = _tracks(where, points, xy, len(paths))
+    R, t = np.array(R), np.array(t)
+    pairs, overlap = _covisible([ids for ids, _ in tracks])
+    scene = Scene(
+        name=folder.name,
+        paths=paths,
+        K=np.array(K),
+        R=R,
+        t=t,
+        size_wh=np.array(sizes, dtype=int),
+        pairs=pairs,
+        overlap=overlap,
+        tracks=tracks,
+        depth_range=_depth_ranges(xyz, tracks, R, t),
+    )
+    return without_bad_images(scene.subset(good), skip_bad, on_bad)
+
+
+def _covisible(seen: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs (M, 2) of images that share points, i < j, and their overlap (M,).
+
+    seen: for each image the ids of its points.
+    """
+    count = len(seen)
+    image = np.repeat(np.arange(count), [len(ids) for ids in seen])
+    point = np.concatenate(seen)
+    order = np.lexsort((image, point))
+    image, point = image[order], point[order]
+    starts = np.flatnonzero(np.diff(point, prepend=-1))
+    lengths = np.diff(starts, append=len(point))
+    shared = np.zeros(count * count, np.int64)
+    for length in np.unique(lengths[lengths > 1]):  # all tracks of a length at a time
+        begin = starts[lengths == length]
+        first, second = np.triu_indices(length, 1)
+        for some in np.array_split(begin, 1 + len(begin) * len(first) // 4_000_000):
+            code = image[some[:, None] + first] * count + image[some[:, None] + second]
+            shared += np.bincount(code.ravel(), minlength=count * count)
+    pairs = np.argwhere(shared.reshape(count, count) >= LEAST_SHARED)
+    number = np.array([len(ids) for ids in seen])
+    smaller = np.minimum(number[pairs[:, 0]], number[pairs[:, 1]])
+    return pairs, shared.reshape(count, count)[pairs[:, 0], pairs[:, 1]] / np.maximum(smaller, 1)
+
+
+def read_caps(
+    folder: str | Path, skip_bad: bool = False, on_bad: Callable[[str], None] = lambda line: None
+) -> Scene:
+    """Read an `aligned` folder of the MegaDepth that CAPS released.
+
+    img_cam.txt has a line per image: name, width, height, fx, fy, cx, cy, nine entries of R row
+    by row, three of t (world to camera); pairs.txt two names a line. The covisibility of pairs
+    is not known and counts as `UNKNOWN_OVERLAP`; the depth range is `CAPS_DEPTH`.
+    """
+    folder = Path(folder)
+    listing, pair_file = folder / "img_cam.txt", folder / "pairs.txt"
+    names, values = [], []
+    for number, words in _words(listing):
+        try:
+            numbers = np.array([float(word) for word in words[1:]])
+            if len(numbers) != 18:
+                raise ValueError(f"{len(words)} columns instead of 19")
+        except ValueError as error:
+            line = f"{listing}, line {number}: {error}; remove or mend the line"
+            if not skip_bad:
+                raise InputError(line) from None
+            on_bad(line)
+            continue
+        names.append(words[0])
+        values.append(numbers)
+    if not names:
+        raise InputError(f"{listing}: names no image")
+    table = np.array(values)
+    K = np.tile(np.eye(3), (len(names), 1, 1))
+    K[:, 0, 0], K[:, 1, 1] = table[:, 2], table[:, 3]
+    K[:, :2, 2] = table[:, 4:6] - HALF_PIXEL
+    index = {name: number for number, name in enumerate(names)}
+    pairs = []
+    for number, words in _words(pair_file):
+        if len(words) != 2 or not all(word in index for word in words):
+            line = f"{pair_file}, line {number}: not two images of {listing.name}; remove the line"
+            if not skip_bad:
+                raise InputError(line)
+            on_bad(line)
+            continue
+        pairs.append(sorted(index[word] for word in words))
+    scene = Scene(
+        name="_".join(folder.parts[-3:-1]),
+        paths=[folder / "images" / name for name in names],
+        K=K,
+        R=table[:, 6:15].reshape(-1, 3, 3),
+        t=table[:, 15:18],
+        size_wh=table[:, :2].astype(int),
+        pairs=np.array(pairs, dtype=int).reshape(-1, 2),
+        overlap=np.full(len(pairs), UNKNOWN_OVERLAP),
+        depth_range=np.tile(CAPS_DEPTH, (len(names), 1)),
+    )
+    return without_bad_images(scene, skip_bad, on_bad)
+
+
+def _words(path: Path) -> list[tuple[int, list[str]]]:
+    """Line numbers and words of the lines of a text file that are not empty or comments."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error})") from error
+    split = [(number, line.split()) for number, line in enumerate(lines, start=1)]
+    return [(number, words) for number, words in split if words and not words[0].startswith("#")]
+
+
+def split_scenes(scenes: Sequence[Scene]) -> tuple[list[Scene], list[Scene]]:
+    """Scenes for training and scenes held out for choosing; no image is in both.
+
+    `VALIDATION_SCENES` and `VALIDATION_TAILS` say which; where none of these is among the scenes,
+    the last tenth of the images of each scene of 30 or more is held out.
+    """
+    known = any(s.name in VALIDATION_SCENES or s.name in VALIDATION_TAILS for s in scenes)
+    train, held_out = [], []
+    for scene in scenes:
+        tail = VALIDATION_TAILS.get(scene.name)
+        if not known and len(scene) >= 30:
+            tail = len(scene) - len(scene) // 10
+        if scene.name in VALIDATION_SCENES:
+            held_out.append(scene)
+        elif tail is not None and tail < len(scene):
+            train.append(scene.subset(np.arange(tail)))
+            held_out.append(scene.subset(np.arange(tail, len(scene))))
+        else:
+            train.append(scene)
+    return train, held_out
+
+
+def photo_paths(scenes: Sequence[Scene]) -> list[Path]:
+    """The image files of all scenes."""
+    return [path for scene in scenes for path in scene.paths]
+
+
+def _read_npz(path: Path, keys: tuple[str, ...]) -> dict[str, np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as data:
+            missing = [key for key in keys if key not in data]
+            if missing:
+                raise InputError(f"{path}: lacks the array(s) {', '.join(missing)}")
+            return {key: data[key] for key in keys}
+    except InputError:
+        raise
+    except Exception as error:  # numpy, zipfile and pickle each raise their own
+        raise InputError(f"{path}: unreadable ({error}); make it again") from error
+
+
+def _tracks(
+    image: np.ndarray, point: np.ndarray, xy: np.ndarray, count: int
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Observations grouped by image, each sorted by point, one per point."""
+    order = np.lexsort((point, image))
+    image, point, xy = image[order], point[order], xy[order].astype(np.float64)
+    starts = np.searchsorted(image, np.arange(count + 1))
+    tracks = []
+    for begin, end in itertools.pairwise(starts):
+        ids, first = np.unique(point[begin:end], return_index=True)
+        tracks.append((ids, xy[begin:end][first]))
+    return tracks
+
+
+def _depth_ranges(
+    xyz: np.ndarray,
+    tracks: list[tuple[np.ndarray, np.ndarray]],
+    R: np.ndarray,
+    t: np.ndarray,
+) -> np.ndarray:
+    """Near and far depth (N, 2) of the sparse points of each image, with a margin."""
+    ranges = np.tile(UNKNOWN_DEPTH, (len(tracks), 1))
+    for i, (ids, _) in enumerate(tracks):
+        depth = xyz[ids] @ R[i, 2] + t[i, 2]
+        depth = depth[depth > 0]
+        if len(depth) >= 10:
+            near, far = np.percentile(depth, [1, 99])
+            ranges[i] = 0.7 * near, 1.5 * far
+    return ranges
