@@ -181,6 +181,23 @@ def direction_error(t: np.ndarray, reference: np.ndarray) -> float:
     return float(angle)
 
 
+def similarity_transform(
+    source: np.ndarray, target: np.ndarray
+) -> tuple[float, np.ndarray, np.ndarray]:
+    """Least-squares scale, R (3, 3) and t (3,) with target = scale * R source + t (Umeyama 1991).
+
+    Args:
+        source, target: (N, 3) corresponding points, at least three that are not on a line.
+    """
+    mean_source, mean_target = source.mean(axis=0), target.mean(axis=0)
+    a, b = source - mean_source, target - mean_target
+    U, S, Vt = np.linalg.svd(b.T @ a / len(a))
+    sign = np.array([1.0, 1.0, np.sign(np.linalg.det(U @ Vt))])
+    R = (U * sign) @ Vt
+    scale = float((S * sign).sum() / max((a**2).sum() / len(a), 1e-300))
+    return scale, R, mean_target - scale * R @ mean_source
+
+
 def auc(errors: Sequence[float], thresholds: Sequence[float]) -> list[float]:
     """Area under the recall curve of errors up to each threshold, divided by the threshold.
 
