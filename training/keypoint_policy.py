@@ -53,6 +53,9 @@ class PolicyOptions:
         fundamental_reward: use the fundamental-matrix error in the reward (Eq. 20); False leaves
             1 for right and -false_match for wrong pairs (Table III).
         false_match: least penalty of a wrong match.
+        penalty_rise: steps over which the penalty of wrong matches rises from 0. Keypoints drawn
+            by an untrained policy hardly ever match; fined at once, it learns to draw none.
+        sharpness: factor on the scores in the softmax over a cell.
         keypoint_cost: what each keypoint costs, whatever becomes of it (DISK).
         regularization: -lambda_reg of Eq. 21: what a keypoint costs more for a bad geometry,
             times the fundamental-matrix error.
@@ -64,6 +67,8 @@ class PolicyOptions:
     resamples: int = 100
     fundamental_reward: bool = True
     false_match: float = 0.25
+    penalty_rise: int = 300
+    sharpness: float = 1.0
     keypoint_cost: float = 0.005
     regularization: float = 0.1
 
@@ -85,7 +90,9 @@ def noise_count(height: int, width: int, cell: int) -> int:
     return (height // cell) * (width // cell) * (cell * cell + 1)
 
 
-def draw_keypoints(scores: torch.Tensor, cell: int, noise: torch.Tensor) -> Keypoints:
+def draw_keypoints(
+    scores: torch.Tensor, cell: int, noise: torch.Tensor, sharpness: float = 1.0
+) -> Keypoints:
     """Draw at most one keypoint from each cell.
 
     A pixel of the cell is drawn from the softmax over the cell's scores, then accepted with the
@@ -96,12 +103,13 @@ def draw_keypoints(scores: torch.Tensor, cell: int, noise: torch.Tensor) -> Keyp
         scores: (H, W) non-negative score map, H and W multiples of `cell`.
         cell: side of the cells, pixels.
         noise: (`noise_count`,) uniform in [0, 1).
+        sharpness: factor on the scores in the softmax.
     """
     height, width = scores.shape
     rows, columns = height // cell, width // cell
     cells = scores.view(rows, cell, columns, cell).transpose(1, 2).reshape(rows * columns, -1)
     noise = noise.view(rows * columns, -1)
-    log_place = F.log_softmax(cells, dim=1)
+    log_place = F.log_softmax(sharpness * cells, dim=1)
     gumbel = -torch.log(-torch.log(noise[:, :-1].clamp(1e-12, 1 - 1e-7)))
     place = (log_place.detach() + gumbel).argmax(dim=1, keepdim=True)
     score = cells.gather(1, place)[:, 0].clamp_min(1e-6)
@@ -226,14 +234,20 @@ def mutual_nearest(similarity: torch.Tensor) -> torch.Tensor:
     return rows & (similarity == similarity.amax(dim=0, keepdim=True))
 
 
-def pair_reward(matches: torch.Tensor, error: torch.Tensor, options: PolicyOptions) -> torch.Tensor:
-    """r (N, M) of Eq. 20 from P_m (N, M) bool and the fundamental-matrix error."""
+def pair_reward(
+    matches: torch.Tensor, error: torch.Tensor, options: PolicyOptions, step: int | None = None
+) -> torch.Tensor:
+    """r (N, M) of Eq. 20 from P_m (N, M) bool and the fundamental-matrix error.
+
+    `step` is the number of the training step, for the rise of the penalty; None for its end.
+    """
     if not options.fundamental_reward:
         right, wrong = 1.0, options.false_match
     else:
         penalty = float(torch.tanh(error))
         right, wrong = 1.0 - penalty, max(penalty, options.false_match)
-    return torch.where(matches, right, -wrong)
+    rise = 1.0 if step is None else min(1.0, step / max(1, options.penalty_rise))
+    return torch.where(matches, right, -rise * wrong)
 
 
 def keypoint_loss(

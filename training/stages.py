@@ -333,7 +333,9 @@ class DetectorStage(Stage):
         drawn, descriptors = [], []
         for score_map, feature_map in zip(scores, maps, strict=True):
             noise = torch.rand(noise_count(height, width, options.cell), generator=generator)
-            keypoints = draw_keypoints(score_map, options.cell, noise.to(score_map))
+            keypoints = draw_keypoints(
+                score_map, options.cell, noise.to(score_map), options.sharpness
+            )
             drawn.append(keypoints)
             descriptors.append(F.normalize(sample(feature_map, keypoints.points[None])[0], dim=1))
         first, second = drawn
@@ -353,7 +355,8 @@ class DetectorStage(Stage):
                     options.resamples,
                     generator,
                 )
-            reward = pair_reward(matches, error, options)
+            step = index // self.config.batch
+            reward = pair_reward(matches, error, options, step)
         loss = keypoint_loss(first, second, probability, reward, error, options)
         count = len(first.points) + len(second.points)
         figures = {
