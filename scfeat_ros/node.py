@@ -6,6 +6,7 @@ a signal ends it at any time.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import importlib
 import os
@@ -384,10 +385,7 @@ class ExtractorNode(LifecycleNode):
         self._outputs = {}
         self._front_end = None
         self._camera = self._camera_info = None
-        gc.collect()
-        torch = sys.modules.get("torch")
-        if torch is not None and torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        _free_memory()
 
     @property
     def state(self) -> str:
@@ -512,10 +510,7 @@ class ExtractorNode(LifecycleNode):
                 raise
             text = self._shrink(size)
         # outside of the handler, which would keep the failed attempt's tensors alive
-        gc.collect()
-        torch = sys.modules["torch"]
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        _free_memory()
         self._problem("memory", Level.WARN, text)
         return self._front_end.process(image.pixels, stamp, header.frame_id, image.mask)
 
@@ -700,6 +695,18 @@ def _set_matcher_option(front_end: FrontEnd, name: str, value: float) -> None:
         front_end.min_similarity = value
     else:
         setattr(front_end, name, value or None)
+
+
+def _free_memory() -> None:
+    """Give back what is no longer used: to the GPU's driver and to the operating system."""
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    # glibc keeps freed blocks for later; elsewhere there is no such function
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _is_out_of_memory(error: Exception) -> bool:

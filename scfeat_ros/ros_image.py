@@ -10,6 +10,7 @@ import numpy as np
 from sensor_msgs.msg import Image
 
 from scfeat_ros.errors import InputError, ScfeatError
+from scfeat_ros.messages import pack_array
 
 _ALIASES = {
     "8UC1": "mono8",
@@ -171,7 +172,7 @@ def _without_padding(message: Any, row: int) -> Any:
     packed = np.ascontiguousarray(rows.reshape(message.height, message.step)[:, :row])
     copy = _relabelled(message, message.encoding)
     copy.step = row
-    copy.data.frombytes(memoryview(packed).cast("B"))
+    copy.data = pack_array(packed)
     return copy
 
 

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections import defaultdict
 from pathlib import Path
 
@@ -22,25 +21,12 @@ from rclpy.context import Context
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.parameter import Parameter
 from rclpy.qos import QoSProfile
+from waiting import PATIENCE, wait_for
 
 HERE = Path(__file__).parent
-PATIENCE = 60.0
-"""Seconds after which something that should happen is said not to; generous, for a busy machine."""
-
 # every rig a domain of its own, so that nothing of another test is heard
 _domains = itertools.count(os.getpid())
 LEVELS = {b"\0": "OK", b"\1": "WARN", b"\2": "ERROR"}
-
-
-def wait_for(condition, what, patience=PATIENCE):
-    """Wait until a condition holds and return its value."""
-    end = time.monotonic() + patience
-    while time.monotonic() < end:
-        value = condition()
-        if value:
-            return value
-        time.sleep(0.02)
-    raise AssertionError(f"in {patience:.0f} s never: {what}")
 
 
 class Rig:
@@ -154,7 +140,7 @@ class Rig:
                 if done == int(values["frames in"]):
                     return values
 
-        return wait_for(find, f"all images are accounted for; log:\n{self.log}")
+        return wait_for(find, lambda: "all images are accounted for; log:\n" + self.log)
 
     def stop_node(self, number=signal.SIGINT):
         """Send the node a signal; returns its exit status."""
@@ -219,7 +205,8 @@ class Rig:
                 if status[0] == level and all(text in status[1] for text in texts):
                     return status
 
-        return wait_for(find, f"diagnostics of level {level} with {texts}; log:\n{self.log}")
+        what = f"diagnostics of level {level} with {texts}; log:\n"
+        return wait_for(find, lambda: what + self.log)
 
     # ------------------------------------------------------------ services
 

@@ -5,6 +5,9 @@ import subprocess
 
 import numpy as np
 import pytest
+from waiting import wait_for
+
+from scfeat_ros.messages import decode_features, stamp_to_nanoseconds
 
 FEATURES = "/extractor/features"
 
@@ -31,8 +34,6 @@ def serve_one(rig, stamp=5000, kind="rgb8", **command):
 
 def features_of(rig, stamp, seen=0):
     """The points of the features of the image with a stamp in seconds, once they are there."""
-    from rig import wait_for
-    from scfeat_ros.messages import decode_features, stamp_to_nanoseconds
 
     def find():
         return [
@@ -218,11 +219,11 @@ def test_out_of_memory_shrinks_the_images_and_goes_on(rig, node_parameters):
     rig.connect()
     pid = rig.node_process.pid
     used = int(open(f"/proc/{pid}/statm").read().split()[0]) * resource.getpagesize()
-    resource.prlimit(pid, resource.RLIMIT_AS, (used + 500 * 2**20, -1))
+    resource.prlimit(pid, resource.RLIMIT_AS, (used + 250 * 2**20, -1))
     now = len(rig.statuses())
-    rig.camera(send="mono8", size=(2000, 1500), count=1, rate=0, start=50)
-    status = rig.wait_for_status("WARN", "out of memory on cpu at 2000x1500", since=now)
-    assert "shrunk to 1000 px" in status[1]
+    rig.camera(send="mono8", size=(1400, 1050), count=1, rate=0, start=50)
+    status = rig.wait_for_status("WARN", "out of memory on cpu at 1400x1050", since=now)
+    assert "shrunk to 700 px" in status[1]
     served = rig.figure("frames out")
     rig.connect(size=(160, 120))
     assert rig.figure("frames out") > served
@@ -246,8 +247,6 @@ def test_a_signal_ends_the_node_without_a_traceback(rig, node_parameters, number
 
 
 def test_a_signal_while_the_network_loads(rig, node_parameters):
-    from rig import wait_for
-
     rig.start_node(ready=False, **node_parameters)
     wait_for(lambda: "autostart" in rig.log, "the node starts")
     assert rig.stop_node() == 0

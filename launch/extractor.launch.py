@@ -1,0 +1,105 @@
+"""Live features of one camera or several: one node and one process each.
+
+ros2 launch scfeat_ros extractor.launch.py image:=/camera/image_raw overlay:=true rviz:=true
+ros2 launch scfeat_ros extractor.launch.py cameras:=front,left,right
+"""
+
+from pathlib import Path
+
+from ament_index_python.packages import get_package_share_directory
+from launch import LaunchContext, LaunchDescription
+from launch.actions import DeclareLaunchArgument, OpaqueFunction
+from launch.launch_description_entity import LaunchDescriptionEntity
+from launch.substitutions import LaunchConfiguration
+from launch_ros.actions import Node
+
+SHARE = Path(get_package_share_directory("scfeat_ros"))
+
+ARGUMENTS = {
+    "namespace": ("", "namespace of the node, and of relative topics"),
+    "image": (
+        "image_raw",
+        "image topic, without /compressed; relative ones lie in the namespace",
+    ),
+    "camera_info": ("", "CameraInfo topic; empty for camera_info beside the image topic"),
+    "image_transport": ("", "raw or compressed; empty for what params_file says"),
+    "weights": ("", "installed model or .safetensors file; empty for what params_file says"),
+    "device": ("", "auto, cpu, cuda, cuda:1 ...; empty for what params_file says"),
+    "params_file": (str(SHARE / "config" / "extractor.yaml"), "parameters of the node"),
+    "overlay": ("true", "draw ~/overlay while somebody subscribes to it"),
+    "autostart": ("true", "activate the node; false leaves it to a lifecycle manager"),
+    "use_sim_time": ("false", "take the time from /clock (for bags played with --clock)"),
+    "cameras": (
+        "",
+        "comma-separated namespaces of several cameras, one node and one process each; image and "
+        "camera_info must be relative then",
+    ),
+    "rviz": ("false", "open rviz2 with overlay, bearings and camera (of the first camera)"),
+    "rviz_frame": ("camera_optical_frame", "frame_id of the camera's images, for rviz2"),
+    "log_level": ("info", "debug, info, warn or error"),
+}
+
+
+def generate_launch_description() -> LaunchDescription:
+    arguments = [
+        DeclareLaunchArgument(name, default_value=default, description=text)
+        for name, (default, text) in ARGUMENTS.items()
+    ]
+    return LaunchDescription([*arguments, OpaqueFunction(function=_actions)])
+
+
+def _actions(context: LaunchContext) -> list[LaunchDescriptionEntity]:
+    """The nodes; a list of cameras can only be split when the arguments' values are known."""
+    values = {name: LaunchConfiguration(name).perform(context) for name in ARGUMENTS}
+    cameras = [name.strip() for name in values["cameras"].split(",") if name.strip()]
+    image = values["image"]
+    camera_info = values["camera_info"] or str(Path(image).parent / "camera_info")
+    if len(cameras) > 1 and (image.startswith("/") or camera_info.startswith("/")):
+        raise ValueError(
+            f"image '{image}' and camera_info '{camera_info}' must be relative topics with several "
+            "cameras: each is looked for in its camera's namespace"
+        )
+    parameters = {name: _boolean(name, values[name]) for name in ("overlay", "autostart")}
+    parameters["use_sim_time"] = _boolean("use_sim_time", values["use_sim_time"])
+    for name in ("weights", "device", "image_transport"):
+        if values[name]:
+            parameters[name] = values[name]
+    namespaces = [
+        "/".join(part for part in (values["namespace"], camera) if part) for camera in cameras
+    ] or [values["namespace"]]
+    nodes = [
+        Node(
+            package="scfeat_ros",
+            executable="extractor",
+            name="extractor",
+            namespace=namespace,
+            parameters=[values["params_file"], parameters],
+            remappings=[("image_raw", image), ("camera_info", camera_info)],
+            arguments=["--ros-args", "--log-level", values["log_level"]],
+            output="screen",
+        )
+        for namespace in namespaces
+    ]
+    if _boolean("rviz", values["rviz"]):
+        nodes.append(
+            Node(
+                package="rviz2",
+                executable="rviz2",
+                namespace=namespaces[0],
+                arguments=[
+                    "-d",
+                    str(SHARE / "config" / "extractor.rviz"),
+                    "-f",
+                    values["rviz_frame"],
+                ],
+                remappings=[("image_raw", image), ("camera_info", camera_info)],
+                parameters=[{"use_sim_time": parameters["use_sim_time"]}],
+            )
+        )
+    return nodes
+
+
+def _boolean(name: str, text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise ValueError(f"{name} must be true or false, got '{text}'")
+    return text.lower() == "true"

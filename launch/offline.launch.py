@@ -1,0 +1,51 @@
+"""Features of a recorded bag, in a ROS workspace: runs `scfeat bag` and ends with it.
+
+ros2 launch scfeat_ros offline.launch.py bag:=drive.mcap output:=drive_features
+"""
+
+import shlex
+
+from launch import LaunchContext, LaunchDescription
+from launch.actions import DeclareLaunchArgument, ExecuteProcess, OpaqueFunction, Shutdown
+from launch.launch_description_entity import LaunchDescriptionEntity
+from launch.substitutions import LaunchConfiguration
+from launch_ros.substitutions import ExecutableInPackage
+
+ARGUMENTS = {
+    "bag": (None, "rosbag2 folder, .mcap, .db3 or ROS 1 .bag file"),
+    "output": (None, "folder to make"),
+    "topic": ("", "image topic; empty for the only one"),
+    "weights": ("scfeat-s", "installed model or .safetensors file"),
+    "device": ("auto", "auto, cpu, cuda, cuda:1 ..."),
+    "video": ("false", "true writes a video with keypoints and tracks"),
+    "options": ("", "more options of `scfeat bag`, as on the command line"),
+}
+
+
+def generate_launch_description() -> LaunchDescription:
+    arguments = [
+        DeclareLaunchArgument(name, default_value=default, description=text)
+        for name, (default, text) in ARGUMENTS.items()
+    ]
+    return LaunchDescription([*arguments, OpaqueFunction(function=_actions)])
+
+
+def _actions(context: LaunchContext) -> list[LaunchDescriptionEntity]:
+    values = {name: LaunchConfiguration(name).perform(context) for name in ARGUMENTS}
+    command = ["bag", values["bag"], "-o", values["output"]]
+    command += ["--weights", values["weights"], "--device", values["device"]]
+    if values["topic"]:
+        command += ["--topic", values["topic"]]
+    if values["video"].lower() == "true":
+        command += ["--video"]
+    return [
+        ExecuteProcess(
+            cmd=[
+                ExecutableInPackage(package="scfeat_ros", executable="scfeat"),
+                *command,
+                *shlex.split(values["options"]),
+            ],
+            output="screen",
+            on_exit=Shutdown(),
+        )
+    ]

@@ -1,0 +1,478 @@
+"""The node's outputs, inputs, parameters and states, on a real ROS 2."""
+
+import numpy as np
+import pytest
+from camera import intrinsics, picture
+from waiting import wait_for
+
+from scfeat_ros.camera import Camera
+from scfeat_ros.messages import decode_features, decode_image, decode_matches, stamp_to_nanoseconds
+
+FEATURES, MATCHES, OVERLAY = (f"/extractor/{name}" for name in ("features", "matches", "overlay"))
+
+
+def send_and_take(rig, count=4, start=1000, kind="rgb8", topics=(FEATURES,), **command):
+    """Send pictures one by one; returns for each topic the messages of them."""
+    seen = {topic: len(rig.messages[topic]) for topic in topics}
+    for i in range(count):
+        rig.camera(send=kind, rate=0, start=start + i / 10, index=i, **command)
+        for topic in topics:
+            rig.received(topic, seen[topic] + i + 1)
+    return [rig.messages[topic][seen[topic] :] for topic in topics]
+
+
+def direct(weights, rgb_images, start=1000):
+    """Results of the front end on pictures, without ROS, with the node's options."""
+    from conftest import NODE
+
+    from scfeat_ros.extractor import Extractor
+    from scfeat_ros.frontend import FrontEnd
+
+    extractor = Extractor.from_pretrained(
+        weights, "cpu", threads=1, max_keypoints=NODE["max_keypoints"]
+    )
+    front_end = FrontEnd(extractor)
+    return [
+        front_end.process(image, round((start + i / 10) * 1e9), "camera_optical")
+        for i, image in enumerate(rgb_images)
+    ]
+
+
+@pytest.fixture
+def listening(running):
+    from sensor_msgs.msg import PointCloud2
+
+    for topic in (FEATURES, MATCHES):
+        if topic not in running.subscriptions:
+            running.listen(topic, PointCloud2)
+    # the node notices its new listeners before the test goes on
+    wait_for(
+        lambda: (
+            running.camera(send="rgb8", rate=0) is None
+            and running.messages[FEATURES]
+            and running.messages[MATCHES]
+        ),
+        "features and matches arrive",
+    )
+    running.settle()
+    return running
+
+
+def test_features_and_matches_are_those_of_the_front_end(listening, weights):
+    features, matches = send_and_take(listening, topics=(FEATURES, MATCHES))
+    results = direct(weights, [picture(i, 160, 120) for i in range(4)])
+    for i, (message, result) in enumerate(zip(features, results, strict=True)):
+        assert stamp_to_nanoseconds(message.header.stamp) == result.stamp
+        assert message.header.frame_id == "camera_optical"
+        points = decode_features(message)
+        np.testing.assert_array_equal(points["u"], result.features.keypoints[:, 0])
+        np.testing.assert_array_equal(points["v"], result.features.keypoints[:, 1])
+        np.testing.assert_array_equal(points["score"], result.features.scores)
+        np.testing.assert_array_equal(points["descriptor"], result.features.descriptors)
+        found = decode_matches(matches[i])
+        np.testing.assert_array_equal(found["index"], result.matches.indices[:, 1])
+        np.testing.assert_array_equal(found["prev_index"], result.matches.indices[:, 0])
+        np.testing.assert_array_equal(found["prev_u"], result.previous_keypoints[:, 0])
+        if i:
+            assert len(found) > 20
+            before = decode_features(features[i - 1])
+            np.testing.assert_array_equal(
+                points["track_id"][found["index"]], before["track_id"][found["prev_index"]]
+            )
+            stamp = features[i - 1].header.stamp
+            assert set(found["prev_sec"]) == {stamp.sec}
+            assert set(found["prev_nanosec"]) == {stamp.nanosec}
+
+
+def test_bearings_are_those_of_the_camera_info(listening):
+    from camera import DISTORTION
+
+    [[message]] = send_and_take(listening, count=1)
+    points = decode_features(message)
+    camera = Camera(np.array(intrinsics(160, 120)), DISTORTION)
+    bearings = np.stack([points["x"], points["y"], points["z"]], axis=1)
+    pixels = np.stack([points["u"], points["v"]], axis=1)
+    assert (points["z"] == 1).all()
+    np.testing.assert_allclose(camera.project(bearings[:, :2]), pixels, atol=1e-2)
+    # far from the centre the distortion counts, so it cannot have been left out
+    plain = (pixels - [80, 60]) / 150
+    assert np.abs(plain - bearings[:, :2]).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "kind", ["bgr8", "8UC3", "bgra8", "mono8", "8UC1", "mono16", "bayer_rggb8", "yuv422", "padded"]
+)
+def test_every_encoding_gives_the_picture(listening, weights, kind):
+    """Colour channels in the right order, greys at the right scale, rows without padding."""
+    import cv2
+
+    rgb = picture(0, 160, 120)
+    grey = cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY)
+    expected = {
+        "mono8": lambda: grey,
+        "8UC1": lambda: grey,
+        "mono16": lambda: grey,
+        "bayer_rggb8": lambda: _demosaiced(rgb),
+        "yuv422": lambda: _from_yuv(grey),
+    }.get(kind, lambda: rgb)()
+    [[message]] = send_and_take(listening, count=1, kind=kind, camera_info=False)
+    [result] = direct(weights, [expected])
+    points = decode_features(message)
+    np.testing.assert_array_equal(points["u"], result.features.keypoints[:, 0])
+    np.testing.assert_array_equal(points["score"], result.features.scores)
+
+
+def _demosaiced(rgb):
+    import cv2
+    from camera import _bayer
+
+    return cv2.cvtColor(_bayer(rgb), cv2.COLOR_BayerBG2RGB)
+
+
+def _from_yuv(grey):
+    import cv2
+    from camera import _yuv422
+
+    return cv2.cvtColor(_yuv422(grey), cv2.COLOR_YUV2RGB_UYVY)
+
+
+def test_floats_without_a_range_are_stretched(listening, weights):
+    import cv2
+
+    grey = cv2.cvtColor(picture(0, 160, 120), cv2.COLOR_RGB2GRAY).astype(np.float64)
+    stretched = ((grey - grey.min()) * 255 / (grey.max() - grey.min())).round().astype(np.uint8)
+    [[message]] = send_and_take(listening, count=1, kind="32FC1", camera_info=False)
+    [result] = direct(weights, [stretched])
+    found = {(float(u), float(v)) for u, v in decode_features(message)[["u", "v"]]}
+    expected = {(float(u), float(v)) for u, v in result.features.keypoints}
+    # a rounding of float32 may fall the other way here and there
+    assert len(found & expected) > 0.8 * len(expected)
+
+
+def test_the_overlay_is_drawn_only_while_somebody_looks(listening):
+    from sensor_msgs.msg import Image
+
+    send_and_take(listening, count=2)
+    listening.settle()
+    assert listening.statuses()[-1][2]["outputs"] == "features matches"
+    listening.listen(OVERLAY, Image)
+    [overlays] = send_and_take(listening, count=3, start=1100, topics=(OVERLAY,))
+    drawn = decode_image(overlays[-1])
+    assert drawn.shape == (120, 160, 3)
+    assert overlays[-1].header.frame_id == "camera_optical"
+    changed = (drawn != picture(2, 160, 120)).any(axis=2).mean()
+    assert 0.01 < changed < 0.9  # the picture is there, and something is drawn on it
+    listening.settle()
+    assert listening.statuses()[-1][2]["outputs"] == "features matches overlay"
+    listening.set_parameter("overlay", False)
+    seen = len(listening.messages[OVERLAY])
+    send_and_take(listening, count=2, start=1200)
+    listening.settle()
+    assert listening.statuses()[-1][2]["outputs"] == "features matches"
+    assert len(listening.messages[OVERLAY]) == seen
+    listening.set_parameter("overlay", True)
+    listening.unsubscribe(OVERLAY)
+
+
+def test_diagnostics_tell_rates_latencies_and_what_runs(listening):
+    send_and_take(listening, count=5)
+    values = listening.settle()
+    for stage in ("wait", "decode", "extract", "match", "track", "publish", "total", "overhead"):
+        median, p95 = float(values[f"{stage} median (ms)"]), float(values[f"{stage} p95 (ms)"])
+        assert 0 <= median <= p95
+    assert float(values["overhead median (ms)"]) < float(values["total median (ms)"])
+    assert values["device"] == "cpu" and values["threads"] == "1"
+    assert values["state"] == "active"
+    assert values["image_topic"] == "/image_raw"
+    assert values["camera"] == "plumb_bob 160x120"
+    assert values["image size"] == "160x120"
+    assert int(values["keypoints"]) > 0 and int(values["matches"]) > 0
+    assert float(values["rate in (Hz)"]) > 0 and float(values["rate out (Hz)"]) > 0
+    [status] = listening.messages["/diagnostics"][-1].status
+    assert status.name == "extractor: features"
+    assert status.hardware_id == "/image_raw"
+
+
+# ------------------------------------------------------------------ parameters
+
+
+def test_every_parameter_is_described_with_its_range(listening):
+    from scfeat_ros.node_parameters import parameter_fields
+
+    fields = parameter_fields()
+    for descriptor in listening.describe_parameters(list(fields)):
+        f = fields[descriptor.name]
+        assert descriptor.description == f.metadata["help"]
+        if type(f.default) is int:
+            [limits] = descriptor.integer_range
+        elif type(f.default) is float:
+            [limits] = descriptor.floating_point_range
+        else:
+            continue
+        assert (limits.from_value, limits.to_value) == (
+            f.metadata["minimum"],
+            f.metadata["maximum"],
+        )
+    [source] = listening.describe_parameters(["descriptor_source"])
+    assert "one of backbone, bridge" in source.additional_constraints
+
+
+def test_live_parameters_act_on_the_next_image(listening):
+    [[before]] = send_and_take(listening, count=1)
+    assert before.width > 50
+    assert listening.set_parameter("max_keypoints", 50) == (True, "")
+    assert listening.set_parameter("descriptor_type", "int8") == (True, "")
+    [[after]] = send_and_take(listening, count=1, start=1010)
+    assert after.width == 50
+    points, full = decode_features(after), decode_features(before)[:50]
+    np.testing.assert_array_equal(points["u"], full["u"])
+    np.testing.assert_array_equal(points["descriptor"], np.rint(full["descriptor"] * 127))
+    # nothing is this similar
+    assert listening.set_parameter("min_similarity", 1.0) == (True, "")
+    seen = len(listening.messages[MATCHES])
+    send_and_take(listening, count=2, start=1020)
+    assert listening.received(MATCHES, seen + 2)[-1].width < 10
+    for name, value in {
+        "max_keypoints": 200,
+        "descriptor_type": "float32",
+        "min_similarity": -1.0,
+    }.items():
+        assert listening.set_parameter(name, value) == (True, "")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("max_keypoints", 0, "out of range"),
+        ("ratio", 1.5, "out of range"),
+        ("min_similarity", float("nan"), "out of range"),
+        ("descriptor_type", "float64", "one of float32, int8"),
+        ("weights", "another", "deactivate and clean up first"),
+        ("threads", 2, "deactivate and clean up first"),
+        ("max_keypoints", "many", "type"),
+        ("autostart", False, "read-only"),
+    ],
+)
+def test_a_wrong_or_late_parameter_is_refused_with_the_reason(listening, name, value, told):
+    successful, reason = listening.set_parameter(name, value)
+    assert not successful
+    assert told in reason
+
+
+# ------------------------------------------------------------------ quality of service
+
+
+def test_the_subscription_follows_the_publishers(listening):
+    assert listening.statuses()[-1][2]["image_qos"].startswith("reliable")
+    listening.camera(qos="best_effort")
+    listening.connect()
+    wait_for(
+        lambda: listening.statuses()[-1][2]["image_qos"].startswith("best_effort"),
+        "the subscription turns best effort",
+    )
+    send_and_take(listening, count=1)
+    listening.camera(qos="reliable")
+    listening.connect()
+    wait_for(
+        lambda: listening.statuses()[-1][2]["image_qos"].startswith("reliable"),
+        "the subscription turns reliable",
+    )
+    send_and_take(listening, count=1)
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"image_reliability": "reliable"},
+        {"qos_overrides./image_raw.subscription.reliability": "reliable"},
+    ],
+)
+def test_an_incompatible_publisher_is_told_with_the_remedy(rig, node_parameters, parameters):
+    rig.start_node(**node_parameters, **parameters)
+    rig.camera(qos="best_effort")
+    rig.camera(send="rgb8", count=3)
+    status = rig.wait_for_status("ERROR", "/image_raw", "RELIABILITY", "nothing comes from it")
+    assert "leave image_reliability at auto" in status[1]
+    assert "nothing comes from it" in rig.log
+    # a publisher that offers enough clears it
+    rig.camera(qos="reliable")
+    rig.connect()
+    rig.wait_for_status("OK", "ok", since=len(rig.statuses()))
+
+
+# ------------------------------------------------------------------ lifecycle
+
+
+def test_states_do_what_they_say(unconfigured):
+    from sensor_msgs.msg import PointCloud2
+
+    rig = unconfigured
+    assert "autostart is off" in rig.log
+    assert rig.state() == "unconfigured"
+    assert rig.transition("configure")
+    assert rig.state() == "inactive"
+    rig.listen(FEATURES, PointCloud2)
+    rig.camera(send="rgb8", count=3, rate=20)
+    assert not rig.messages[FEATURES]
+    assert rig.observer.count_subscribers("/image_raw") == 0
+    assert rig.transition("activate")
+    rig.connect()
+    rig.received(FEATURES)
+    assert rig.transition("deactivate")
+    seen = len(rig.messages[FEATURES])
+    rig.camera(send="rgb8", count=3, rate=20)
+    wait_for(lambda: rig.statuses()[-1][1] == "inactive", "diagnostics tell the state")
+    assert len(rig.messages[FEATURES]) == seen
+    assert rig.transition("activate")  # the network is still there
+    rig.connect()
+    assert len(rig.received(FEATURES, seen + 1)) > seen
+    assert rig.transition("deactivate")
+    assert rig.transition("cleanup")
+    assert rig.state() == "unconfigured"
+    assert rig.observer.count_publishers(FEATURES) == 0
+    rig.unsubscribe(FEATURES)
+
+
+def test_cleanup_frees_the_network(unconfigured, tmp_path):
+    import torch
+
+    from scfeat_ros.model.scfeat import CONFIGS, SCFeat, save_model
+
+    def resident():
+        pages = open(f"/proc/{rig.node_process.pid}/statm").read().split()[1]
+        return int(pages) * 4096
+
+    rig = unconfigured
+    torch.manual_seed(0)
+    model = SCFeat(CONFIGS["scfeat"])
+    size = sum(p.numel() * 4 for p in model.parameters())
+    path = tmp_path / "large.safetensors"
+    save_model(model, path, {})
+    assert rig.transition("configure") and rig.transition("cleanup")  # PyTorch is loaded now
+    assert rig.set_parameter("weights", str(path)) == (True, "")
+    assert rig.transition("configure")
+    loaded = resident()
+    assert rig.transition("cleanup")
+    assert loaded - resident() > 0.6 * size
+
+
+# ------------------------------------------------------------------ other inputs and outputs
+
+
+def test_the_compressed_transport(rig, node_parameters, weights):
+    from sensor_msgs.msg import PointCloud2
+
+    rig.start_node(
+        **node_parameters, image_transport="compressed", remap=["image_raw:=/front/image"]
+    )
+    wait_for(lambda: rig.observer.count_subscribers("/front/image/compressed"), "a subscription")
+    rig.stop_node()
+    rig.log_path.write_text("")
+    rig.start_node(**node_parameters, image_transport="compressed")
+    rig.connect(kind="png")
+    rig.listen(FEATURES, PointCloud2)
+    rig.connect(kind="png")
+    [messages] = send_and_take(rig, count=2, kind="png")
+    results = direct(weights, [picture(i, 160, 120) for i in range(2)])
+    for message, result in zip(messages, results, strict=True):
+        np.testing.assert_array_equal(
+            decode_features(message)["u"], result.features.keypoints[:, 0]
+        )
+    seen = len(rig.statuses())
+    rig.camera(send="broken_jpeg")
+    rig.wait_for_status("ERROR", "cannot be decoded", "60 bytes", since=seen)
+    send_and_take(rig, count=1, kind="png", start=1100)
+
+
+def test_a_topic_of_the_other_transport_is_told(rig, node_parameters):
+    rig.start_node(**node_parameters, remap=["image_raw:=/image_raw/compressed"])
+    rig.camera(send="jpeg", count=3)
+    status = rig.wait_for_status("ERROR", "sensor_msgs/msg/CompressedImage")
+    assert "set image_transport" in status[1]
+
+
+@pytest.mark.parametrize("consumer", ["vins_mono", "vins_fusion"])
+def test_tracks_for_vins(rig, node_parameters, consumer):
+    from sensor_msgs.msg import PointCloud, PointCloud2
+
+    rig.start_node(**node_parameters, tracks=consumer, tracks_max=40, tracks_min_distance=8.0)
+    rig.connect()
+    rig.listen("/extractor/tracks", PointCloud)
+    rig.listen(FEATURES, PointCloud2)
+    rig.connect()
+    wait_for(lambda: rig.messages["/extractor/tracks"], "tracks")
+    features, tracks = send_and_take(rig, count=4, topics=(FEATURES, "/extractor/tracks"))
+    names = [channel.name for channel in tracks[-1].channels]
+    if consumer == "vins_mono":
+        assert names == ["id", "u", "v", "velocity_x", "velocity_y"]
+    else:
+        # the back end reads channels 6 to 8 whenever it reads any
+        assert names == ["id", "camera", "u", "v", "velocity_x", "velocity_y", "gx", "gy", "gz"]
+        assert set(tracks[-1].channels[1].values) == {0.0}
+    values = {c.name: np.array(c.values) for c in tracks[-1].channels}
+    points = {int(p["track_id"]): p for p in decode_features(features[-1])}
+    before = {int(p["track_id"]): p for p in decode_features(features[-2])}
+    assert 10 < len(tracks[-1].points) <= 40
+    old = 0
+    for i, point in enumerate(tracks[-1].points):
+        feature = points[int(values["id"][i])]
+        assert (point.x, point.y, point.z) == (feature["x"], feature["y"], 1.0)
+        assert (values["u"][i], values["v"][i]) == (feature["u"], feature["v"])
+        velocity = values["velocity_x"][i], values["velocity_y"][i]
+        if int(values["id"][i]) in before:
+            old += 1
+            previous = before[int(values["id"][i])]
+            np.testing.assert_allclose(
+                velocity,
+                ((feature["x"] - previous["x"]) / 0.1, (feature["y"] - previous["y"]) / 0.1),
+                atol=1e-3,
+            )
+        else:
+            assert velocity == (0.0, 0.0)
+    assert old > 10
+    cells = np.floor(np.stack([values["u"], values["v"]], 1) / 8).astype(int)
+    assert len(np.unique(cells, axis=0)) == len(cells)
+
+
+def test_tracks_without_a_calibration_say_what_is_missing(rig, node_parameters):
+    from sensor_msgs.msg import PointCloud
+
+    rig.start_node(**node_parameters, tracks="vins_mono")
+    rig.listen("/extractor/tracks", PointCloud)
+    rig.connect(camera_info=False)
+    rig.wait_for_status("WARN", "needs a calibrated camera")
+
+
+def test_an_rgbd_image_for_rtabmap(rig, node_parameters):
+    import zlib
+
+    messages = pytest.importorskip(
+        "rtabmap_msgs.msg", reason="rtabmap_msgs is not installed (ros-DISTRO-rtabmap-msgs)"
+    )
+    from sensor_msgs.msg import PointCloud2
+
+    topic = "/extractor/rgbd_image"
+    rig.start_node(**node_parameters, rgbd=True)
+    rig.listen(topic, messages.RGBDImage)
+    rig.listen(FEATURES, PointCloud2)
+    rig.connect(depth=True)
+    wait_for(
+        lambda: rig.camera(send="rgb8", count=2, depth=True) is None and rig.messages[topic],
+        "an RGBD image",
+    )
+    [features], [image] = send_and_take(rig, count=1, topics=(FEATURES, topic), depth=True)
+    points = decode_features(features)
+    assert image.header == features.header
+    assert (image.rgb.width, image.depth.encoding) == (160, "16UC1")
+    assert image.rgb_camera_info.k[0] == 150.0
+    assert [p.pt.x for p in image.key_points] == points["u"].tolist()
+    # rtabmap::uncompressData reads three int32 at the end and zlib's stream before them
+    packed = bytes(image.descriptors)
+    rows, columns, kind = np.frombuffer(packed[-12:], np.int32)
+    assert kind == 5  # CV_32FC1
+    stream = zlib.decompressobj()
+    matrix = np.frombuffer(stream.decompress(packed), np.float32).reshape(rows, columns)
+    assert stream.unused_data == packed[-12:]
+    np.testing.assert_array_equal(matrix, points["descriptor"])
+    rig.camera(send="rgb8", start=7000)
+    rig.wait_for_status("WARN", "no depth image in time")
