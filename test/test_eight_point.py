@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from scfeat_training.geometry import (
     eight_point,
     epipolar_distance,

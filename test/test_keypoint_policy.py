@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from scfeat_training.geometry import fundamental_from_pose
 from scfeat_training.keypoint_policy import (
     Keypoints,

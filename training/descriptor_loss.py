@@ -11,6 +11,7 @@ softmax, whose expectation is the middle, would be right for nothing. It is shif
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -157,7 +158,7 @@ def expected_place(
 
     Args:
         queries: (B, N, D) of unit norm.
-        feature_map: (B, D, H/4, W/4), not normalized; tried at every cell's distance.
+        feature_map: (B, D, H/4, W/4), not normalized.
         centres: (B, N, 2) pixels.
         window: (width, height) in pixels.
         temperature: factor on the cosine similarity.
@@ -167,7 +168,7 @@ def expected_place(
     """
     sides = []
     for side in window:
-        tried = max(3, round(side / 4) + 1)
+        tried = 2 * math.ceil(side / 8) + 1  # odd, so that the middle is tried; at most 4 px apart
         sides.append(torch.linspace(-side / 2, side / 2, tried, device=centres.device))
     offsets = torch.stack(torch.meshgrid(*sides, indexing="xy"), -1).reshape(-1, 2)
     places = centres[:, :, None] + offsets

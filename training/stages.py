@@ -185,16 +185,15 @@ class WarmupStage(Stage):
         before, after = network(images_of(batch))
         points1, points2, valid = batch["points1"], batch["points2"], batch["valid"]
         noise = uniform(self.config.seed, batch["index"], (points1.shape[1], 4)).to(points1)
-        total, terms = 0.0, {}
-        weights = {"backbone": 1.0, "bridged": self.options.bridged_weight}
-        for (name, weight), maps in zip(weights.items(), (before, after), strict=True):
-            if weight == 0:
-                continue
-            loss, parts = warmup_loss(
-                *maps.float().chunk(2), points1, points2, valid, noise, self.options
-            )
-            total = total + weight * loss
-            terms |= {f"{name}/{key}": value for key, value in parts.items()}
+        options = self.options
+        known = points1, points2, valid, noise
+        total, parts = warmup_loss(*before.float().chunk(2), *known, options)
+        terms = {f"backbone/{key}": value for key, value in parts.items()}
+        if options.bridged_weight:
+            some = [x[:, : options.bridged_points] for x in known]
+            loss, parts = warmup_loss(*after.float().chunk(2), *some, options)
+            total = total + options.bridged_weight * loss
+            terms |= {f"bridged/{key}": value for key, value in parts.items()}
         return total, terms
 
 

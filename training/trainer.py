@@ -270,7 +270,7 @@ class Trainer:
                     figures["validation_seconds"] = time.monotonic() - tested
                     log.validation(self.step, figures)
                     line = ", ".join(f"{key} {value:.3f}" for key, value in figures.items())
-                    bar.write(f"step {self.step}: {line}")
+                    tqdm.write(f"step {self.step}: {line}")
                 if self.step % config.checkpoint_every == 0:
                     self.checkpoint()
             self.checkpoint()

@@ -27,6 +27,7 @@ class WarmupOptions:
         place_weight: its weight against the contrastive term.
         place_sharpness: the factor on the cosine similarity in its softmax.
         bridged_weight: weight of the loss on F_cn against the one on D_desc.
+        bridged_points: points a pair that the loss on F_cn uses; it follows D_desc closely.
     """
 
     temperature: float = 0.05
@@ -37,6 +38,7 @@ class WarmupOptions:
     place_weight: float = 0.2
     place_sharpness: float = 60.0
     bridged_weight: float = 0.5
+    bridged_points: int = 256
 
 
 def contrastive_loss(
