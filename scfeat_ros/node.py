@@ -717,10 +717,10 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def main(args: list[str] | None = None) -> int:
-    """Run the node until SIGINT or SIGTERM.
+    """Run the node until SIGINT or SIGTERM, and end the process.
 
     Returns:
-        0, or 2 for arguments or parameters that cannot be used.
+        2 for arguments or parameters that cannot be used.
     """
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -754,14 +754,15 @@ def main(args: list[str] | None = None) -> int:
         print(f"extractor: the executor failed:\n{failure[0]}", file=sys.stderr)
     if not thread.is_alive() and node.state != "finalized":
         node.trigger_shutdown()
-    if thread.is_alive() or node.busy:
-        # loading, or a frame in work that outlasts any patience: nothing of it is worth saving
-        sys.stderr.flush()
-        os._exit(1 if failure else 0)
-    executor.shutdown()
-    node.destroy_node()
-    rclpy.try_shutdown()
-    return 1 if failure else 0
+    if not thread.is_alive() and not node.busy:
+        executor.shutdown()
+        node.destroy_node()
+        rclpy.try_shutdown()
+    # unloading PyTorch takes seconds on a busy computer, and a frame in work or a network that
+    # loads would hold it up: nothing of that is worth waiting for
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1 if failure else 0)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
 """Fixtures of the tests that need a real ROS 2; without one each of them is skipped."""
 
 import importlib.util
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 HERE = Path(__file__).parent
+REPOSITORY = HERE.parent.parent
 sys.path.insert(0, str(HERE))
 
 NEEDED = ("rclpy", "cv_bridge", "diagnostic_msgs", "lifecycle_msgs")
@@ -26,17 +29,9 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session")
-def weights(tmp_path_factory):
-    """A small network with random weights: what it finds does not matter here, its speed does."""
-    import torch
-
-    from scfeat_ros.model.scfeat import SCFeat, SCFeatConfig, save_model
-
-    torch.manual_seed(0)
-    config = SCFeatConfig("test", "resnet18", (32, 32), 32, (8, 8, 8))
-    path = tmp_path_factory.mktemp("weights") / "test.safetensors"
-    save_model(SCFeat(config), path, {"training": "none, random weights for tests"})
-    return path
+def weights(tiny_weights):
+    """A small network: what it finds does not matter here, its speed does."""
+    return tiny_weights
 
 
 def _rig(folder):
@@ -106,3 +101,20 @@ def unconfigured(unconfigured_rig, node_parameters):
     for name, value in {"device": "cpu", "weights": node_parameters["weights"]}.items():
         assert rig.set_parameter(name, str(value)) == (True, "")
     return rig
+
+
+@pytest.fixture(scope="session")
+def workspace(tmp_path_factory):
+    """A colcon workspace with this package built in it; returns its folder."""
+    pytest.importorskip("colcon_core", reason="needs colcon (python3-colcon-common-extensions)")
+    folder = tmp_path_factory.mktemp("workspace")
+    source = folder / "src" / "scfeat_ros"
+    for name in ("scfeat_ros", "training", "launch", "config", "resource"):
+        shutil.copytree(REPOSITORY / name, source / name, ignore=shutil.ignore_patterns("__*__"))
+    for name in ("setup.py", "setup.cfg", "pyproject.toml", "package.xml", "README.md", "LICENSE"):
+        shutil.copy(REPOSITORY / name, source)
+    result = subprocess.run(
+        [sys.executable, "-m", "colcon", "build"], cwd=folder, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return folder

@@ -77,14 +77,14 @@ class Rig:
         self.processes.append(process)
         return process
 
-    def start_node(self, ready=True, command=None, prefix=(), remap=(), **parameters):
+    def start_node(self, ready=True, remap=(), **parameters):
         """Start the node; `ready` waits until it is active."""
         arguments = []
         for name, value in parameters.items():
             arguments += ["-p", f"{name}:={_text(value)}"]
         for rule in remap:
             arguments += ["-r", rule]
-        command = command or [*prefix, sys.executable, "-m", "scfeat_ros.node"]
+        command = [sys.executable, "-m", "scfeat_ros.node"]
         with self.log_path.open("a") as log:
             self.node_process = self.start(
                 [*command, "--ros-args", *arguments], stdout=log, stderr=subprocess.STDOUT

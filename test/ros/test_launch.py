@@ -1,0 +1,148 @@
+"""The package in a colcon workspace: built, launched, found by ros2's tools."""
+
+import os
+import signal
+import subprocess
+
+import pytest
+import sample_bags as bags
+from waiting import PATIENCE, wait_for
+
+from scfeat_ros.messages import decode_features
+
+ARGUMENTS = (
+    "namespace image camera_info weights device params_file overlay rviz use_sim_time cameras"
+).split()
+
+
+def in_workspace(workspace, *command):
+    """A shell command line with the workspace sourced."""
+    quoted = " ".join(f"'{part}'" for part in command)
+    return ["bash", "-c", f"source {workspace}/install/setup.bash && exec {quoted}"]
+
+
+@pytest.fixture
+def run(workspace, rig):
+    """Runs a command in the workspace to its end."""
+
+    def run(*command):
+        return subprocess.run(
+            in_workspace(workspace, *command),
+            env=rig.environment,
+            text=True,
+            capture_output=True,
+            timeout=4 * PATIENCE,
+        )
+
+    return run
+
+
+def test_ros2_finds_the_executables(run):
+    assert run("ros2", "pkg", "executables", "scfeat_ros").stdout.splitlines() == [
+        "scfeat_ros extractor",
+        "scfeat_ros scfeat",
+    ]
+
+
+def test_launch_shows_its_arguments(run):
+    shown = run("ros2", "launch", "scfeat_ros", "extractor.launch.py", "--show-args").stdout
+    for name in ARGUMENTS:
+        assert f"'{name}':" in shown
+    assert "no description given" not in shown
+
+
+@pytest.fixture
+def parameter_file(tmp_path, node_parameters):
+    """Parameters that make the node quick."""
+    path = tmp_path / "robot.yaml"
+    lines = [f"    {name}: {value}\n" for name, value in node_parameters.items()]
+    path.write_text("/**:\n  ros__parameters:\n" + "".join(lines))
+    return path
+
+
+def launch(rig, workspace, *arguments):
+    command = ["ros2", "launch", "scfeat_ros", "extractor.launch.py", *arguments]
+    with rig.log_path.open("a") as log:
+        # a process group of its own: Ctrl-C goes to all of it
+        process = rig.start(
+            in_workspace(workspace, *command),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+    return process
+
+
+def end(rig, process):
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(PATIENCE) == 0
+    assert "Traceback" not in rig.log
+    assert "SIGTERM" not in rig.log  # nobody had to be asked twice
+
+
+def test_several_cameras_get_a_node_each(rig, workspace, parameter_file):
+    from sensor_msgs.msg import PointCloud2
+
+    process = launch(rig, workspace, "cameras:=front,left", f"params_file:={parameter_file}")
+    for camera in ("front", "left"):
+        topic = f"/{camera}/extractor/features"
+        rig.subscribe(topic, PointCloud2)
+        wait_for(
+            lambda camera=camera: (
+                f"images from /{camera}/image_raw" in rig.log or process.poll() is not None
+            ),
+            lambda camera=camera: f"the node of {camera} is active; log:\n{rig.log}",
+        )
+        wait_for(
+            lambda camera=camera, topic=topic: (
+                rig.camera(send="rgb8", count=2, namespace=f"/{camera}/", frame_id=camera) is None
+                and rig.messages[topic]
+            ),
+            lambda camera=camera: f"features of {camera}; log:\n{rig.log}",
+        )
+        assert rig.messages[topic][0].header.frame_id == camera
+        assert len(decode_features(rig.messages[topic][0])) > 10
+    assert "autostart: configuring and activating by itself" in rig.log
+    end(rig, process)
+
+
+def test_topics_namespace_and_parameters_of_one_camera(rig, workspace, parameter_file, weights):
+    process = launch(
+        rig,
+        workspace,
+        "namespace:=robot",
+        "image:=/camera/color/image_raw",
+        "weights:=" + str(weights),
+        "overlay:=false",
+        f"params_file:={parameter_file}",
+    )
+    wait_for(lambda: "images from /camera/color/image_raw" in rig.log, lambda: rig.log)
+    wait_for(lambda: rig.observer.count_subscribers("/camera/color/camera_info"), "camera_info")
+    assert rig.get_parameter("max_keypoints", "/robot/extractor").integer_value == 200
+    assert rig.get_parameter("overlay", "/robot/extractor").bool_value is False
+    assert rig.state("/robot/extractor") == "active"
+    end(rig, process)
+
+
+def test_absolute_topics_cannot_be_of_several_cameras(run):
+    result = run(
+        *("ros2", "launch", "scfeat_ros", "extractor.launch.py", "cameras:=a,b", "image:=/image")
+    )
+    assert result.returncode != 0
+    assert "must be relative topics with several cameras" in result.stdout + result.stderr
+
+
+def test_offline_launch_runs_the_offline_job(run, weights, tmp_path):
+    messages = [
+        (bags.IMAGE_TOPIC, bags.stamp(i), bags.image_message(image, bags.stamp(i)))
+        for i, image in enumerate(bags.sequence(4))
+    ]
+    bag = bags.write_bag(tmp_path / "drive", messages)
+    output = tmp_path / "result"
+    result = run(
+        *("ros2", "launch", "scfeat_ros", "offline.launch.py", f"bag:={bag}", f"output:={output}"),
+        *(f"weights:={weights}", "device:=cpu", "options:=--max-keypoints 50 --quiet"),
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert (output / "summary.json").is_file()
