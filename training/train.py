@@ -58,7 +58,10 @@ def _parser() -> argparse.ArgumentParser:
     for stage in STAGES:
         one = commands.add_parser(stage, help=HELP[stage], description=HELP[stage])
         one.add_argument("--config", required=True, help="YAML file of settings")
-        one.add_argument("--run", required=True, help="folder for checkpoint and logs")
+        # torchrun takes an argument --run for an abbreviation of its own: -o is safe there
+        one.add_argument(
+            "-o", "--output", "--run", dest="run", required=True, help="folder of checkpoint, logs"
+        )
         one.add_argument("--data", help="folder of scenes, in place of the configuration's")
         one.add_argument("--encoder-weights", help="torchvision ResNet file for the encoder")
         one.add_argument("--init", help="checkpoint of an earlier stage to start from")

@@ -1,0 +1,279 @@
+"""The training loop on a small scene: resuming, signals, several processes, export."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from scfeat_ros.errors import InputError, OutputExistsError
+from scfeat_ros.model.scfeat import load_model, read_metadata
+from scfeat_training.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
+from scfeat_training.config import read_config
+from scfeat_training.train import export, main
+from scfeat_training.trainer import LOG, Trainer
+
+
+def write_scene(folder, seed):
+    """A textured wall seen by five cameras that move sideways: photos, poses and 3D points."""
+    rng = np.random.default_rng(seed)
+    wall = cv2.resize(rng.integers(0, 256, (60, 80, 3), np.uint8), (320, 240))
+    wall = cv2.addWeighted(
+        wall, 0.5, cv2.resize(rng.integers(0, 256, (15, 20, 3), np.uint8), (320, 240)), 0.5, 0
+    )
+    K = np.array([[150.0, 0, 79.5], [0, 150, 59.5], [0, 0, 1]])
+    count, depth = 5, 3.0
+    t = np.stack([np.array([0.25 * (2 - k), 0.02 * k, 0.0]) for k in range(count)])
+    R = np.tile(np.eye(3), (count, 1, 1))
+    (folder / "images").mkdir(parents=True)
+    # the wall's pixel u lies at X = (u - 159.5) / 100, Y likewise, Z = depth
+    to_plane = np.array([[0.01, 0, -1.595], [0, 0.01, -1.195], [0, 0, 1]])
+    xyz = np.column_stack([rng.uniform(-1, 1, 80), rng.uniform(-0.8, 0.8, 80), np.full(80, depth)])
+    observations = []
+    names = [f"{k}.png" for k in range(count)]
+    for k in range(count):
+        P = K @ np.column_stack([R[k][:, :2], R[k][:, 2] * depth + t[k]])
+        image = cv2.warpPerspective(wall, P @ to_plane, (160, 120))
+        cv2.imwrite(str(folder / "images" / names[k]), image)
+        camera = xyz @ R[k].T + t[k]
+        xy = (camera @ K.T)[:, :2] / camera[:, 2:]
+        seen = ((xy > 0) & (xy < (159, 119))).all(1)
+        observations += [(k, p, *xy[p]) for p in np.flatnonzero(seen)]
+    pairs = np.array([(i, j) for i in range(count) for j in range(i + 1, count)])
+    table = np.array(observations)
+    np.savez(
+        folder / "scene.npz",
+        names=np.array(names),
+        K=np.tile(K, (count, 1, 1)),
+        R=R,
+        t=t,
+        size_wh=np.tile([160, 120], (count, 1)),
+        pairs=pairs,
+        overlap=np.full(len(pairs), 0.5),
+        shared=np.full(len(pairs), 50),
+    )
+    np.savez(
+        folder / "points.npz",
+        xyz=xyz,
+        obs_image=table[:, 0].astype(int),
+        obs_point=table[:, 1].astype(int),
+        obs_xy=table[:, 2:],
+    )
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("scenes")
+    write_scene(root / "wall", 0)
+    write_scene(root / "fern", 1)  # a name that is held out for validation
+    return root
+
+
+@pytest.fixture
+def settings(data, tmp_path):
+    """Writes a configuration file and gives its path."""
+
+    def write(stage, **values):
+        path = tmp_path / f"{stage}.yaml"
+        common = dict(
+            stage=stage, data=str(data), size=[96, 64], batch=2, steps=6, warmup_steps=2,
+            log_every=1, validate_every=1000, validation_pairs=0, workers=0, threads=1,
+            posed_share=1.0 if stage == "descriptor" else 0.5,
+        )  # fmt: skip
+        path.write_text(yaml.safe_dump(common | values))
+        return path
+
+    return write
+
+
+def losses(run):
+    rows = [json.loads(line) for line in (run / LOG).read_text().splitlines()]
+    return {row["step"]: row["train"]["loss"] for row in rows if "train" in row}
+
+
+def same(first, second):
+    assert first.keys() == second.keys()
+    return all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize("stage", ["warmup", "descriptor", "detector"])
+def test_resumed_run_is_the_same_to_the_bit(stage, settings, tmp_path):
+    config = str(settings(stage))
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    assert main([stage, "--config", config, "--run", str(straight)]) == 0
+    assert main([stage, "--config", config, "--run", str(broken), "--stop-at", "3"]) == 0
+    assert load_checkpoint(broken)["step"] == 3
+    assert main([stage, "--config", config, "--run", str(broken), "--resume"]) == 0
+    first, second = load_checkpoint(straight), load_checkpoint(broken)
+    assert first["step"] == second["step"] == 6
+    assert same(first["model"], second["model"])
+    assert same(first["ema"], second["ema"])
+    assert losses(straight) == losses(broken)
+    assert [part["to_step"] for part in second["history"]] == [3, 6]
+
+
+def test_detector_stage_leaves_descriptors_and_bridge_as_they_are(settings, tmp_path):
+    before = tmp_path / "before"
+    assert main(["warmup", "--config", str(settings("warmup", steps=2)), "--run", str(before)]) == 0
+    after = tmp_path / "after"
+    config = str(settings("detector", steps=4))
+    assert main(["detector", "--config", config, "--run", str(after), "--init", str(before)]) == 0
+    old, new = load_checkpoint(before)["ema"], load_checkpoint(after)
+    for weights in (new["model"], new["ema"]):
+        changed = {key.split(".")[0] for key in old if not torch.equal(old[key], weights[key])}
+        assert changed == {"detector"}
+    assert [part["stage"] for part in new["history"]] == ["warmup", "detector"]
+
+
+def test_descriptor_loss_falls(settings, tmp_path):
+    config = str(settings("warmup", steps=25, lr=2e-3))
+    assert main(["warmup", "--config", config, "--run", str(tmp_path / "run")]) == 0
+    values = list(losses(tmp_path / "run").values())
+    assert sum(values[-5:]) < 0.7 * sum(values[:5])
+
+
+def test_validation_is_logged(settings, tmp_path):
+    config = str(settings("detector", steps=2, validate_every=2, validation_pairs=2))
+    assert main(["detector", "--config", config, "--run", str(tmp_path / "run")]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "run" / LOG).read_text().splitlines()]
+    (figures,) = [row["validation"] for row in rows if "validation" in row]
+    for name in ("corner/mma3", "bridged/mma3", "own/mma3", "own/line"):
+        assert 0 <= figures[name] <= 1
+
+
+def test_terminated_run_leaves_a_checkpoint(settings, tmp_path):
+    run = tmp_path / "run"
+    config = settings("warmup", steps=100_000, checkpoint_every=100_000)
+    command = [sys.executable, "-m", "scfeat_training.train", "warmup"]
+    process = subprocess.Popen(
+        [*command, "--config", str(config), "--run", str(run)], stdout=subprocess.PIPE
+    )
+    try:
+        while not (run / LOG).exists() or not losses(run):
+            assert process.poll() is None
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 0
+    assert load_checkpoint(run)["step"] >= 1
+
+
+def test_two_processes_train_like_one(settings, tmp_path):
+    config = str(settings("warmup", steps=3))
+    assert main(["warmup", "--config", config, "--run", str(tmp_path / "one")]) == 0
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
+            *("-m", "scfeat_training.train", "warmup", "--config", config),
+            *("-o", str(tmp_path / "two"), "--device", "cpu"),
+        ],
+        check=True,
+        capture_output=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert one.keys() == two.keys() == {1, 2, 3}
+    assert list(two.values()) == pytest.approx(list(one.values()), rel=5e-3)
+    assert len(load_checkpoint(tmp_path / "two")["history"]) == 1
+
+
+def test_loss_that_is_not_finite_names_the_pair_and_goes_on(settings, tmp_path, capsys):
+    trainer = Trainer(read_config(settings("warmup", steps=3), "warmup"), tmp_path / "run")
+    plain = trainer.stage.losses
+    seen = []
+
+    def broken(network, batch):
+        values, terms = plain(network, batch)
+        seen.append({key: value.clone() for key, value in trainer.model.state_dict().items()})
+        if len(seen) == 2:
+            seen.append(batch["name"][1])
+            values = values * torch.tensor([1.0, torch.nan])
+        return values, terms
+
+    trainer.stage.losses = broken
+    assert trainer.train() == 3
+    before, name, after = seen[1], seen[2], seen[3]
+    assert same(before, after)  # the second step changed nothing
+    rows = [json.loads(line) for line in (tmp_path / "run" / LOG).read_text().splitlines()]
+    assert [row["skipped"] for row in rows if "skipped" in row] == [[name]]
+    assert name in capsys.readouterr().err
+    assert all(value.isfinite().all() for value in trainer.model.state_dict().values())
+
+
+def test_exported_weights_are_the_averaged_ones_with_their_history(settings, tmp_path):
+    run, output = tmp_path / "run", tmp_path / "model.safetensors"
+    config = str(settings("warmup", steps=2))
+    main(["warmup", "--config", config, "--run", str(run)])
+    assert main(["export", str(run), "-o", str(output)]) == 0
+    averaged = load_checkpoint(run)["ema"]
+    loaded = load_model(output).state_dict()
+    for key, value in loaded.items():
+        assert torch.allclose(value, averaged[key], rtol=1e-3, atol=1e-4)
+    (part,) = read_metadata(output)["provenance"]["history"]
+    assert part["command"].startswith("scfeat train warmup --config")
+    assert part["to_step"] == 2 and part["seed"] == 0 and part["scenes"] == ["wall"]
+    assert part["seconds"] > 0 and "cores" in part["hardware"]
+    with pytest.raises(OutputExistsError, match="exists already"):
+        export(run, output)
+    assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []
+
+
+def test_run_without_cross_normalization_is_for_study_only(settings, tmp_path):
+    run = tmp_path / "run"
+    config = str(settings("warmup", steps=1, cross_norm=False))
+    assert main(["warmup", "--config", config, "--run", str(run)]) == 0
+    assert not any(key.startswith("bridge") for key in load_checkpoint(run)["model"])
+    with pytest.raises(InputError, match="cross normalization"):
+        export(run, tmp_path / "model.safetensors")
+
+
+def test_damaged_checkpoint_is_named(tmp_path):
+    path = tmp_path / CHECKPOINT
+    save_checkpoint(path, {"step": 1})
+    assert load_checkpoint(tmp_path) == {"step": 1}
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(InputError, match=CHECKPOINT):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"stepz": 3}, "unknown field 'stepz'"),
+        ({"batch": "four"}, "'batch' must be int"),
+        ({"lr": "fast"}, "'lr' must be a number"),
+        ({"size": [100, 64]}, "multiples of 16"),
+        ({"schedule": "linear"}, "neither constant nor cosine"),
+        ({"model": "scfeat-xl"}, "none of scfeat, scfeat-s"),
+        ({"loss": {"temprature": 1}}, "unknown field 'temprature'"),
+        ({"data": "/nowhere"}, "/nowhere"),
+        ({"encoder_weights": "/nowhere.pth"}, "/nowhere.pth"),
+        ({"scenes": ["fern"]}, "none to train on"),
+    ],
+)
+def test_wrong_settings_give_one_line(values, message, settings, tmp_path, capsys):
+    config = str(settings("warmup", **values))
+    assert main(["warmup", "--config", config, "--run", str(tmp_path / "run")]) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_existing_run_is_not_overwritten(settings, tmp_path, capsys):
+    arguments = ["warmup", "--config", str(settings("warmup", steps=1)), "--run", str(tmp_path)]
+    assert main(arguments) == 0
+    assert main(arguments) == 1
+    assert "--resume" in capsys.readouterr().err
+    other = ["detector", "--config", str(settings("detector")), "--run", str(tmp_path)]
+    assert main([*other, "--resume"]) == 1
+    assert "stage 'warmup'" in capsys.readouterr().err
