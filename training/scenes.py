@@ -13,6 +13,7 @@ Pixel centres are at integers here; COLMAP has them at halves, which is undone o
 from __future__ import annotations
 
 import itertools
+import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -256,6 +257,10 @@ def read_colmap(
     ending = ".bin" if (model / "cameras.bin").is_file() else ".txt"
     if not (model / f"points3D{ending}").is_file():
         raise InputError(f"{model}: points3D{ending} is missing; export the whole model")
+    if ending == ".bin":
+        for part, end in _RECORD_ENDS.items():
+            if (model / part).is_file():  # rigs and frames came with COLMAP 3.12
+                _check_whole(model / part, end)
     try:
         reconstruction = pycolmap.Reconstruction(str(model))
     except Exception as error:  # pycolmap passes on whatever its C++ side throws
@@ -320,6 +325,63 @@ def read_colmap(
         depth_range=_depth_ranges(xyz, tracks, R, t),
     )
     return without_bad_images(scene.subset(good), skip_bad, on_bad)
+
+
+def _check_whole(path: Path, end: Callable[[bytes, int], int]) -> None:
+    """Walk over the records of a binary model file; COLMAP's reader may hang on half a file.
+
+    end: the end of the record of the file's content that begins at an offset.
+    """
+    content = path.read_bytes()
+    try:
+        (count,) = struct.unpack_from("<Q", content)
+        at = 8
+        for _ in range(count):
+            at = end(content, at)
+        whole = at <= len(content)
+    except (struct.error, ValueError):
+        whole = False
+    if not whole:
+        raise InputError(
+            f"{path}: ends too early, at {len(content)} bytes; copy or export the model again"
+        )
+
+
+def _image_end(content: bytes, at: int) -> int:
+    # id, rotation, translation, camera; a name that ends with a zero byte; x, y, id per point
+    name_end = content.index(b"\0", at + 64)
+    (points,) = struct.unpack_from("<Q", content, name_end + 1)
+    return name_end + 9 + 24 * points
+
+
+def _point_end(content: bytes, at: int) -> int:
+    # id, position, colour, error; image and number of each observation
+    (observations,) = struct.unpack_from("<Q", content, at + 43)
+    return at + 51 + 8 * observations
+
+
+def _frame_end(content: bytes, at: int) -> int:
+    # id, rig, pose; sensor and number of each image
+    (images,) = struct.unpack_from("<I", content, at + 64)
+    return at + 68 + 16 * images
+
+
+def _rig_end(content: bytes, at: int) -> int:
+    # id; the reference sensor, then the others, each with or without a pose
+    (sensors,) = struct.unpack_from("<I", content, at + 4)
+    at += 16 if sensors else 8
+    for _ in range(sensors - 1):
+        (posed,) = struct.unpack_from("<B", content, at + 8)
+        at += 9 + (56 if posed else 0)
+    return at
+
+
+_RECORD_ENDS = {
+    "images.bin": _image_end,
+    "points3D.bin": _point_end,
+    "frames.bin": _frame_end,
+    "rigs.bin": _rig_end,
+}
 
 
 def _covisible(seen: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
