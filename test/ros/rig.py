@@ -56,7 +56,10 @@ class Rig:
         self.executor = SingleThreadedExecutor(context=self.context)
         self.executor.add_node(self.observer)
         self.subscriptions = {}
-        self.subscribe("/diagnostics", DiagnosticArray)
+        self._statuses = []
+        self.observer.create_subscription(
+            DiagnosticArray, "/diagnostics", self._on_diagnostics, 100
+        )
         self.thread = threading.Thread(target=self._spin, daemon=True)
         self.thread.start()
 
@@ -184,13 +187,14 @@ class Rig:
         wait_for(lambda: len(self.messages[topic]) >= count, f"{count} messages on {topic}")
         return list(self.messages[topic])
 
+    def _on_diagnostics(self, array):
+        for status in array.status:
+            values = {value.key: value.value for value in status.values}
+            self._statuses.append((LEVELS[status.level], status.message, values))
+
     def statuses(self):
         """(level, message, values) of every diagnostics message so far."""
-        return [
-            (LEVELS[s.level], s.message, {v.key: v.value for v in s.values})
-            for array in list(self.messages["/diagnostics"])
-            for s in array.status
-        ]
+        return self._statuses[:]
 
     def figure(self, name, default=None):
         """The newest value of a figure in the diagnostics, as a number."""

@@ -97,11 +97,6 @@ def main() -> int:
         rig.observer.create_subscription(
             message_type, f"/extractor/{name}", lambda _, name=name: count(name), 5
         )
-    rig.messages["/diagnostics"] = _Newest()
-    rig.unsubscribe("/diagnostics")
-    from diagnostic_msgs.msg import DiagnosticArray
-
-    rig.subscribe("/diagnostics", DiagnosticArray)
     rig.start_node(weights=weights, threads=arguments.threads, device="cpu", diagnostics_period=0.2)
     pid = rig.node_process.pid
 
@@ -177,13 +172,6 @@ def small_model(path: Path) -> Path:
     torch.manual_seed(0)
     save_model(SCFeat(SCFeatConfig("small", "resnet10", (32, 32), 32, (8, 8, 8))), path, {})
     return path
-
-
-class _Newest(list):
-    """Keeps the last message only."""
-
-    def append(self, message: object) -> None:
-        self[:] = [message]
 
 
 if __name__ == "__main__":

@@ -188,7 +188,11 @@ def test_diagnostics_tell_rates_latencies_and_what_runs(listening):
     assert values["image size"] == "160x120"
     assert int(values["keypoints"]) > 0 and int(values["matches"]) > 0
     assert float(values["rate in (Hz)"]) > 0 and float(values["rate out (Hz)"]) > 0
-    [status] = listening.messages["/diagnostics"][-1].status
+    from diagnostic_msgs.msg import DiagnosticArray
+
+    listening.subscribe("/diagnostics", DiagnosticArray)
+    [status] = listening.received("/diagnostics")[0].status
+    listening.unsubscribe("/diagnostics")
     assert status.name == "extractor: features"
     assert status.hardware_id == "/image_raw"
 
