@@ -10,8 +10,8 @@ from scfeat_training.keypoint_policy import (
     Keypoints,
     PolicyOptions,
     draw_keypoints,
-    epipolar_matches,
-    homography_matches,
+    epipolar_errors,
+    homography_errors,
     keypoint_loss,
     match_probability,
     mutual_nearest,
@@ -73,8 +73,9 @@ def test_epipolar_matches_need_both_directions():
     F = fundamental_from_pose(K, K, eye, torch.tensor([1.0, 0, 0], dtype=torch.float64))
     first = torch.tensor([[10.0, 20.0], [50.0, 60.0]])
     second = torch.tensor([[90.0, 21.5], [3.0, 60.0], [3.0, 63.0]])
-    found = epipolar_matches(F, first, second, 2.0)
-    assert found.tolist() == [[True, False, False], [False, True, False]]
+    found = epipolar_errors(F, first, second)
+    assert found[0, 0] == pytest.approx(1.5) and found[1, 2] == pytest.approx(3.0)
+    assert (found < 2.0).tolist() == [[True, False, False], [False, True, False]]
 
 
 def test_homography_matches():
@@ -82,7 +83,7 @@ def test_homography_matches():
     first = torch.tensor([[10.0, 20.0], [30.0, 5.0]])
     second = torch.tensor([[63.0, 9.0], [23.0, 39.5], [23.0, 42.0]])
     # the third is 3 px away in the second image but 1.5 px in the first: both must be near
-    assert homography_matches(H, first, second, 2.0).tolist() == [
+    assert (homography_errors(H, first, second) < 2.0).tolist() == [
         [False, True, False],
         [True, False, False],
     ]
@@ -94,21 +95,23 @@ def test_mutual_nearest():
 
 
 def test_reward_pays_matches_and_fines_the_others():
-    matches = torch.tensor([[True, False]])
+    errors = torch.tensor([[1.0, 30.0]])
     options = PolicyOptions(false_match=0.25)
-    good = pair_reward(matches, torch.tensor(0.0), options)
-    bad = pair_reward(matches, torch.tensor(0.8), options)
+    good = pair_reward(errors, torch.tensor(0.0), options)
+    bad = pair_reward(errors, torch.tensor(0.8), options)
     assert good.tolist() == [[1.0, -0.25]]
     assert bad[0, 0] == pytest.approx(1 - math.tanh(0.8))
     assert bad[0, 1] == pytest.approx(-math.tanh(0.8))
-    plain = pair_reward(matches, torch.tensor(0.8), PolicyOptions(fundamental_reward=False))
+    plain = pair_reward(errors, torch.tensor(0.8), PolicyOptions(fundamental_reward=False))
     assert plain.tolist() == [[1.0, -0.25]]
+    exact = PolicyOptions(false_match=0.25, precision=0.8, threshold=2.0)
+    assert pair_reward(errors, torch.tensor(0.0), exact)[0, 0] == pytest.approx(1 - 0.8 / 4)
 
 
 def test_penalty_rises_from_nothing():
-    matches = torch.tensor([[True, False]])
+    errors = torch.tensor([[1.0, 30.0]])
     options = PolicyOptions(false_match=0.2, penalty_rise=100)
-    rewards = [pair_reward(matches, torch.tensor(0.0), options, step) for step in (0, 50, 500)]
+    rewards = [pair_reward(errors, torch.tensor(0.0), options, step) for step in (0, 50, 500)]
     assert [r[0, 1].item() for r in rewards] == pytest.approx([0.0, -0.1, -0.2])
     assert [r[0, 0].item() for r in rewards] == [1.0, 1.0, 1.0]
 
@@ -159,8 +162,8 @@ def test_scores_rise_at_good_places_and_fall_at_bad_ones():
         ]
         found = [descriptors[d.points[:, 1].long(), d.points[:, 0].long()] for d in drawn]
         probability = match_probability(*found, 60.0)
-        matches = homography_matches(identity, drawn[0].points, drawn[1].points, 0.5)
-        reward = pair_reward(matches, torch.tensor(0.0), options)
+        errors = homography_errors(identity, drawn[0].points, drawn[1].points).float()
+        reward = pair_reward(errors, torch.tensor(0.0), options)
         loss = keypoint_loss(*drawn, probability, reward, torch.tensor(0.0), options)
         optimizer.zero_grad()
         loss.backward()

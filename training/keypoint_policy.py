@@ -52,6 +52,8 @@ class PolicyOptions:
         resamples: n_iter of Algorithm 1.
         fundamental_reward: use the fundamental-matrix error in the reward (Eq. 20); False leaves
             1 for right and -false_match for wrong pairs (Table III).
+        precision: share of a right match's reward that is lost, by the square of its error, when
+            the error reaches the threshold; 0 pays all right matches alike, as the paper does.
         false_match: least penalty of a wrong match.
         penalty_rise: steps over which the penalty of wrong matches rises from 0. Keypoints drawn
             by an untrained policy hardly ever match; fined at once, it learns to draw none.
@@ -66,6 +68,7 @@ class PolicyOptions:
     temperature: float = 60.0
     resamples: int = 100
     fundamental_reward: bool = True
+    precision: float = 0.0
     false_match: float = 0.25
     penalty_rise: int = 300
     sharpness: float = 1.0
@@ -135,10 +138,12 @@ def match_probability(
     return torch.softmax(logits, dim=1) * torch.softmax(logits, dim=0)
 
 
-def epipolar_matches(
-    fundamental: torch.Tensor, points1: torch.Tensor, points2: torch.Tensor, threshold: float
+def epipolar_errors(
+    fundamental: torch.Tensor, points1: torch.Tensor, points2: torch.Tensor
 ) -> torch.Tensor:
-    """P_m (N, M) bool: both points within `threshold` px of the other's epipolar line (Eq. 16-18).
+    """(N, M) float64: the larger of the two distances to the other's epipolar line (Eq. 16-17).
+
+    P_m of Eq. 18 is where this is below the threshold.
 
     Args:
         fundamental: (3, 3) with x2^T F x1 = 0.
@@ -148,15 +153,15 @@ def epipolar_matches(
     points1, points2 = points1.double(), points2.double()
     in_second = (epipolar_lines(fundamental, points1) @ homogeneous(points2).T).abs()
     in_first = (epipolar_lines(fundamental.T, points2) @ homogeneous(points1).T).abs()
-    return (in_second < threshold) & (in_first.T < threshold)
+    return torch.maximum(in_second, in_first.T)
 
 
-def homography_matches(
-    H: torch.Tensor, points1: torch.Tensor, points2: torch.Tensor, threshold: float
+def homography_errors(
+    H: torch.Tensor, points1: torch.Tensor, points2: torch.Tensor
 ) -> torch.Tensor:
-    """P_m (N, M) bool for a known homography: transferred points within `threshold` px both ways.
+    """(N, M) float64: the larger of the two distances to the transferred point.
 
-    The exact counterpart of `epipolar_matches` for pairs of views of one photo.
+    The exact counterpart of `epipolar_errors` for pairs of views of one photo.
 
     Args:
         H: (3, 3), pixels of image 1 to pixels of image 2.
@@ -165,7 +170,7 @@ def homography_matches(
     H, points1, points2 = H.double(), points1.double(), points2.double()
     forward = torch.cdist(transform_points(H, points1), points2)
     back = torch.cdist(points1, transform_points(torch.linalg.inv(H), points2))
-    return (forward < threshold) & (back < threshold)
+    return torch.maximum(forward, back)
 
 
 def resample(count: int, resamples: int, generator: torch.Generator) -> torch.Tensor:
@@ -235,9 +240,9 @@ def mutual_nearest(similarity: torch.Tensor) -> torch.Tensor:
 
 
 def pair_reward(
-    matches: torch.Tensor, error: torch.Tensor, options: PolicyOptions, step: int | None = None
+    errors: torch.Tensor, error: torch.Tensor, options: PolicyOptions, step: int | None = None
 ) -> torch.Tensor:
-    """r (N, M) of Eq. 20 from P_m (N, M) bool and the fundamental-matrix error.
+    """r (N, M) of Eq. 20 from the pairs' errors in pixels and the fundamental-matrix error.
 
     `step` is the number of the training step, for the rise of the penalty; None for its end.
     """
@@ -247,7 +252,9 @@ def pair_reward(
         penalty = float(torch.tanh(error))
         right, wrong = 1.0 - penalty, max(penalty, options.false_match)
     rise = 1.0 if step is None else min(1.0, step / max(1, options.penalty_rise))
-    return torch.where(matches, right, -rise * wrong)
+    distance = errors / options.threshold
+    right = right * (1 - options.precision * distance.square())
+    return torch.where(distance < 1, right, -rise * wrong)
 
 
 def keypoint_loss(

@@ -32,9 +32,9 @@ from scfeat_training.descriptor_loss import (
 from scfeat_training.keypoint_policy import (
     PolicyOptions,
     draw_keypoints,
-    epipolar_matches,
+    epipolar_errors,
     fundamental_matrix_error,
-    homography_matches,
+    homography_errors,
     keypoint_loss,
     match_probability,
     mutual_nearest,
@@ -340,8 +340,9 @@ class DetectorStage(Stage):
         first, second = drawn
         with torch.no_grad():
             probability = match_probability(*descriptors, options.temperature)
-            find = homography_matches if planar else epipolar_matches
-            matches = find(geometry, first.points, second.points, options.threshold)
+            measure = homography_errors if planar else epipolar_errors
+            errors = measure(geometry, first.points, second.points)
+            matches = errors < options.threshold
             chosen = mutual_nearest(probability)
             error = torch.zeros((), dtype=torch.float64)
             if options.fundamental_reward and not planar:
@@ -355,7 +356,7 @@ class DetectorStage(Stage):
                     generator,
                 )
             step = index // self.config.batch
-            reward = pair_reward(matches, error, options, step)
+            reward = pair_reward(errors.to(probability), error, options, step)
         loss = keypoint_loss(first, second, probability, reward, error, options)
         count = len(first.points) + len(second.points)
         figures = {

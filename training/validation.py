@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from scfeat_ros.extractor import is_local_maximum, subpixel_offsets
 from scfeat_ros.model.sampling import sample
 from scfeat_ros.model.scfeat import SCFeat
 from scfeat_training.datasets import (
@@ -32,17 +33,16 @@ def corners(image: torch.Tensor) -> torch.Tensor:
     return torch.zeros(0, 2) if found is None else torch.from_numpy(found[:, 0])
 
 
-def strongest(scores: torch.Tensor, count: int, radius: int = 1, border: int = 2) -> torch.Tensor:
-    """Places (N, 2) of the `count` largest local maxima of an (H, W) score map."""
-    window = 2 * radius + 1
-    largest = F.max_pool2d(scores[None, None], window, 1, radius)[0, 0]
-    kept = torch.where(scores == largest, scores, scores.new_zeros(()))
-    inner = torch.zeros_like(kept)
-    inner[border:-border, border:-border] = kept[border:-border, border:-border]
-    values, places = inner.flatten().topk(min(count, inner.numel()))
+def strongest(scores: torch.Tensor, count: int, border: int = 2) -> torch.Tensor:
+    """Places (N, 2) of the `count` largest local maxima of an (H, W) map, as the extractor's."""
+    kept = torch.zeros_like(scores)
+    inside = slice(border, -border), slice(border, -border)
+    kept[inside] = torch.where(is_local_maximum(scores[None, None], 1)[0, 0], scores, 0.0)[inside]
+    values, places = kept.flatten().topk(min(count, kept.numel()))
     places = places[values > 0]
-    width = scores.shape[1]
-    return torch.stack([places % width, places // width], dim=1).float()
+    rows, columns = places // scores.shape[1], places % scores.shape[1]
+    points = torch.stack([columns, rows], dim=1).float()
+    return points + subpixel_offsets(scores, rows, columns)
 
 
 def mutual_matches(first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
