@@ -253,7 +253,12 @@ def test_synthetic_samples_depend_on_seed_and_index_alone(pairs):
 
 def test_synthetic_samples_are_those_of_posed_pairs(pairs):
     config = SyntheticPairsConfig(
-        size=SIZE, textures=4, texture_size=64, rotation=(10.0, 10.0), overlap=(0.5, 1.0)
+        size=SIZE,
+        textures=4,
+        texture_size=64,
+        rotation=(10.0, 10.0),
+        overlap=(0.5, 1.0),
+        tracks=50,
     )
     photo_free = SyntheticPairs(config)
     for index in range(3):
@@ -263,6 +268,10 @@ def test_synthetic_samples_are_those_of_posed_pairs(pairs):
         F = fundamental_from_pose(*(sample[key].double() for key in ("K1", "K2", "R", "t")))
         assert (F - sample["F"]).abs().max() < 1e-5
         assert "depth1" not in sample
+        tracks = sample["tracks"].double()
+        assert tracks.shape == (50, 4) and tracks.isfinite().all()
+        assert epipolar_distance(F, tracks[:, :2], tracks[:, 2:]).max() < 1e-3
+        assert tracks[:, 0].std() > 25 and tracks[:, 1].std() > 15  # spread over the image
 
 
 def test_textures_come_from_photos(tmp_path):

@@ -40,12 +40,14 @@ class SyntheticPairsConfig:
     after `curriculum` samples. overlap: range of the share of image 1 that image 2 sees.
     focal: range of the focal length over the width. roll: largest roll of a camera in degrees.
     textures: pictures in use at a time, of `texture_size` pixels square; all are drawn anew
-    every `refresh` samples. supersample^2 samples a pixel. photometric: None for none.
+    every `refresh` samples. supersample^2 samples a pixel. photometric: None for none. tracks:
+    rows of the sample's `tracks`; 0 for none.
     """
 
     size: tuple[int, int] = (320, 240)
     length: int = 1_000_000
     seed: int = 0
+    tracks: int = 0
     rotation: tuple[float, float] = (20.0, 60.0)
     curriculum: int = 20_000
     overlap: tuple[float, float] = (0.25, 0.95)
@@ -61,9 +63,9 @@ class SyntheticPairsConfig:
 class SyntheticPairs(Dataset):
     """Pairs of views of random scenes; sample i depends on (seed, i) and the photos alone.
 
-    A sample is that of `datasets.PosedPairs`, and with `depth` also depth1, depth2: (H, W)
-    float32, exact z at the pixel centres. Textures are crops of `photos` and, one in three,
-    procedural; without photos all are procedural.
+    A sample is that of `datasets.PosedPairs`, `tracks` included, which are spread over image 1
+    here, and with `depth` also depth1, depth2: (H, W) float32, exact z at the pixel centres.
+    Textures are crops of `photos` and, one in three, procedural; without photos all are.
     """
 
     def __init__(
@@ -145,7 +147,7 @@ class SyntheticPairs(Dataset):
             if config.photometric is not None:
                 image = augment(image, rng, config.photometric)
             images.append(image)
-            if self.depth:
+            if self.depth or config.tracks:
                 depth = world.depth(camera)
             else:  # a coarse one will do for the range
                 K = pixel_affinity(0.25, 0.25) @ camera.K
@@ -158,6 +160,13 @@ class SyntheticPairs(Dataset):
         R, t = relative_pose(first.R, first.t, second.R, second.t)
         names = (f"synthetic/{index:08d}_1", f"synthetic/{index:08d}_2")
         sample = two_view_sample(images, (first.K, second.K), R, t, ranges, names)
+        if config.tracks:
+            points = rng.uniform(0, 1, (6 * config.tracks, 2)) * (np.array(config.size) - 1)
+            points2, visible = correspondences(points, *depths, first.K, second.K, R, t)
+            both = np.hstack([points, points2])[visible][: config.tracks]
+            rows = np.full((config.tracks, 4), np.nan, np.float32)
+            rows[: len(both)] = both
+            sample["tracks"] = torch.from_numpy(rows)
         if self.depth:
             for number, depth in enumerate(depths, start=1):
                 sample[f"depth{number}"] = torch.from_numpy(depth.astype(np.float32))
