@@ -69,6 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ScfeatError, ValueError) as error:
         print(f"scfeat evaluate: error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"scfeat evaluate: error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)
         return 130

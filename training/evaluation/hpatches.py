@@ -57,6 +57,7 @@ LEFT_OUT = {
 
 HOMOGRAPHY_THRESHOLDS = (1, 3, 5)
 REPEATABILITY_THRESHOLD = 3.0
+PUBLISHED_STYLES = ("--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 RESULT_VERSION = 1
 LAYOUT = (
     "one folder per sequence with images 1.ppm, 2.ppm, ... (or .jpg, .png) and homographies "
@@ -221,9 +222,12 @@ def _report(
         columns += [f"MMA@{t}" for t in (1, 3, 5, 10)] + ["repeat.", "match. score"]
         columns += [f"H@{t}" for t in HOMOGRAPHY_THRESHOLDS] + ["ms / image"]
         count = len({n for n in names if group in ("overall", split_of(n))})
-        tables.append(Table(f"{group}, {count} sequences", columns, rows))
+        plural = "sequence" if count == 1 else "sequences"
+        tables.append(Table(f"{group}, {count} {plural}", columns, rows))
     if len(names) > 1:
         tables.append(_by_sequence(methods, results))
+    if {"illumination", "viewpoint"} & set(groups):
+        tables.append(_published_table())
     if skipped:
         tables[0].note = f"{len(skipped)} left out, see the list."
     complete = {"illumination": 52, "viewpoint": 56}
@@ -249,7 +253,7 @@ def _report(
             "table with one another, not with published figures.",
         ],
         tables=tables,
-        figures=[_figure(methods, curves, groups, is_hpatches)],
+        figures=[_figure(methods, curves, groups)],
         skipped=skipped,
         details={
             label: [{"sequence": n, "image": i, **v} for n, i, v in values]
@@ -277,11 +281,47 @@ def published() -> list[dict[str, str]]:
         return list(csv.DictReader(line for line in stream if not line.startswith("#")))
 
 
-def _figure(methods: list[Method], curves: dict, groups: list[str], with_published: bool) -> Figure:
+def _published_table() -> Table:
+    rows: dict[str, list[Any]] = {}
+    for entry in published():
+        row = rows.setdefault(entry["method"], [entry["method"], None, None, None, None, None, ""])
+        column = {"viewpoint": 3, "illumination": 4, "overall": 5}[entry["split"]]
+        row[column] = float(entry["mma_score"]) / 100
+        if entry["features"]:
+            row[1:3] = float(entry["features"]), float(entry["matches"])
+        row[6] = entry["source"].split(";")[0].removeprefix("curve: ")
+    columns = ["method", "features", "matches", "viewpoint", "illumination", "overall", "source"]
+    return Table(
+        "Published MMAScores on all 108 sequences: not measured here",
+        columns,
+        list(rows.values()),
+        "Copied from the sources named; published.csv lists them in full.",
+        printed=False,
+    )
+
+
+def _figure(
+    methods: list[Method], curves: dict[tuple[str, str], np.ndarray], groups: list[str]
+) -> Figure:
     """MMA against the threshold, one panel per split, like the paper's Fig. 8."""
+    others = [entry for entry in published() if entry["mma_1"]]
+    if not {"illumination", "viewpoint"} & set(groups):
+        others = []
+    names = list(dict.fromkeys(entry["method"] for entry in others))
 
     def paint(axes: Any) -> None:
         for axis, group in zip(np.atleast_1d(axes), groups, strict=True):
+            for entry in others:
+                if entry["split"] == group:
+                    number = names.index(entry["method"])
+                    axis.plot(
+                        MMA_THRESHOLDS,
+                        [float(entry[f"mma_{t}"]) for t in MMA_THRESHOLDS],
+                        color=str(0.45 + 0.06 * (number % 6)),
+                        linestyle=PUBLISHED_STYLES[number % len(PUBLISHED_STYLES)],
+                        linewidth=1.1,
+                        label=f"{entry['method']} (published)",
+                    )
             for number, method in enumerate(methods):
                 axis.plot(
                     MMA_THRESHOLDS,
@@ -294,10 +334,14 @@ def _figure(methods: list[Method], curves: dict, groups: list[str], with_publish
             axis.set(title=group, xlabel="threshold, px", ylim=(0, 1), xticks=MMA_THRESHOLDS)
         first = np.atleast_1d(axes)[0]
         first.set_ylabel("MMA")
-        first.legend(fontsize=8)
+        handles, labels = first.get_legend_handles_labels()
+        first.figure.legend(handles, labels, loc="outside right upper", fontsize=8, frameon=False)
 
-    return Figure(
-        "MMA against the threshold",
-        draw(paint, width=3.6 * len(groups) + 1, columns=len(groups)),
-        "Solid: measured here.",
-    )
+    caption = "Coloured: measured here."
+    if others:
+        caption += (
+            " Grey: published by others for all 108 sequences of HPatches, not measured here; they "
+            "compare with the coloured curves only where all of HPatches was run."
+        )
+    width = 3.4 * len(groups) + 2.2
+    return Figure("MMA against the threshold", draw(paint, width, columns=len(groups)), caption)

@@ -35,6 +35,8 @@ class Table:
     columns: list[str]
     rows: list[list[Any]]
     note: str = ""
+    printed: bool = True
+    """Whether it is shown on the terminal, too."""
 
 
 @dataclass
@@ -156,7 +158,8 @@ def write_report(report: Report, folder: Path, command: Sequence[str]) -> None:
         InputError: the folder cannot be written.
     """
     for table in report.tables:
-        print("\n" + format_table(table))
+        if table.printed:
+            print("\n" + format_table(table))
     if report.skipped:
         print("\n" + skipped_note(report))
     surroundings = environment(command)
@@ -231,10 +234,11 @@ body{font:15px/1.5 system-ui,sans-serif;color:#1c2733;max-width:1100px;margin:2r
 body{padding:0 1rem}
 h1{font-size:1.6rem;margin-bottom:.2rem}h2{font-size:1.15rem;margin:2rem 0 .5rem}
 .sub{color:#5a6b7b;margin-top:0}
-table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:14px}
+table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:13.5px}
 .scroll{overflow-x:auto}
-th,td{padding:.35rem .8rem;text-align:right;border-bottom:1px solid #dfe5ea;white-space:nowrap}
-th{background:#f2f5f8;font-weight:600}th:first-child,td:first-child{text-align:left}
+th,td{padding:.35rem .55rem;text-align:right;border-bottom:1px solid #dfe5ea}
+td{white-space:nowrap}
+th{background:#f2f5f8;font-weight:600;vertical-align:bottom}th:first-child,td:first-child{text-align:left}
 tbody tr:hover{background:#f8fafc}
 .note{color:#5a6b7b;font-size:13px;margin:.4rem 0}
 .warning{background:#fff6e0;border-left:4px solid #e0a800;padding:.5rem 1rem}

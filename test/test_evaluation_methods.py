@@ -1,0 +1,134 @@
+"""The methods under evaluation and the cache."""
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from scfeat_ros.errors import InputError, ScfeatError
+from scfeat_ros.features import Features
+from scfeat_ros.model.scfeat import CONFIGS, SCFeat, save_model
+from scfeat_training.evaluation.cache import Cache, CorruptImageError
+from scfeat_training.evaluation.methods import Method, create_methods, from_bits
+
+
+@pytest.fixture(scope="module")
+def image():
+    rng = np.random.default_rng(0)
+    coarse = rng.integers(0, 256, (12, 16, 3), np.uint8)
+    return cv2.resize(coarse, (320, 240), interpolation=cv2.INTER_NEAREST)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "random.safetensors"
+    save_model(SCFeat(CONFIGS["scfeat-s"]), path, {})
+    return path
+
+
+@pytest.mark.parametrize("name", ["orb", "sift", "rootsift", "akaze"])
+def test_opencv_methods_keep_to_the_limit_and_to_unit_norm(name, image):
+    (method,) = create_methods(name, 100)
+    features = method.extract(image)
+    assert 20 < len(features) <= 100
+    assert features.image_size == (320, 240)
+    assert (np.diff(features.scores) <= 0).all()
+    assert np.linalg.norm(features.descriptors, axis=1) == pytest.approx(1, abs=1e-5)
+    empty = method.extract(np.zeros_like(image))
+    assert len(empty) == 0
+    assert empty.descriptors.shape[1] == features.descriptors.shape[1]
+
+
+def test_cosines_of_binary_descriptors_are_hamming_distances():
+    rng = np.random.default_rng(1)
+    packed = rng.integers(0, 256, (30, 32), np.uint8)
+    cosines = from_bits(packed) @ from_bits(packed).T
+    hamming = np.unpackbits(packed[:, None] ^ packed[None], axis=2).sum(axis=2)
+    assert cosines == pytest.approx(1 - 2 * hamming / 256, abs=1e-5)
+
+
+def test_scfeat_by_path_with_options(weights, image):
+    methods = create_methods(f"{weights},{weights}:nms_radius=4:subpixel=false", 200)
+    plain, sparse = methods
+    assert plain.label == "random"
+    assert sparse.label == "random:nms_radius=4:subpixel=false"
+    assert plain.fingerprint() != sparse.fingerprint()
+    keypoints = sparse.extract(image).keypoints
+    assert (keypoints == keypoints.round()).all()
+    assert len(plain.extract(image)) <= 200
+    # a protocol's values give way to those that the user named
+    changed = sparse.with_options(nms_radius=2, score_threshold=1.0)
+    assert changed.extractor.options.nms_radius == 4
+    assert changed.extractor.options.score_threshold == 1.0
+    assert sparse.extractor.options.score_threshold == 0.0
+
+
+def test_ablation_without_pruning_changes_descriptors_alone(weights, image):
+    plain, bridged = create_methods(f"{weights},{weights}:descriptor_source=bridge", 100)
+    a, b = plain.extract(image), bridged.extract(image)
+    assert np.array_equal(a.keypoints, b.keypoints)
+    assert not np.allclose(a.descriptors, b.descriptors)
+
+
+@pytest.mark.parametrize(
+    ("methods", "reason"),
+    [
+        ("nothing", "unknown"),
+        ("orb,orb", "twice"),
+        ("orb:a", "option=value"),
+        ("orb:a=1", "'a'"),
+        ("nowhere.safetensors", "nowhere.safetensors"),
+        (" , ", "empty"),
+        ("superpoint", "lightglue"),
+    ],
+)
+def test_methods_that_cannot_be_had(methods, reason):
+    try:
+        import lightglue  # noqa: F401
+
+        if methods == "superpoint":
+            pytest.skip("it is installed")
+    except ImportError:
+        pass
+    with pytest.raises(ScfeatError, match=reason):
+        create_methods(methods, 100)
+
+
+def test_scfeat_with_a_bad_option(weights):
+    with pytest.raises(InputError, match="nms_radius"):
+        create_methods(f"{weights}:nms_radius=-1", 100)
+
+
+class Middle(Method):
+    """One keypoint in the middle of the image that it is given."""
+
+    def extract(self, image):
+        height, width = image.shape[:2]
+        point = np.float32([[(width - 1) / 2, (height - 1) / 2]])
+        return Features(point, np.ones(1, np.float32), np.ones((1, 1), np.float32), (width, height))
+
+
+def test_keypoints_of_shrunk_images_are_in_pixels_of_the_stored_one(tmp_path, image):
+    cv2.imwrite(str(tmp_path / "image.png"), image)
+    extracted = Cache(tmp_path / "cache", max_size=100).extract(
+        Middle("middle", 10, "cpu"), tmp_path / "image.png"
+    )
+    assert extracted.features.image_size == (320, 240)
+    assert extracted.features.keypoints == pytest.approx(np.array([[159.5, 119.5]]), abs=1e-4)
+
+
+def test_cache_survives_a_damaged_entry_and_tells_methods_apart(tmp_path, image):
+    path = tmp_path / "image.png"
+    cv2.imwrite(str(path), image)
+    few, more = create_methods("orb", 50)[0], create_methods("orb", 80)[0]
+    first = Cache(tmp_path / "cache").extract(few, path).features
+    (entry,) = (tmp_path / "cache").rglob("*.npz")
+    entry.write_bytes(entry.read_bytes()[:100])
+    again = Cache(tmp_path / "cache").extract(few, path).features
+    assert np.array_equal(first.keypoints, again.keypoints)
+    assert np.array_equal(first.descriptors, again.descriptors)
+    assert len(Cache(tmp_path / "cache").extract(more, path).features) > len(first)
+    (tmp_path / "broken.png").write_bytes(b"")
+    with pytest.raises(CorruptImageError, match=r"broken\.png"):
+        Cache(tmp_path / "cache").extract(few, tmp_path / "broken.png")

@@ -1,0 +1,132 @@
+"""Measures whose value is known in closed form."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from scfeat_training.evaluation import metrics
+from scfeat_training.evaluation.hpatches import published
+
+
+def rotation(axis, degrees):
+    x, y, z = np.array(axis, float) / np.linalg.norm(axis)
+    a = np.radians(degrees)
+    skew = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
+    return np.eye(3) + np.sin(a) * skew + (1 - np.cos(a)) * skew @ skew
+
+
+def test_auc_of_a_known_list():
+    # the curve runs through (0, 0), (1, 1/4) ... (4, 1), (5, 1): its area is 3
+    assert metrics.auc([3, 1, 4, 2], [5, 2.5]) == pytest.approx([3 / 5, 0.75 / 2.5])
+    # two failures halve it; nothing solved is 0
+    assert metrics.auc([1, 2, np.inf, np.inf], [4]) == pytest.approx([(0.125 + 0.375 + 1.0) / 4])
+    assert metrics.auc([np.inf] * 3, [5, 10]) == [0, 0]
+    assert metrics.auc([], [5]) == [0]
+
+
+@given(st.integers(2, 400), st.floats(0.5, 50))
+def test_auc_of_evenly_spread_errors(count, threshold):
+    errors = threshold * np.arange(1, count + 1) / (count + 1)
+    # a triangle up to count / (count + 1) of the threshold, then full recall
+    expected = (count / 2 + 1) / (count + 1)
+    assert metrics.auc(errors, [threshold])[0] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("method", ["PoSFeat", "SIFT + CAPS", "DISK-W"])
+@pytest.mark.parametrize("split", ["viewpoint", "illumination", "overall"])
+def test_mma_score_of_published_curves_is_the_papers_table(method, split):
+    (row,) = [r for r in published() if (r["method"], r["split"]) == (method, split)]
+    curve = [float(row[f"mma_{t}"]) for t in range(1, 11)]
+    assert 100 * metrics.mma_score(curve) == pytest.approx(float(row["mma_score"]), abs=0.051)
+
+
+def test_mma_score_of_simple_curves():
+    assert metrics.mma_score([0.3] * 10) == pytest.approx(0.3)
+    # right from 2 px on: all weights (their sum is 14.5) but that of 1 px (1.9)
+    assert metrics.mma_score([0] + [1] * 9) == pytest.approx(1 - 1.9 / 14.5)
+    with pytest.raises(ValueError, match="10 px"):
+        metrics.mma_score([1.0] * 9)
+
+
+def test_published_figures_are_whole():
+    rows = published()
+    overall = {r["method"]: float(r["mma_score"]) for r in rows if r["split"] == "overall"}
+    assert overall["SCFeat (paper)"] == 78.8
+    assert all(row["source"] for row in rows)
+    for name in overall:
+        assert {r["split"] for r in rows if r["method"] == name} == {
+            "viewpoint",
+            "illumination",
+            "overall",
+        }
+
+
+def test_matching_accuracy_counts_the_threshold_itself():
+    assert metrics.matching_accuracy([0.5, 1.0, 1.5, 9], [1, 2]).tolist() == [0.5, 0.75]
+    assert metrics.matching_accuracy([], [1, 2]).tolist() == [0, 0]
+
+
+def test_epipolar_error_of_a_sideways_camera_is_the_row_difference():
+    K = np.array([[500.0, 0, 320], [0, 500, 240], [0, 0, 1]])
+    F = metrics.fundamental_matrix(K, K, np.eye(3), np.array([1.0, 0, 0]))
+    first = np.array([[100.0, 50], [300, 200]])
+    second = np.array([[80.0, 53], [260, 200]])
+    assert metrics.epipolar_errors(F, first, second) == pytest.approx([3, 0], abs=1e-9)
+
+
+def test_relative_pose_maps_points_from_the_first_camera_to_the_second():
+    rng = np.random.default_rng(0)
+    R1, R2 = rotation([1, 2, 3], 20), rotation([0, 1, 0], -35)
+    t1, t2 = rng.normal(size=3), rng.normal(size=3)
+    X = rng.normal(size=3)
+    R, t = metrics.relative_pose(R1, t1, R2, t2)
+    assert R @ (R1 @ X + t1) + t == pytest.approx(R2 @ X + t2)
+
+
+@pytest.mark.parametrize("degrees", [0, 1e-6, 0.01, 45, 179])
+def test_angles(degrees):
+    assert metrics.rotation_error(rotation([1, -2, 1], degrees), np.eye(3)) == pytest.approx(
+        degrees, abs=1e-9
+    )
+    t = rotation([0, 0, 1], degrees) @ [2.0, 0, 0]
+    # the sign of a translation does not count, so no angle exceeds 90
+    expected = min(degrees, 180 - degrees)
+    assert metrics.direction_error(t, np.array([1.0, 0, 0])) == pytest.approx(expected, abs=1e-9)
+
+
+def test_repeatability_and_matching_score_of_a_known_layout():
+    H = np.array([[1.0, 0, 100], [0, 1, 0], [0, 0, 1]])  # the second image shows 100 px less
+    first = np.array([[10.0, 10], [20, 20], [30, 30], [150, 10]])  # the last one leaves
+    second = np.array([[110.0, 10], [121.0, 20], [160, 70]])
+    size = (200, 100)
+    # 2 of 3 of the first image are found again, and 2 of 3 of the second
+    assert metrics.repeatability(first, second, H, size, size, 3) == pytest.approx(4 / 6)
+    assert metrics.repeatability(first, second, H, size, size, 0.5) == pytest.approx(2 / 6)
+    matches = np.array([[0, 0], [1, 1], [2, 2]])
+    score = metrics.homography_matching_score(first, second, matches, H, size, size, 3)
+    assert score == pytest.approx(2 / 3)
+
+
+def test_corner_error():
+    H = np.diag([2.0, 2.0, 1.0])
+    shifted = H.copy()
+    shifted[:2, 2] = 3, 4
+    assert metrics.corner_error(shifted, H, (100, 80)) == pytest.approx(5)
+    assert metrics.corner_error(None, H, (100, 80)) == np.inf
+
+
+def test_track_lengths():
+    steps = [np.array([[0, 1], [1, 0]]), np.array([[1, 0]]), np.zeros((0, 2), int)]
+    # keypoint 0 of frame 0 is seen in frames 0, 1, 2; keypoint 1 in frames 0 and 1
+    assert sorted(metrics.track_lengths(steps, [2, 3, 2, 4])) == [2, 3]
+
+
+def test_similarity_transform_is_found_again():
+    rng = np.random.default_rng(1)
+    points = rng.normal(size=(20, 3))
+    R, t = rotation([3, 1, 2], 130), np.array([5.0, -2, 1])
+    scale, R_found, t_found = metrics.similarity_transform(points, 2.5 * points @ R.T + t)
+    assert scale == pytest.approx(2.5)
+    assert R_found == pytest.approx(R)
+    assert t_found == pytest.approx(t)
