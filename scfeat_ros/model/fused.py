@@ -1,0 +1,277 @@
+"""The network for inference: the same function as `SCFeat`, in less arithmetic and fewer passes.
+
+Built from a trained `SCFeat`, which stays the readable reference. What is done differently, all of
+it exact in real numbers:
+
+- batch normalization is folded into the convolution before it;
+- ReLU comes after max pooling, on a quarter of the values: the two commute;
+- a 3x3 convolution of a map upsampled by s runs as nine 1x1 convolutions on the small map, whose
+  results are upsampled, moved and added: 1/s^2 of the arithmetic (see `kernels.upsampled_sum`);
+- the head's Layer_1 is the sum of a convolution over the upsampled branch, as above, and one over
+  the image branch: no upsampled map of the branch exists, and nothing is concatenated;
+- normalizations become a scale and a shift of each channel, from sums that are taken while the map
+  is written, and are applied together with the activation, into the place where the next layer
+  reads;
+- cross normalization's weights are folded into its convolutions and its scales.
+
+Convolutions run in `dtype`; sums, normalizations, peakiness and scores in fp32.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from scfeat_ros.model import kernels, native
+from scfeat_ros.model.backbone import ConvBlock
+from scfeat_ros.model.cross_norm import CrossNorm
+from scfeat_ros.model.detector import ConvInstanceNorm
+from scfeat_ros.model.kernels import Norm
+from scfeat_ros.model.resnet import BasicBlock, Bottleneck
+from scfeat_ros.model.scfeat import SCFeat, SCFeatOutput
+
+_ONEDNN = getattr(torch.ops.mkldnn, "_convolution_pointwise", None)
+
+
+class Conv(nn.Module):
+    """Convolution in `dtype`, with what may follow it: a sum with another map, and ReLU.
+
+    Args:
+        weight: (C_out, C_in, k, k) in fp32.
+        bias: (C_out,) or None.
+        stride: of the convolution; it is padded by k // 2.
+        dtype: of its input, weights and result.
+    """
+
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        stride: int = 1,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        weight = weight.detach().to(dtype).contiguous(memory_format=torch.channels_last)
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", None if bias is None else bias.detach().to(dtype))
+        self.stride = stride
+        self.padding = weight.shape[-1] // 2
+
+    def forward(
+        self, x: torch.Tensor, relu: bool = False, plus: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        if x.device.type == "cpu" and (relu or plus is not None) and _ONEDNN is not None:
+            return self._onednn(x, relu, plus)
+        y = F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
+        if plus is not None:
+            y += plus
+        return y.relu_() if relu else y
+
+    def _onednn(self, x: torch.Tensor, relu: bool, plus: torch.Tensor | None) -> torch.Tensor:
+        """Sum and ReLU inside the convolution."""
+        place = [self.padding] * 2, [self.stride] * 2, [1, 1], 1
+        after = "relu" if relu else "none"
+        if plus is None:
+            return _ONEDNN(x, self.weight, self.bias, *place, after, [], "")
+        return _ONEDNN.binary(
+            x, plus, self.weight, self.bias, *place, "add", None, after if relu else None, [], None
+        )
+
+
+def fold(conv: nn.Conv2d, norm: nn.BatchNorm2d, dtype: torch.dtype) -> Conv:
+    """A convolution and the batch normalization after it, as one convolution."""
+    scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+    bias = norm.bias - norm.running_mean * scale
+    return Conv(conv.weight * scale[:, None, None, None], bias, conv.stride[0], dtype)
+
+
+def taps(weight: torch.Tensor, dtype: torch.dtype) -> Conv:
+    """The nine taps of a (C_out, C_in, 3, 3) weight, row by row, as one 1x1 convolution."""
+    return Conv(weight.permute(2, 3, 0, 1).flatten(0, 2)[..., None, None], dtype=dtype)
+
+
+def _norm(norm: nn.GroupNorm | nn.InstanceNorm2d) -> Norm:
+    groups = getattr(norm, "num_groups", norm.weight.shape[0])
+    return Norm(norm.weight.detach().float(), norm.bias.detach().float(), groups)
+
+
+def _bridge(bridge: CrossNorm) -> tuple[nn.Conv2d, Norm]:
+    """Both parts of the cross normalization, each times its weight."""
+    w_s, w_c = (bridge.weights / bridge.weights.sum()).detach()
+    parts = (bridge.spatial_scale, bridge.spatial_shift)
+    spatial = nn.Conv2d(1, 2, 7, padding=3).to(bridge.weights.device)
+    spatial.weight.data = torch.cat([part.weight.detach() * w_s for part in parts])
+    spatial.bias.data = torch.cat([part.bias.detach() * w_s for part in parts])
+    scale, shift = bridge.channel_scale.detach() * w_c, bridge.channel_shift.detach() * w_c
+    return spatial, Norm(scale, shift, len(scale))
+
+
+class Block(nn.Module):
+    """A ResNet block with folded batch normalizations."""
+
+    def __init__(self, block: BasicBlock | Bottleneck, dtype: torch.dtype) -> None:
+        super().__init__()
+        pairs = [(block.conv1, block.bn1), (block.conv2, block.bn2)]
+        if isinstance(block, Bottleneck):
+            pairs.append((block.conv3, block.bn3))
+        self.convs = nn.ModuleList(fold(conv, norm, dtype) for conv, norm in pairs)
+        self.shortcut = None if block.downsample is None else fold(*block.downsample, dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shortcut = x if self.shortcut is None else self.shortcut(x)
+        for conv in self.convs[:-1]:
+            x = conv(x, relu=True)
+        return self.convs[-1](x, relu=True, plus=shortcut)
+
+
+class FusedSCFeat(nn.Module):
+    """`SCFeat` for inference; called like it, with the same results up to rounding.
+
+    Args:
+        model: the network; its weights are copied.
+        dtype: of the convolutions.
+        compiled: use the C++ kernels (CPU only; float32 or bfloat16).
+
+    Raises:
+        native.CompilerError: `compiled` was asked for and is not possible.
+        ValueError: `compiled` for another device or dtype.
+    """
+
+    def __init__(
+        self, model: SCFeat, dtype: torch.dtype = torch.float32, compiled: bool = False
+    ) -> None:
+        super().__init__()
+        if compiled:
+            if next(model.parameters()).device.type != "cpu" or dtype not in native.SUFFIX:
+                raise ValueError("compiled kernels are for the CPU, in float32 or bfloat16")
+            native.load()
+        self.kernels: ModuleType = native if compiled else kernels
+        self.dtype = dtype
+        self.config = model.config
+        backbone, detector = model.backbone, model.detector
+        encoder = backbone.encoder
+        self.register_buffer("mean", model.mean.detach().flatten().clone())
+        self.register_buffer("deviation", model.deviation.detach().flatten().clone())
+        self.stem = fold(encoder.conv1, encoder.bn1, dtype)
+        self.layers = nn.ModuleList(
+            nn.Sequential(*(Block(block, dtype) for block in layer))
+            for layer in (encoder.layer1, encoder.layer2, encoder.layer3)
+        )
+        self.eighth_taps = taps(backbone.decoder_0.up.conv.weight, dtype)
+        self.quarter_taps = taps(backbone.decoder_1.up.conv.weight, dtype)
+        self.side_0_taps = taps(backbone.side_0.conv.weight, dtype)
+        self.side_1_taps = taps(backbone.side_1.conv.weight, dtype)
+        self.eighth = Conv(backbone.decoder_0.conv.conv.weight, dtype=dtype)
+        self.quarter = Conv(backbone.decoder_1.conv.conv.weight, dtype=dtype)
+        self.side_2 = Conv(backbone.side_2.conv.weight, dtype=dtype)
+        self.fuse = Conv(backbone.fuse.weight, backbone.fuse.bias, dtype=dtype)
+        self.norms = {
+            name: _norm(block.norm)
+            for name, block in backbone.named_modules()
+            if isinstance(block, ConvBlock)
+        }
+        self.spatial, self.norms["bridge"] = _bridge(model.bridge)
+        self.layer0_left = Conv(detector.layer0_left.conv.weight, dtype=dtype)
+        self.layer0_right = Conv(detector.layer0_right.conv.weight, dtype=dtype)
+        left = detector.layer0_left.conv.out_channels
+        layer1 = detector.layer1.conv.weight
+        self.layer1_left = taps(layer1[:, :left], dtype)
+        self.layer1_right = Conv(layer1[:, left:], dtype=dtype)
+        for name, block in detector.named_modules():
+            if isinstance(block, ConvInstanceNorm):
+                self.norms[name] = _norm(block.norm)
+        self.norms["layer2"] = _norm(detector.layer2_norm)
+        self.slopes = {
+            name: block.activation.weight.item()
+            for name, block in detector.named_modules()
+            if isinstance(block, ConvInstanceNorm)
+        }
+        self.register_buffer("layer2", detector.layer2.weight.detach().float().flatten().clone())
+        self.eval().requires_grad_(False)
+
+    @torch.inference_mode()
+    def forward(self, image: torch.Tensor) -> SCFeatOutput:
+        """As `SCFeat.forward`; `bridged` and `scores` are fp32, `descriptors` in `dtype`."""
+        if self.kernels is native and len(image) > 1:
+            outputs = [self._forward(one[None]) for one in image]
+            return SCFeatOutput(*(torch.cat(parts) for parts in zip(*outputs, strict=True)))
+        return self._forward(image)
+
+    def _forward(self, image: torch.Tensor) -> SCFeatOutput:
+        k = self.kernels
+        normalized = k.normalize_image(image, self.mean, self.deviation, self.dtype)
+        stem = F.max_pool2d(self.stem(normalized.rounded), 3, stride=2, padding=1).relu_()
+        descriptors = self._describe(stem)
+        maps = k.bridge_and_stem(descriptors, stem, self.spatial, self.norms["bridge"])
+        scores = self._detect(normalized, maps)
+        return SCFeatOutput(descriptors, maps.values[:, : descriptors.shape[1]], scores)
+
+    def _describe(self, stem: torch.Tensor) -> torch.Tensor:
+        """F_0 -> D_desc: encoder layers, decoders, side maps, fusion."""
+        layer1 = self.layers[0](stem)
+        layer2 = self.layers[1](layer1)
+        layer3 = self.layers[2](layer2)
+        dim = self.config.descriptor_dim
+        eighth, quarter = self.config.decoder_channels
+        sides = _space(layer1, 3 * dim)
+
+        decoder = _space(layer2, eighth + layer2.shape[1])
+        self._up_conv("decoder_0.up", self.eighth_taps(layer3), 2, decoder[:, :eighth])
+        self._up_conv("side_0", self.side_0_taps(layer3), 4, sides[:, :dim])
+        decoder[:, eighth:] = layer2
+        x = self._norm_elu("decoder_0.conv", self.eighth(decoder))
+
+        decoder = _space(layer1, quarter + layer1.shape[1])
+        self._up_conv("decoder_1.up", self.quarter_taps(x), 2, decoder[:, :quarter])
+        self._up_conv("side_1", self.side_1_taps(x), 2, sides[:, dim : 2 * dim])
+        decoder[:, quarter:] = layer1
+        x = self._norm_elu("decoder_1.conv", self.quarter(decoder))
+        self._norm_elu("side_2", self.side_2(x), sides[:, 2 * dim :])
+        return self.fuse(sides)
+
+    def _up_conv(self, name: str, z: torch.Tensor, factor: int, out: torch.Tensor) -> None:
+        """UP-CONV of Fig. 4 (b) from its taps, written to `out`."""
+        x, totals = self.kernels.upsampled_sum(z, factor)
+        self.kernels.normalize_activate(x, totals, self.norms[name], out=out)
+
+    def _norm_elu(
+        self, name: str, x: torch.Tensor, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """GroupNorm and ELU of Fig. 4 (a)."""
+        return self.kernels.normalize_activate(
+            x, self.kernels.statistics(x), self.norms[name], out=out
+        )
+
+    def _detect(self, image: kernels.Image, maps: kernels.Maps) -> torch.Tensor:
+        """Score map from the normalized image, F_cn and F_0 (Eq. 7-13)."""
+        k = self.kernels
+        left_peaks, left = k.weigh_by_peakiness(maps, self.dtype)
+        right_peaks, right = k.weigh_by_peakiness(image, self.dtype)
+        left = self._norm_prelu("layer0_left", self.layer0_left(left))
+        right = self._norm_prelu("layer0_right", self.layer0_right(right))
+        right = self.layer1_right(right)
+        factor = right.shape[-1] // left.shape[-1]
+        hidden, totals = k.upsampled_sum(self.layer1_left(left), factor, right)
+        value, totals = k.response(
+            hidden, totals, self.norms["layer1"], self.slopes["layer1"], self.layer2
+        )
+        return k.score(value, totals, self.norms["layer2"], left_peaks, right_peaks)
+
+    def _norm_prelu(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """InstanceNorm and PReLU of Fig. 4 (c)."""
+        k = self.kernels
+        return k.normalize_activate(x, k.statistics(x), self.norms[name], self.slopes[name])
+
+
+def _space(like: torch.Tensor, channels: int) -> torch.Tensor:
+    """An empty map of the size and type of another, with a number of channels of its own."""
+    batch, _, height, width = like.shape
+    return torch.empty(
+        (batch, channels, height, width),
+        dtype=like.dtype,
+        device=like.device,
+        memory_format=torch.channels_last,
+    )

@@ -1,0 +1,550 @@
+// The passes between the network's convolutions, each in one sweep over memory.
+//
+// native.py compiles this file for the machine it runs on and calls it through the C functions at
+// the end; kernels.py says the same in PyTorch and is what the tests compare against.
+//
+// Maps are channels-last: (rows, columns, channels).
+// T is float or bfloat16; sums are accumulated in float along a row and in double over rows.
+
+#include <omp.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace {
+
+// The robot size has few channels at full resolution: loops over them are fixed then.
+constexpr int FEW = 8;
+
+constexpr double EPSILON = 1e-5;  // of every normalization in the network
+
+enum class bfloat16 : uint16_t {};  // a type of its own, and still a number to the vectorizer
+
+inline float read(float x) { return x; }
+
+inline float read(bfloat16 x) {
+  uint32_t bits = uint32_t(x) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+inline void write(float &to, float value) { to = value; }
+
+inline void write(bfloat16 &to, float value) {  // to nearest, ties to even
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  to = bfloat16((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+// exp for x <= 88, relative error below 2e-7; written so that compilers vectorize it.
+inline float exponential(float x) {
+  x = std::max(x, -87.0f);
+  float n = std::nearbyint(x * 1.44269504f);
+  float r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  int32_t bits;
+  std::memcpy(&bits, &p, sizeof bits);
+  bits += int32_t(n) << 23;
+  std::memcpy(&p, &bits, sizeof bits);
+  return p;
+}
+
+// log(1 + exp(x)): log1p(y) = 2 artanh(y / (2 + y)) for y = exp(-|x|) in (0, 1]
+inline float softplus(float x) {
+  float y = exponential(-std::fabs(x));
+  float t = y / (2.0f + y);
+  float t2 = t * t;
+  float s = 1.0f / 13;
+  s = s * t2 + 1.0f / 11;
+  s = s * t2 + 1.0f / 9;
+  s = s * t2 + 1.0f / 7;
+  s = s * t2 + 1.0f / 5;
+  s = s * t2 + 1.0f / 3;
+  s = s * t2 + 1.0f;
+  return std::max(x, 0.0f) + 2.0f * t * s;
+}
+
+inline float elu(float x) { return x > 0 ? x : exponential(x) - 1.0f; }
+
+// Sums of x and x^2 of every channel. Threads keep their own and are added up in their order, so
+// that two runs give the same bits.
+struct Totals {
+  const int channels;
+  std::vector<double> parts;
+
+  Totals(int channels, int threads) : channels(channels), parts(size_t(threads) * 2 * channels) {}
+
+  // Adds a row's sums to this thread's totals and clears them.
+  void add(std::vector<float> &sum, std::vector<float> &square) {
+    double *part = parts.data() + size_t(omp_get_thread_num()) * 2 * channels;
+    for (int c = 0; c < channels; c++) {
+      part[c] += sum[c];
+      part[channels + c] += square[c];
+    }
+    std::fill(sum.begin(), sum.end(), 0.0f);
+    std::fill(square.begin(), square.end(), 0.0f);
+  }
+
+  void write(double *totals) const {
+    std::fill(totals, totals + 2 * channels, 0.0);
+    for (size_t k = 0; k < parts.size(); k++) totals[k % (2 * channels)] += parts[k];
+  }
+};
+
+// Where a pixel of the upsampled map lies on the small one: two neighbours and the second's weight.
+struct Position {
+  int first, second;
+  float weight;
+};
+
+inline Position locate(int pixel, int factor, int size) {
+  float at = std::max((pixel + 0.5f) / factor - 0.5f, 0.0f);
+  int first = std::min(int(at), size - 1);
+  return {first, std::min(first + 1, size - 1), at - first};
+}
+
+template <typename T>
+void channel_sums(const T *x, long rows, int columns, int channels, double *totals, int threads) {
+  Totals all(channels, threads);
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<float> sums(channels), squares(channels);
+    float *__restrict sum = sums.data(), *__restrict square = squares.data();
+#pragma omp for schedule(static)
+    for (long row = 0; row < rows; row++) {
+      for (int column = 0; column < columns; column++) {
+        const T *p = x + (row * columns + column) * channels;
+#pragma omp simd
+        for (int c = 0; c < channels; c++) {
+          float v = read(p[c]);
+          sum[c] += v;
+          square[c] += v * v;
+        }
+      }
+      all.add(sums, squares);
+    }
+  }
+  all.write(totals);
+}
+
+template <int FIXED, typename T>
+void upsampled_sum(const T *z, int height, int width, int factor, int channels,
+                   const T *plus, T *out, double *totals, int threads) {
+  const int H = height * factor, W = width * factor, C = FIXED ? FIXED : channels;
+  const long stride = 9 * C;
+  std::vector<Position> across(W);
+  for (int x = 0; x < W; x++) across[x] = locate(x, factor, width);
+  Totals all(C, threads);
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<float> sums(C), squares(C);
+    float *__restrict sum = sums.data(), *__restrict square = squares.data();
+    std::vector<float> line(size_t(width) * 3 * C);  // three vertical taps summed, one per dx
+    std::vector<float> pixel(C), nothing(C, 0.0f);
+#pragma omp for schedule(static)
+    for (int y = 0; y < H; y++) {
+      const T *from[6];
+      float weight[6];
+      for (int dy = 0; dy < 3; dy++) {
+        int inside = y + dy - 1 >= 0 && y + dy - 1 < H;  // zero padding of the convolution
+        Position p = locate(std::clamp(y + dy - 1, 0, H - 1), factor, height);
+        from[2 * dy] = z + long(p.first) * width * stride + dy * 3 * C;
+        from[2 * dy + 1] = z + long(p.second) * width * stride + dy * 3 * C;
+        weight[2 * dy] = inside ? 1.0f - p.weight : 0.0f;
+        weight[2 * dy + 1] = inside ? p.weight : 0.0f;
+      }
+      for (int x = 0; x < width; x++) {
+        float *__restrict to = line.data() + long(x) * 3 * C;
+        const T *a = from[0] + x * stride, *b = from[1] + x * stride, *c = from[2] + x * stride;
+        const T *d = from[3] + x * stride, *e = from[4] + x * stride, *f = from[5] + x * stride;
+#pragma omp simd
+        for (int k = 0; k < 3 * C; k++)
+          to[k] = weight[0] * read(a[k]) + weight[1] * read(b[k]) + weight[2] * read(c[k]) +
+                  weight[3] * read(d[k]) + weight[4] * read(e[k]) + weight[5] * read(f[k]);
+      }
+      for (int x = 0; x < W; x++) {
+        // a tap that falls outside reads a row of zeros
+        const float *tap[6];
+        float share[6];
+        for (int dx = 0; dx < 3; dx++) {
+          int at = x + dx - 1;
+          bool inside = at >= 0 && at < W;
+          Position p = across[std::clamp(at, 0, W - 1)];
+          tap[2 * dx] = inside ? line.data() + (long(p.first) * 3 + dx) * C : nothing.data();
+          tap[2 * dx + 1] = inside ? line.data() + (long(p.second) * 3 + dx) * C : nothing.data();
+          share[2 * dx] = 1.0f - p.weight;
+          share[2 * dx + 1] = p.weight;
+        }
+        float *__restrict value = pixel.data();
+#pragma omp simd
+        for (int k = 0; k < C; k++)
+          value[k] = share[0] * tap[0][k] + share[1] * tap[1][k] + share[2] * tap[2][k] +
+                     share[3] * tap[3][k] + share[4] * tap[4][k] + share[5] * tap[5][k];
+        const long place = (long(y) * W + x) * C;
+        if (plus)
+          for (int k = 0; k < C; k++) value[k] += read(plus[place + k]);
+        for (int k = 0; k < C; k++) {
+          sum[k] += value[k];
+          square[k] += value[k] * value[k];
+        }
+        T *__restrict to = out + place;
+        for (int k = 0; k < C; k++) write(to[k], value[k]);
+      }
+      all.add(sums, squares);
+    }
+  }
+  all.write(totals);
+}
+
+// y = activation(x * scale + shift); slope < 0 stands for ELU, else PReLU.
+template <typename T>
+void scale_activate(const T *x, long count, const float *scale, const float *shift, float slope,
+                    T *out) {
+  if (slope < 0) {
+#pragma omp simd
+    for (long c = 0; c < count; c++) write(out[c], elu(read(x[c]) * scale[c] + shift[c]));
+  } else {
+#pragma omp simd
+    for (long c = 0; c < count; c++) {
+      float v = read(x[c]) * scale[c] + shift[c];
+      write(out[c], v > 0 ? v : slope * v);
+    }
+  }
+}
+
+template <typename T>
+void scale_activate(const T *x, long pixels, int channels, const float *scale, const float *shift,
+                    float slope, T *out, long stride, int threads) {
+  // where pixels lie close together in both maps, many are one long loop
+  const long group = stride == channels ? std::max(256 / channels, 1) : 1;
+  std::vector<float> scales(group * channels), shifts(group * channels);
+  for (long k = 0; k < group * channels; k++) {
+    scales[k] = scale[k % channels];
+    shifts[k] = shift[k % channels];
+  }
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (long i = 0; i < pixels; i += group)
+    scale_activate(x + i * channels, std::min(group, pixels - i) * channels, scales.data(),
+                   shifts.data(), slope, out + i * stride);
+}
+
+template <typename T>
+void pixel_statistics(const T *x, long rows, int columns, int channels, float *mean,
+                      float *inverse_deviation, double *totals, int threads) {
+  Totals all(channels, threads);
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<float> sums(channels), squares(channels);
+    float *__restrict sum = sums.data(), *__restrict square = squares.data();
+#pragma omp for schedule(static)
+    for (long row = 0; row < rows; row++) {
+      for (int column = 0; column < columns; column++) {
+        const long i = row * columns + column;
+        const T *p = x + i * channels;
+        float total = 0, spread = 0;
+#pragma omp simd reduction(+ : total)
+        for (int c = 0; c < channels; c++) {
+          float v = read(p[c]);
+          total += v;
+          sum[c] += v;
+          square[c] += v * v;
+        }
+        const float m = total / channels;
+#pragma omp simd reduction(+ : spread)
+        for (int c = 0; c < channels; c++) {
+          float v = read(p[c]) - m;
+          spread += v * v;
+        }
+        mean[i] = m;
+        inverse_deviation[i] = 1.0f / std::sqrt(spread / channels + float(EPSILON));
+      }
+      all.add(sums, squares);
+    }
+  }
+  all.write(totals);
+}
+
+// F_cn beside the stem's map, the mean over both at each pixel, and the largest magnitude.
+template <typename T>
+float bridge_and_stem(const T *x, const T *stem, long pixels, int channels, int stem_channels,
+                      const float *mean, const float *inverse_deviation, const float *factor,
+                      const float *offset, const float *scale, const float *shift, float *maps,
+                      float *maps_mean, int threads) {
+  const int all = channels + stem_channels;
+  float largest = 0;
+#pragma omp parallel for num_threads(threads) schedule(static) reduction(max : largest)
+  for (long i = 0; i < pixels; i++) {
+    const T *p = x + i * channels, *q = stem + i * stem_channels;
+    float *to = maps + i * all;
+    const float a = factor[i] * inverse_deviation[i], b = offset[i] - mean[i] * a;
+    float total = 0, peak = 0;
+#pragma omp simd reduction(+ : total) reduction(max : peak)
+    for (int c = 0; c < channels; c++) {
+      float v = read(p[c]) * (a + scale[c]) + (b + shift[c]);
+      to[c] = v;
+      total += v;
+      peak = std::max(peak, std::fabs(v));
+    }
+#pragma omp simd reduction(+ : total) reduction(max : peak)
+    for (int c = 0; c < stem_channels; c++) {
+      float v = read(q[c]);
+      to[channels + c] = v;
+      total += v;
+      peak = std::max(peak, std::fabs(v));
+    }
+    maps_mean[i] = total / all;
+    largest = std::max(largest, peak);
+  }
+  return largest;
+}
+
+inline int reflect(int i, int size) { return i < 0 ? 1 : i >= size ? size - 2 : i; }
+
+template <typename T>
+void weigh_by_peakiness(const float *maps, const float *mean, float scale, int height, int width,
+                        int channels, float *peaks, T *out, int threads) {
+  const int C = channels;
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<float> column_sums(size_t(width) * C), scores(C);
+#pragma omp for schedule(static)
+    for (int y = 0; y < height; y++) {
+      const long row = long(width) * C;
+      const float *above = maps + reflect(y - 1, height) * row, *here = maps + y * row;
+      const float *below = maps + reflect(y + 1, height) * row;
+      float *__restrict sums = column_sums.data();
+#pragma omp simd
+      for (long k = 0; k < row; k++) sums[k] = above[k] + here[k] + below[k];
+      for (int x = 0; x < width; x++) {
+        const float *left = sums + reflect(x - 1, width) * long(C), *middle = sums + x * long(C);
+        const float *right = sums + reflect(x + 1, width) * long(C), *value = here + x * long(C);
+        const float centre = mean[long(y) * width + x];
+        float *__restrict products = scores.data();
+#pragma omp simd
+        for (int c = 0; c < C; c++) {
+          float local = (left[c] + middle[c] + right[c]) * (1.0f / 9);
+          products[c] = softplus((value[c] - centre) * scale) * softplus((value[c] - local) * scale);
+        }
+        float best = 0;
+        for (int c = 0; c < C; c++) best = std::max(best, products[c]);
+        peaks[long(y) * width + x] = best;
+        T *to = out + (long(y) * width + x) * C;
+#pragma omp simd
+        for (int c = 0; c < C; c++) write(to[c], best * value[c]);
+      }
+    }
+  }
+}
+
+// RGB in [0, 1] -> normalized, as planes for the peakiness and channels-last for the stem.
+template <typename T>
+float normalize_image(const float *image, long pixels, const float *mean, const float *deviation,
+                      float *planes, T *out, int threads) {
+  float largest = 0;
+#pragma omp parallel for num_threads(threads) schedule(static) reduction(max : largest)
+  for (long block = 0; block < pixels; block += 4096) {
+    const long end = std::min(block + 4096, pixels);
+    for (int c = 0; c < 3; c++) {
+      const float m = mean[c], f = 1.0f / deviation[c];
+      float *plane = planes + c * pixels, peak = 0;
+#pragma omp simd reduction(max : peak)
+      for (long i = block; i < end; i++) {
+        float v = (image[3 * i + c] - m) * f;
+        plane[i] = v;
+        peak = std::max(peak, std::fabs(v));
+      }
+      largest = std::max(largest, peak);
+      for (long i = block; i < end; i++) write(out[3 * i + c], plane[i]);
+    }
+  }
+  return largest;
+}
+
+template <typename T>
+void weigh_image_by_peakiness(const float *planes, float scale, int height, int width,
+                              float *peaks, T *out, int threads) {
+  const long pixels = long(height) * width;
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<float> padded(3 * size_t(width + 2));
+#pragma omp for schedule(static)
+    for (int y = 0; y < height; y++) {
+      const float *here[3];
+      for (int c = 0; c < 3; c++) {
+        const float *plane = planes + c * pixels;
+        const float *above = plane + reflect(y - 1, height) * long(width);
+        const float *below = plane + reflect(y + 1, height) * long(width);
+        here[c] = plane + long(y) * width;
+        float *__restrict sums = padded.data() + size_t(c) * (width + 2);
+        for (int x = 0; x < width; x++) sums[x + 1] = above[x] + here[c][x] + below[x];
+        sums[0] = sums[2];
+        sums[width + 1] = sums[width - 1];
+      }
+      float *__restrict best = peaks + long(y) * width;
+      const float *r = here[0], *g = here[1], *b = here[2];
+      const float *sr = padded.data(), *sg = sr + width + 2, *sb = sg + width + 2;
+#pragma omp simd
+      for (int x = 0; x < width; x++) {
+        float mean = (r[x] + g[x] + b[x]) * (1.0f / 3);
+        float lr = (sr[x] + sr[x + 1] + sr[x + 2]) * (1.0f / 9);
+        float lg = (sg[x] + sg[x + 1] + sg[x + 2]) * (1.0f / 9);
+        float lb = (sb[x] + sb[x + 1] + sb[x + 2]) * (1.0f / 9);
+        float pr = softplus((r[x] - mean) * scale) * softplus((r[x] - lr) * scale);
+        float pg = softplus((g[x] - mean) * scale) * softplus((g[x] - lg) * scale);
+        float pb = softplus((b[x] - mean) * scale) * softplus((b[x] - lb) * scale);
+        best[x] = std::max(pr, std::max(pg, pb));
+      }
+      T *to = out + 3 * long(y) * width;
+      for (int x = 0; x < width; x++)
+        for (int c = 0; c < 3; c++) write(to[3 * x + c], best[x] * here[c][x]);
+    }
+  }
+}
+
+// InstanceNorm, PReLU and the 1x1 convolution to one channel; sums of the result for what follows.
+template <int FIXED, typename T>
+void response(const T *x, long rows, int columns, int channels, const float *scale,
+              const float *shift, float slope, const float *weight, float *out, double *totals,
+              int threads) {
+  const int C = FIXED ? FIXED : channels;
+  Totals all(1, threads);
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<float> sums(1), squares(1);
+#pragma omp for schedule(static)
+    for (long row = 0; row < rows; row++) {
+      float *to = out + row * columns;
+      for (int column = 0; column < columns; column++) {
+        const T *p = x + (row * columns + column) * C;
+        float total = 0;
+#pragma omp simd reduction(+ : total)
+        for (int c = 0; c < C; c++) {
+          float v = read(p[c]) * scale[c] + shift[c];
+          total += (v > 0 ? v : slope * v) * weight[c];
+        }
+        to[column] = total;
+      }
+      float sum = 0, square = 0;
+#pragma omp simd reduction(+ : sum, square)
+      for (int column = 0; column < columns; column++) {
+        sum += to[column];
+        square += to[column] * to[column];
+      }
+      sums[0] = sum;
+      squares[0] = square;
+      all.add(sums, squares);
+    }
+  }
+  all.write(totals);
+}
+
+// upsample(left peaks) * right peaks * softplus(response * scale + shift), in place of the response
+void score_map(float *values, float scale, float shift, const float *left, const float *right,
+               int height, int width, int factor, int threads) {
+  const int H = height * factor, W = width * factor;
+  std::vector<Position> across(W);
+  for (int x = 0; x < W; x++) across[x] = locate(x, factor, width);
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<float> line(width), wide(W);
+#pragma omp for schedule(static)
+    for (int y = 0; y < H; y++) {
+      Position p = locate(y, factor, height);
+      const float *a = left + long(p.first) * width, *b = left + long(p.second) * width;
+      for (int x = 0; x < width; x++) line[x] = a[x] + p.weight * (b[x] - a[x]);
+      for (int x = 0; x < W; x++)
+        wide[x] = line[across[x].first] +
+                  across[x].weight * (line[across[x].second] - line[across[x].first]);
+      float *to = values + long(y) * W;
+      const float *peaks = right + long(y) * W;
+#pragma omp simd
+      for (int x = 0; x < W; x++) to[x] = wide[x] * peaks[x] * softplus(to[x] * scale + shift);
+    }
+  }
+}
+
+}  // namespace
+
+// One C function per kernel and type: NAME_float and NAME_bfloat16.
+#define EXPORT(T)                                                                                  \
+  void channel_sums_##T(const T *x, long rows, int columns, int channels, double *totals,          \
+                        int threads) {                                                             \
+    channel_sums(x, rows, columns, channels, totals, threads);                                     \
+  }                                                                                                \
+  void upsampled_sum_##T(const T *z, int height, int width, int factor, int channels,              \
+                         const T *plus, T *out, double *totals, int threads) {                     \
+    (channels == FEW ? upsampled_sum<FEW, T> : upsampled_sum<0, T>)(                               \
+        z, height, width, factor, channels, plus, out, totals, threads);                           \
+  }                                                                                                \
+  void scale_activate_##T(const T *x, long pixels, int channels, const float *scale,               \
+                          const float *shift, float slope, T *out, long stride, int threads) {     \
+    scale_activate(x, pixels, channels, scale, shift, slope, out, stride, threads);                \
+  }                                                                                                \
+  void pixel_statistics_##T(const T *x, long rows, int columns, int channels, float *mean,         \
+                            float *inverse_deviation, double *totals, int threads) {               \
+    pixel_statistics(x, rows, columns, channels, mean, inverse_deviation, totals, threads);        \
+  }                                                                                                \
+  float bridge_and_stem_##T(const T *x, const T *stem, long pixels, int channels,                  \
+                            int stem_channels, const float *mean, const float *inverse_deviation,  \
+                            const float *factor, const float *offset, const float *scale,          \
+                            const float *shift, float *maps, float *maps_mean, int threads) {      \
+    return bridge_and_stem(x, stem, pixels, channels, stem_channels, mean, inverse_deviation,      \
+                           factor, offset, scale, shift, maps, maps_mean, threads);                \
+  }                                                                                                \
+  void weigh_by_peakiness_##T(const float *maps, const float *mean, float scale, int height,       \
+                              int width, int channels, float *peaks, T *out, int threads) {        \
+    weigh_by_peakiness(maps, mean, scale, height, width, channels, peaks, out, threads);           \
+  }                                                                                                \
+  float normalize_image_##T(const float *image, long pixels, const float *mean,                    \
+                            const float *deviation, float *planes, T *out, int threads) {          \
+    return normalize_image(image, pixels, mean, deviation, planes, out, threads);                  \
+  }                                                                                                \
+  void weigh_image_by_peakiness_##T(const float *planes, float scale, int height, int width,       \
+                                    float *peaks, T *out, int threads) {                           \
+    weigh_image_by_peakiness(planes, scale, height, width, peaks, out, threads);                   \
+  }                                                                                                \
+  void response_##T(const T *x, long rows, int columns, int channels, const float *scale,          \
+                    const float *shift, float slope, const float *weight, float *out,              \
+                    double *totals, int threads) {                                                 \
+    (channels == FEW ? response<FEW, T> : response<0, T>)(                                         \
+        x, rows, columns, channels, scale, shift, slope, weight, out, totals, threads);            \
+  }
+
+extern "C" {
+EXPORT(float)
+EXPORT(bfloat16)
+
+// Group or instance normalization as a scale and a shift of each channel, from its sums.
+void normalization(const double *totals, long pixels, int channels, int groups,
+                   const float *weight, const float *bias, float *scale, float *shift) {
+  const int members = channels / groups;
+  for (int g = 0; g < groups; g++) {
+    double sum = 0, square = 0;
+    for (int c = g * members; c < (g + 1) * members; c++) {
+      sum += totals[c];
+      square += totals[channels + c];
+    }
+    const double count = double(pixels) * members, mean = sum / count;
+    const double variance = std::max(square / count - mean * mean, 0.0);
+    for (int c = g * members; c < (g + 1) * members; c++) {
+      scale[c] = float(weight[c] / std::sqrt(variance + EPSILON));
+      shift[c] = float(bias[c] - mean * scale[c]);
+    }
+  }
+}
+
+void score(float *values, float scale, float shift, const float *left, const float *right,
+           int height, int width, int factor, int threads) {
+  score_map(values, scale, shift, left, right, height, width, factor, threads);
+}
+}

@@ -1,0 +1,198 @@
+"""What the fast network does between its convolutions, in PyTorch: any device, any batch.
+
+`native.py` does the same for one image on the CPU in fewer passes over memory; the functions there
+have the same names, arguments and results.
+
+Statistics of a map are (B, 2, C) float64: the sums over the image of every channel and of its
+square.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from scfeat_ros.model.detector import peakiness
+from scfeat_ros.model.sampling import upsample
+
+EPSILON = 1e-5
+
+
+class Norm(NamedTuple):
+    """A group or instance normalization (instance: as many groups as channels)."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+    groups: int
+
+
+class Maps(NamedTuple):
+    """What the detector reads: F_cn and the stem's map beside each other, in fp32."""
+
+    values: torch.Tensor
+    """(B, D + 64, h, w)"""
+    mean: torch.Tensor | None = None
+    """(h, w): mean over the channels, where the kernels want it."""
+    largest: float | None = None
+    """Largest magnitude."""
+
+
+class Image(NamedTuple):
+    """A normalized image."""
+
+    values: torch.Tensor
+    """(B, 3, H, W) fp32."""
+    rounded: torch.Tensor
+    """The same in the type of the convolutions, channels-last."""
+    largest: float | None = None
+    """Largest magnitude, where the kernels want it."""
+
+
+def normalize_image(
+    image: torch.Tensor, mean: torch.Tensor, deviation: torch.Tensor, dtype: torch.dtype
+) -> Image:
+    """(B, 3, H, W) RGB in [0, 1] -> normalized image."""
+    values = (image - mean.view(3, 1, 1)) / deviation.view(3, 1, 1)
+    return Image(values, values.to(dtype, memory_format=torch.channels_last))
+
+
+def statistics(x: torch.Tensor) -> torch.Tensor:
+    """(B, C, h, w) -> (B, 2, C) sums and sums of squares."""
+    x = x.float().flatten(2)
+    return torch.stack([x.sum(dim=2), (x * x).sum(dim=2)], dim=1).double()
+
+
+def scale_and_shift(
+    totals: torch.Tensor, norm: Norm, pixels: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B, C) scale and shift that normalize a map with these statistics."""
+    batch, _, channels = totals.shape
+    count = pixels * channels // norm.groups
+    mean, square = (totals.view(batch, 2, norm.groups, -1).sum(dim=3) / count).unbind(dim=1)
+    inverse = (square - mean * mean).clamp_min(0).add(EPSILON).rsqrt()
+    mean, inverse = (v.repeat_interleave(channels // norm.groups, dim=1) for v in (mean, inverse))
+    scale = norm.weight * inverse
+    return scale.float(), (norm.bias - mean * scale).float()
+
+
+def normalize_activate(
+    x: torch.Tensor,
+    totals: torch.Tensor,
+    norm: Norm,
+    slope: float | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Normalization, then ELU, or PReLU where a slope is given.
+
+    Args:
+        x: (B, C, h, w).
+        totals: its statistics.
+        norm: the normalization.
+        slope: of the PReLU's negative side.
+        out: where to put the result: channels of a larger map.
+    """
+    scale, shift = scale_and_shift(totals, norm, x.shape[2] * x.shape[3])
+    y = x.float() * scale[:, :, None, None] + shift[:, :, None, None]
+    y = (F.elu(y) if slope is None else F.leaky_relu(y, slope)).to(x.dtype)
+    return y if out is None else out.copy_(y)
+
+
+def upsampled_sum(
+    taps: torch.Tensor, factor: int, plus: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """3x3 convolution of an upsampled map from its nine taps at the small size.
+
+    Upsampling and a tap's 1x1 convolution commute, so every tap is computed on the small map,
+    upsampled, moved by its offset (zeros move in: the convolution pads after the upsampling) and
+    added. Bilinear upsampling is separable, so the sum is taken along x first.
+
+    Args:
+        taps: (B, 9 * C, h, w): the results of the nine 1x1 convolutions, row by row.
+        factor: of the upsampling.
+        plus: (B, C, h * factor, w * factor), added to the result.
+
+    Returns:
+        (B, C, h * factor, w * factor) and its statistics.
+    """
+    batch, channels, height, width = taps.shape
+    channels //= 9
+    rows = F.interpolate(taps, size=(height, width * factor), mode="bilinear")
+    rows = rows.view(batch, 3, 3, channels, height, width * factor)
+    total = rows[:, :, 1].clone()
+    total[..., 1:] += rows[:, :, 0, ..., :-1]
+    total[..., :-1] += rows[:, :, 2, ..., 1:]
+    size = (height * factor, width * factor)
+    columns = F.interpolate(total.flatten(1, 2), size=size, mode="bilinear")
+    columns = columns.view(batch, 3, channels, *size)
+    result = columns[:, 1].contiguous(memory_format=torch.channels_last)
+    result[:, :, 1:] += columns[:, 0, :, :-1]
+    result[:, :, :-1] += columns[:, 2, :, 1:]
+    if plus is not None:
+        result = result + plus
+    return result, statistics(result)
+
+
+def bridge_and_stem(
+    descriptors: torch.Tensor,
+    stem: torch.Tensor,
+    spatial: torch.nn.Conv2d,
+    channel: Norm,
+) -> Maps:
+    """Cross normalization (Eq. 2-3), and the stem's map beside its result.
+
+    Args:
+        descriptors: (B, D, h, w) D_desc.
+        stem: (B, 64, h, w).
+        spatial: 7x7 convolution from the channel mean to scale and shift, times w_s.
+        channel: the instance normalization with its numbers times w_c.
+    """
+    descriptors, stem = descriptors.float(), stem.float()
+    variance, mean = torch.var_mean(descriptors, dim=1, correction=0, keepdim=True)
+    factor, offset = spatial(mean).split(1, dim=1)
+    across = (descriptors - mean) * (variance + EPSILON).rsqrt() * factor + offset
+    pixels = descriptors.shape[2] * descriptors.shape[3]
+    scale, shift = scale_and_shift(statistics(descriptors), channel, pixels)
+    bridged = across + descriptors * scale[:, :, None, None] + shift[:, :, None, None]
+    return Maps(torch.cat([bridged, stem], dim=1))
+
+
+def weigh_by_peakiness(maps: Maps | Image, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Peakiness (B, 1, h, w) in fp32, and the maps times it in the convolutions' type."""
+    peaks = peakiness(maps.values)
+    weighted = (peaks * maps.values).to(dtype, memory_format=torch.channels_last)
+    return peaks, weighted
+
+
+def response(
+    x: torch.Tensor, totals: torch.Tensor, norm: Norm, slope: float, weight: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """InstanceNorm, PReLU and the 1x1 convolution to one channel.
+
+    Args:
+        x: (B, C, H, W) with statistics `totals`.
+        norm, slope: of the normalization and the PReLU.
+        weight: (C,) of the convolution.
+
+    Returns:
+        (B, 1, H, W) in fp32 and its statistics.
+    """
+    hidden = normalize_activate(x.float(), totals, norm, slope)
+    result = (hidden * weight[None, :, None, None]).sum(dim=1, keepdim=True)
+    return result, statistics(result)
+
+
+def score(
+    value: torch.Tensor,
+    totals: torch.Tensor,
+    norm: Norm,
+    left_peaks: torch.Tensor,
+    right_peaks: torch.Tensor,
+) -> torch.Tensor:
+    """Scores (Eq. 13) from the head's response and both peakiness maps; (B, 1, H, W) fp32."""
+    pixels = value.shape[2] * value.shape[3]
+    scale, shift = scale_and_shift(totals, norm, pixels)
+    value = F.softplus(value * scale[:, :, None, None] + shift[:, :, None, None])
+    factor = value.shape[2] // left_peaks.shape[2]
+    return upsample(left_peaks, factor) * right_peaks * value

@@ -1,0 +1,331 @@
+"""The kernels of `kernels.py` in C++, compiled on first use for the CPU that they run on.
+
+Compiling `kernels.cpp` takes about three seconds of one core, once: the library is kept under
+`$XDG_CACHE_HOME/scfeat_ros` (by default ~/.cache/scfeat_ros), named after the source, the compiler,
+its flags and the CPU. Without a compiler, `load` says so and the caller uses PyTorch's operators.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from scfeat_ros.model.kernels import Image, Maps, Norm
+
+LOG = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).with_name("kernels.cpp")
+FLAGS = (
+    "-std=c++17 -O3 -march=native -fopenmp -shared -fPIC "
+    "-fno-math-errno -fno-trapping-math -fno-signed-zeros -ffinite-math-only -ffp-contract=fast"
+)
+COMPILE_TIMEOUT = 120
+"""Seconds."""
+
+
+class CompilerError(RuntimeError):
+    """The kernels cannot be compiled here; the message says why."""
+
+
+def cache_folder() -> Path:
+    """Where compiled kernels are kept between runs."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "scfeat_ros"
+
+
+@functools.cache
+def load() -> ctypes.CDLL:
+    """Compile the kernels, or take them from the cache, and load them.
+
+    The compiler is $CXX, else g++, else clang++, else c++.
+
+    Raises:
+        CompilerError: there is no compiler, or it fails.
+    """
+    if sys.platform == "win32":
+        raise CompilerError("the compiled kernels need Linux or macOS")
+    candidates = [os.environ.get("CXX", ""), "g++", "clang++", "c++"]
+    compiler = next((c for c in candidates if c and shutil.which(shlex.split(c)[0])), None)
+    if compiler is None:
+        raise CompilerError("no C++ compiler was found (install g++, or set CXX)")
+    command = [*shlex.split(compiler), *FLAGS.split()]
+    version = subprocess.run([*command[:1], "--version"], capture_output=True, text=True)
+    key = (SOURCE.read_text(), command, version.stdout, _cpu())
+    name = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
+    library = cache_folder() / f"kernels-{name}.so"
+    if not library.is_file():
+        _compile(command, library)
+    try:
+        return ctypes.CDLL(str(library))
+    except OSError as error:
+        raise CompilerError(f"{library} cannot be loaded ({error}): delete it") from error
+
+
+@functools.cache
+def keep_freed_memory() -> None:
+    """Let the process keep up to 256 MiB that it has freed, where the C library is glibc.
+
+    By default large maps are handed back to the system after every frame and come back as pages
+    to be cleared: some 5,000 page faults and a tenth of the time of a frame.
+    """
+    trim_threshold, mmap_threshold = -1, -3  # of malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return
+    mallopt(mmap_threshold, 32 << 20)  # the largest that glibc takes
+    mallopt(trim_threshold, 256 << 20)
+
+
+def _cpu() -> str:
+    """What decides which instructions the compiler may use."""
+    info = Path("/proc/cpuinfo")
+    if not info.is_file():
+        return platform.processor() + platform.machine()
+    lines = info.read_text(errors="replace").split("\n\n")[0].splitlines()
+    kept = ("flags", "features", "model name", "cpu part")
+    return "\n".join(line for line in lines if line.lower().startswith(kept))
+
+
+def _compile(command: list[str], library: Path) -> None:
+    started = time.perf_counter()
+    try:
+        library.parent.mkdir(parents=True, exist_ok=True)
+        # beside the final name and renamed: two processes may be compiling at once
+        handle, partial = tempfile.mkstemp(dir=library.parent, suffix=".partial")
+        os.close(handle)
+    except OSError as error:
+        raise CompilerError(f"compiled kernels cannot be kept in {library.parent}: {error}") from (
+            error
+        )
+    try:
+        result = subprocess.run(
+            [*command, str(SOURCE), "-o", partial],
+            capture_output=True,
+            text=True,
+            timeout=COMPILE_TIMEOUT,
+        )
+        if result.returncode != 0:
+            first = (result.stderr.strip() or "no message").splitlines()[0]
+            raise CompilerError(f"{command[0]} failed: {first}")
+        os.replace(partial, library)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise CompilerError(f"{command[0]} failed: {error}") from error
+    finally:
+        Path(partial).unlink(missing_ok=True)
+    LOG.info("compiled CPU kernels in %.1f s: %s", time.perf_counter() - started, library)
+
+
+ARGUMENTS = {
+    "channel_sums": "pliipi",
+    "upsampled_sum": "piiiipppi",
+    "scale_activate": "plippfpli",
+    "pixel_statistics": "pliipppi",
+    "bridge_and_stem": "ppliippppppppi",
+    "weigh_by_peakiness": "ppfiiippi",
+    "normalize_image": "plppppi",
+    "weigh_image_by_peakiness": "pfiippi",
+    "response": "pliippfpppi",
+    "normalization": "pliipppp",
+    "score": "pffppiiii",
+}
+"""Types of the C functions' arguments: pointer, long, int, float."""
+
+UNTYPED = ("normalization", "score")
+RETURNS_FLOAT = ("bridge_and_stem", "normalize_image")
+TYPES = {"p": ctypes.c_void_p, "l": ctypes.c_long, "i": ctypes.c_int, "f": ctypes.c_float}
+SUFFIX = {torch.float32: "float", torch.bfloat16: "bfloat16"}
+
+
+@functools.cache
+def _function(name: str, dtype: torch.dtype | None) -> ctypes._CFuncPtr:
+    function = getattr(load(), name if name in UNTYPED else f"{name}_{SUFFIX[dtype]}")
+    function.argtypes = [TYPES[letter] for letter in ARGUMENTS[name]]
+    function.restype = ctypes.c_float if name in RETURNS_FLOAT else None
+    return function
+
+
+def _call(name: str, dtype: torch.dtype | None, *arguments: torch.Tensor | float | None) -> float:
+    """Call a kernel; tensors are passed by address, the number of threads is added."""
+    values = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments]
+    if name != "normalization":
+        values.append(torch.get_num_threads())
+    return _function(name, dtype)(*values)
+
+
+def _last(x: torch.Tensor) -> torch.Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _empty(channels: int, height: int, width: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty((1, channels, height, width), dtype=dtype, memory_format=torch.channels_last)
+
+
+def _totals(channels: int) -> torch.Tensor:
+    return torch.empty((1, 2, channels), dtype=torch.float64)
+
+
+def normalize_image(
+    image: torch.Tensor, mean: torch.Tensor, deviation: torch.Tensor, dtype: torch.dtype
+) -> Image:
+    image = _last(image)
+    _, _, height, width = image.shape
+    values = torch.empty((1, 3, height, width))
+    rounded = _empty(3, height, width, dtype)
+    largest = _call(
+        "normalize_image", dtype, image, height * width, mean, deviation, values, rounded
+    )
+    return Image(values, rounded, largest)
+
+
+def statistics(x: torch.Tensor) -> torch.Tensor:
+    x = _last(x)
+    _, channels, height, width = x.shape
+    totals = _totals(channels)
+    _call("channel_sums", x.dtype, x, height, width, channels, totals)
+    return totals
+
+
+def scale_and_shift(
+    totals: torch.Tensor, norm: Norm, pixels: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    channels = totals.shape[2]
+    scale, shift = torch.empty((2, channels)).unbind()
+    _call(
+        "normalization",
+        None,
+        *(totals, pixels, channels, norm.groups, norm.weight, norm.bias, scale, shift),
+    )
+    return scale, shift
+
+
+def normalize_activate(
+    x: torch.Tensor,
+    totals: torch.Tensor,
+    norm: Norm,
+    slope: float | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    x = _last(x)
+    _, channels, height, width = x.shape
+    scale, shift = scale_and_shift(totals, norm, height * width)
+    out = torch.empty_like(x) if out is None else out
+    slope = -1.0 if slope is None else slope
+    _call(
+        "scale_activate",
+        x.dtype,
+        *(x, height * width, channels, scale, shift, slope, out, out.stride(3)),
+    )
+    return out
+
+
+def upsampled_sum(
+    taps: torch.Tensor, factor: int, plus: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    taps = _last(taps)
+    _, channels, height, width = taps.shape
+    channels //= 9
+    plus = None if plus is None else _last(plus)
+    out = _empty(channels, height * factor, width * factor, taps.dtype)
+    totals = _totals(channels)
+    _call(
+        "upsampled_sum",
+        taps.dtype,
+        *(taps, height, width, factor, channels, plus, out, totals),
+    )
+    return out, totals
+
+
+def bridge_and_stem(
+    descriptors: torch.Tensor,
+    stem: torch.Tensor,
+    spatial: torch.nn.Conv2d,
+    channel: Norm,
+) -> Maps:
+    descriptors, stem = _last(descriptors), _last(stem)
+    _, channels, height, width = descriptors.shape
+    mean, inverse = torch.empty((2, 1, 1, height, width)).unbind()
+    totals = _totals(channels)
+    _call(
+        "pixel_statistics",
+        descriptors.dtype,
+        *(descriptors, height, width, channels, mean, inverse, totals),
+    )
+    factor, offset = spatial(mean).contiguous()[0].unbind()
+    scale, shift = scale_and_shift(totals, channel, height * width)
+    maps = _empty(channels + stem.shape[1], height, width, torch.float32)
+    maps_mean = torch.empty((height, width))
+    largest = _call(
+        "bridge_and_stem",
+        descriptors.dtype,
+        *(descriptors, stem, height * width, channels, stem.shape[1]),
+        *(mean, inverse, factor, offset, scale, shift, maps, maps_mean),
+    )
+    return Maps(maps, maps_mean, largest)
+
+
+def weigh_by_peakiness(maps: Maps | Image, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    _, channels, height, width = maps.values.shape
+    peaks = torch.empty((1, 1, height, width))
+    weighted = _empty(channels, height, width, dtype)
+    scale = 1.0 / max(maps.largest, 1e-6)
+    if isinstance(maps, Image):
+        _call(
+            "weigh_image_by_peakiness",
+            dtype,
+            *(maps.values, scale, height, width, peaks, weighted),
+        )
+    else:
+        _call(
+            "weigh_by_peakiness",
+            dtype,
+            *(maps.values, maps.mean, scale, height, width, channels, peaks, weighted),
+        )
+    return peaks, weighted
+
+
+def response(
+    x: torch.Tensor, totals: torch.Tensor, norm: Norm, slope: float, weight: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    x = _last(x)
+    _, channels, height, width = x.shape
+    scale, shift = scale_and_shift(totals, norm, height * width)
+    out = torch.empty((1, 1, height, width))
+    sums = _totals(1)
+    _call(
+        "response",
+        x.dtype,
+        *(x, height, width, channels, scale, shift, slope, weight, out, sums),
+    )
+    return out, sums
+
+
+def score(
+    value: torch.Tensor,
+    totals: torch.Tensor,
+    norm: Norm,
+    left_peaks: torch.Tensor,
+    right_peaks: torch.Tensor,
+) -> torch.Tensor:
+    """As in `kernels`; `value` is overwritten."""
+    _, _, height, width = left_peaks.shape
+    factor = value.shape[2] // height
+    scale, shift = scale_and_shift(totals, norm, value.shape[2] * value.shape[3])
+    _call(
+        "score",
+        None,
+        *(value, float(scale), float(shift), left_peaks, right_peaks, height, width, factor),
+    )
+    return value

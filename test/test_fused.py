@@ -1,0 +1,162 @@
+"""The fast network and its kernels against the plain network and PyTorch's operators."""
+
+import copy
+import logging
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from scfeat_ros.model import kernels, native
+from scfeat_ros.model.fused import FusedSCFeat, taps
+from scfeat_ros.model.scfeat import CONFIGS, SCFeat, SCFeatConfig
+
+SMALL = SCFeatConfig("small", "resnet10", (64, 32), 32, (8, 8, 8))
+WIDE = SCFeatConfig("wide", "resnet50", (64, 32), 24, (12, 5, 20))
+
+
+def compiler_is_there():
+    try:
+        native.load()
+    except native.CompilerError:
+        return False
+    return True
+
+
+needs_compiler = pytest.mark.skipif(not compiler_is_there(), reason="no C++ compiler")
+BOTH = pytest.mark.parametrize(
+    "k", [kernels, pytest.param(native, marks=needs_compiler)], ids=["torch", "compiled"]
+)
+
+
+def random_model(config, seed=0):
+    """A network in which no weight has the value that would hide its misuse."""
+    torch.manual_seed(seed)
+    model = SCFeat(config).eval()
+    for name, parameter in model.named_parameters():
+        if parameter.dim() < 2:
+            nn.init.uniform_(parameter, 0.4, 1.2) if "weight" in name else nn.init.normal_(
+                parameter, std=0.2
+            )
+    for convolution in (model.bridge.spatial_scale, model.bridge.spatial_shift):
+        nn.init.normal_(convolution.weight, std=0.1)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean, std=0.2)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    return model
+
+
+@pytest.mark.parametrize("config", [SMALL, WIDE, CONFIGS["scfeat-s"]], ids=lambda c: c.name)
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_compiler)])
+@pytest.mark.parametrize("size", [(16, 16), (48, 80)])
+@torch.no_grad()
+def test_equals_the_plain_network(config, compiled, size):
+    model = random_model(config)
+    image = torch.rand(2, 3, *size)
+    expected = model(image)
+    found = FusedSCFeat(model, compiled=compiled)(image)
+    for name, a, b in zip(expected._fields, expected, found, strict=True):
+        assert b.dtype == torch.float32 and a.shape == b.shape
+        torch.testing.assert_close(b, a, atol=1e-4, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_compiler)])
+@torch.no_grad()
+def test_bfloat16_stays_close(compiled):
+    model = random_model(CONFIGS["scfeat-s"])
+    image = torch.rand(1, 3, 96, 128)
+    expected = model(image)
+    found = FusedSCFeat(model, torch.bfloat16, compiled)(image)
+    cosine = F.cosine_similarity(found.descriptors.float(), expected.descriptors)
+    assert cosine.median() > 0.999 and cosine.min() > 0.99
+    assert found.scores.dtype == torch.float32
+    error = (found.scores - expected.scores).norm() / expected.scores.norm()
+    assert error < 0.02
+
+
+def test_the_plain_network_is_left_as_it_was():
+    model = random_model(SMALL)
+    before = copy.deepcopy(model.state_dict())
+    FusedSCFeat(model, torch.bfloat16)(torch.rand(1, 3, 32, 32))
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@BOTH
+@pytest.mark.parametrize("factor", [2, 4])
+@pytest.mark.parametrize("channels", [3, 8, 24])
+def test_convolution_after_upsampling_is_exact_at_every_border(k, factor, channels):
+    torch.manual_seed(0)
+    x = torch.randn(1, 6, 3, 5)
+    weight = torch.randn(channels, 6, 3, 3)
+    plus = torch.randn(1, channels, 3 * factor, 5 * factor)
+    upsampled = F.interpolate(x, scale_factor=factor, mode="bilinear", align_corners=False)
+    expected = F.conv2d(upsampled, weight, padding=1)
+    z = taps(weight, torch.float32)(x)
+    found, totals = k.upsampled_sum(z, factor)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(totals, kernels.statistics(expected), atol=1e-2, rtol=1e-4)
+    found, _ = k.upsampled_sum(z, factor, plus)
+    torch.testing.assert_close(found, expected + plus, atol=1e-4, rtol=1e-4)
+
+
+@needs_compiler
+@pytest.mark.parametrize("slope", [None, 0.25])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_normalization_into_a_part_of_a_larger_map(slope, dtype):
+    torch.manual_seed(0)
+    x = torch.randn(1, 12, 5, 7).to(dtype).contiguous(memory_format=torch.channels_last)
+    norm = kernels.Norm(torch.rand(12) + 0.5, torch.randn(12), groups=4)
+    expected = F.group_norm(x.float(), 4, norm.weight, norm.bias, 1e-5)
+    expected = F.elu(expected) if slope is None else F.leaky_relu(expected, slope)
+    place = torch.zeros(1, 20, 5, 7).to(dtype).contiguous(memory_format=torch.channels_last)
+    native.normalize_activate(x, native.statistics(x), norm, slope, out=place[:, 4:16])
+    tolerance = 1e-5 if dtype is torch.float32 else 0.02
+    torch.testing.assert_close(place[:, 4:16].float(), expected, atol=tolerance, rtol=tolerance)
+    assert not place[:, :4].any() and not place[:, 16:].any()
+
+
+@needs_compiler
+def test_result_does_not_depend_on_the_number_of_threads():
+    model = FusedSCFeat(random_model(SMALL), compiled=True)
+    image = torch.rand(1, 3, 64, 48)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = model(image)
+        torch.set_num_threads(3)
+        three = model(image)
+    finally:
+        torch.set_num_threads(threads)
+    for a, b in zip(one, three, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+@needs_compiler
+def test_kernels_are_compiled_once_and_kept(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    caplog.set_level(logging.INFO)
+    native.load.__wrapped__()
+    (library,) = (tmp_path / "scfeat_ros").iterdir()
+    assert "compiled CPU kernels in" in caplog.text
+    written = library.stat().st_mtime_ns
+    native.load.__wrapped__()
+    assert library.stat().st_mtime_ns == written
+
+
+def test_missing_compiler_is_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(native.CompilerError, match="install g"):
+        native.load.__wrapped__()
+
+
+@needs_compiler
+def test_failing_compiler_leaves_nothing_behind(monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", "g++ -fno-such-option")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(native.CompilerError, match="no-such-option"):
+        native.load.__wrapped__()
+    assert not list((tmp_path / "scfeat_ros").iterdir())
