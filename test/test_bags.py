@@ -1,0 +1,373 @@
+"""Reading bags, sound and damaged."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import sqlite3
+from collections import Counter
+
+import numpy as np
+import pytest
+import sample_bags
+from mcap.writer import CompressionType
+from mcap.writer import Writer as McapWriter
+from sample_bags import IMAGE_TOPIC, INFO_TOPIC, PERIOD, ROS1, ROS2, START, storage_file
+
+from scfeat_ros.bags import BagReader, UnreadableMessageError
+from scfeat_ros.errors import InputError
+from scfeat_ros.images import from_message
+
+COUNT = 20
+TOPICS = {IMAGE_TOPIC: COUNT, INFO_TOPIC: COUNT}
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    """Twenty noisy images, which no compression shrinks much."""
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 256, (90, 120), np.uint8) for _ in range(COUNT)]
+
+
+@pytest.fixture(scope="module")
+def rows(pictures):
+    return sample_bags.camera_messages(pictures, np.diag([100.0, 100.0, 1.0]))
+
+
+def read(path):
+    """All messages by topic, and the reader's damage."""
+    found = {}
+    with BagReader(path) as reader:
+        for message in reader.messages():
+            found.setdefault(message.topic, []).append(message)
+        return found, reader.damage
+
+
+def check_images(messages, pictures, expected):
+    """The messages hold these pictures, by their number."""
+    indices = []
+    for message in messages:
+        content = ROS2.deserialize_cdr(message.data, message.type)
+        stamp = content.header.stamp.sec * 10**9 + content.header.stamp.nanosec
+        index = (stamp - sample_bags.stamp(0)) // PERIOD
+        np.testing.assert_array_equal(from_message(content), pictures[index])
+        assert message.time == sample_bags.stamp(index) + 5_000_000
+        indices.append(index)
+    assert indices == list(expected)
+
+
+@pytest.mark.parametrize(
+    ("storage", "compression"),
+    [
+        ("mcap", "none"),
+        ("mcap", "storage"),
+        ("mcap", "file"),
+        ("mcap", "message"),
+        ("sqlite3", "none"),
+        ("sqlite3", "file"),
+        ("sqlite3", "message"),
+    ],
+)
+def test_sound_bags_of_ros_2(tmp_path, rows, pictures, storage, compression):
+    path = sample_bags.write_bag(tmp_path / "bag", rows, storage, compression)
+    found, damage = read(path)
+    assert {topic: len(messages) for topic, messages in found.items()} == TOPICS
+    check_images(found[IMAGE_TOPIC], pictures, range(COUNT))
+    assert not damage and damage.bytes_lost == 0
+    with BagReader(path) as reader:
+        assert [t.name for t in reader.image_topics] == [IMAGE_TOPIC]
+        assert reader.topics[IMAGE_TOPIC].count == COUNT
+        assert not reader.is_ros1
+
+
+@pytest.mark.parametrize("storage", ["mcap", "sqlite3"])
+def test_a_storage_file_alone_is_a_bag(tmp_path, rows, pictures, storage):
+    path = sample_bags.write_bag(tmp_path / "bag", rows, storage)
+    found, damage = read(storage_file(path))
+    check_images(found[IMAGE_TOPIC], pictures, range(COUNT))
+    assert not damage
+
+
+def test_a_bag_of_ros_1(tmp_path, pictures):
+    path = tmp_path / "drive.bag"
+    messages = [
+        (IMAGE_TOPIC, sample_bags.stamp(i), sample_bags.image_message(p, types=ROS1.types))
+        for i, p in enumerate(pictures)
+    ]
+    sample_bags.write_ros1_bag(path, messages)
+    with BagReader(path) as reader:
+        assert reader.is_ros1
+        decoded = [from_message(reader.decode(message)) for message in reader.messages()]
+    np.testing.assert_array_equal(decoded, pictures)
+
+
+def test_a_time_range_and_topics(tmp_path, rows, pictures):
+    path = sample_bags.write_bag(tmp_path / "bag", rows)
+    with BagReader(path) as reader:
+        start = reader.start_time + 3 * PERIOD
+        chosen = list(reader.messages([IMAGE_TOPIC], start, start + 4 * PERIOD))
+        assert not reader.damage
+    check_images(chosen, pictures, range(3, 7))
+
+
+def split_bag(tmp_path, rows):
+    """A bag of two files, as a recorder with a size limit makes it."""
+    first = sample_bags.write_bag(tmp_path / "a", rows[:COUNT])
+    second = sample_bags.write_bag(tmp_path / "b", rows[COUNT:])
+    folder = tmp_path / "split"
+    folder.mkdir()
+    shutil.copy(storage_file(first), folder / "split_0.mcap")
+    shutil.copy(storage_file(second), folder / "split_1.mcap")
+    text = (first / "metadata.yaml").read_text()
+    text = text.replace("- a.mcap", "- split_0.mcap\n  - split_1.mcap", 1)
+    text = text.replace(f"message_count: {COUNT // 2}", f"message_count: {COUNT}")
+    (folder / "metadata.yaml").write_text(text)
+    return folder
+
+
+def test_a_split_bag(tmp_path, rows, pictures):
+    folder = split_bag(tmp_path, rows)
+    found, damage = read(folder)
+    check_images(found[IMAGE_TOPIC], pictures, range(COUNT))
+    assert not damage, damage.places
+
+
+def test_a_split_bag_with_a_file_missing(tmp_path, rows, pictures):
+    folder = split_bag(tmp_path, rows)
+    (folder / "split_0.mcap").unlink()
+    found, damage = read(folder)
+    check_images(found[IMAGE_TOPIC], pictures, range(COUNT // 2, COUNT))
+    assert damage.messages_lost == COUNT
+    assert any("split_0.mcap is missing" in place for place in damage.places)
+
+
+def test_a_folder_without_metadata(tmp_path, rows, pictures):
+    path = sample_bags.write_bag(tmp_path / "bag", rows)
+    (path / "metadata.yaml").unlink()
+    found, damage = read(path)
+    check_images(found[IMAGE_TOPIC], pictures, range(COUNT))
+    assert "metadata.yaml" in damage.places[0] and damage.messages_lost == 0
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda path: None, "no such file or folder"),
+        (lambda path: path.mkdir(), "this folder is no bag"),
+        (lambda path: path.write_text("hello"), "this file is no bag"),
+        (lambda path: path.write_bytes(b"\x89MCAP0\r\n"), r"name ends with \.mcap"),
+    ],
+    ids=["missing", "folder", "text", "misnamed"],
+)
+def test_what_is_no_bag_is_refused(tmp_path, make, text):
+    make(tmp_path / "thing")
+    with pytest.raises(InputError, match=text):
+        BagReader(tmp_path / "thing")
+
+
+def test_a_message_that_does_not_fit_its_type_is_unreadable(tmp_path, rows):
+    path = sample_bags.write_bag(tmp_path / "bag", rows)
+    with BagReader(path) as reader:
+        message = next(reader.messages([IMAGE_TOPIC]))
+        with pytest.raises(UnreadableMessageError, match=IMAGE_TOPIC):
+            reader.decode(message._replace(data=message.data[:40]))
+
+
+# --- damage ------------------------------------------------------------------------------------
+
+
+def cut(path, share):
+    """Leave the first part of a file; returns the bytes taken away."""
+    data = path.read_bytes()
+    keep = int(len(data) * share)
+    path.write_bytes(data[:keep])
+    return len(data) - keep
+
+
+def write_mcap(path, rows, **options):
+    """An mcap by another writer, with checksums; also without chunks."""
+    with path.open("wb") as file:
+        writer = McapWriter(file, **options)
+        writer.start("ros2")
+        channels = {}
+        for topic, time, message in rows:
+            name = message.__msgtype__
+            if topic not in channels:
+                text, _ = ROS2.generate_msgdef(name, ros_version=2)
+                schema = writer.register_schema(name, "ros2msg", text.encode())
+                channels[topic] = writer.register_channel(topic, "cdr", schema)
+            data = bytes(ROS2.serialize_cdr(message, name))
+            writer.add_message(channels[topic], time, data, time)
+        writer.finish()
+    return path
+
+
+def sizes(rows):
+    """Bytes of the messages up to and including each."""
+    lengths = [len(ROS2.serialize_cdr(message, message.__msgtype__)) for _, _, message in rows]
+    return np.cumsum(lengths)
+
+
+MCAPS = {
+    "one chunk": {"chunk_size": 10**9, "compression": CompressionType.NONE},
+    "small chunks": {"chunk_size": 30_000, "compression": CompressionType.NONE},
+    "no chunks": {"use_chunking": False},
+    "zstd": {"chunk_size": 30_000, "compression": CompressionType.ZSTD},
+    "lz4": {"chunk_size": 30_000, "compression": CompressionType.LZ4},
+}
+
+
+@pytest.mark.parametrize("share", [0.3, 0.8, 0.999])
+@pytest.mark.parametrize("kind", MCAPS)
+def test_a_cut_off_mcap_gives_all_that_is_there(tmp_path, rows, pictures, kind, share):
+    path = write_mcap(tmp_path / "bag.mcap", rows, **MCAPS[kind])
+    lost = cut(path, share)
+    size = path.stat().st_size
+    found, damage = read(path)
+    images = len(found[IMAGE_TOPIC])
+    check_images(found[IMAGE_TOPIC], pictures, range(images))
+    assert abs(len(found[INFO_TOPIC]) - images) <= 1
+    # all but the message that was cut through; records around messages take some bytes, and a
+    # compressor has some of the last block still in its hands
+    whole = int(np.searchsorted(sizes(rows), size - 10_000))
+    behind = 31_000 / 11_000 if kind in ("zstd", "lz4") else 1
+    assert images >= whole / 2 - behind - 1
+    assert damage
+    assert any("byte" in place for place in damage.places)
+    assert lost > 0 and str(size) in " ".join(damage.places)
+
+
+def test_a_cut_off_mcap_in_a_folder_counts_lost_messages(tmp_path, rows):
+    path = sample_bags.write_bag(tmp_path / "bag", rows)
+    cut(storage_file(path), 0.5)
+    found, damage = read(path)
+    read_messages = sum(len(messages) for messages in found.values())
+    assert 15 <= read_messages <= 22
+    assert damage.messages_lost == 2 * COUNT - read_messages
+    assert damage.bytes_lost > 0
+
+
+@pytest.mark.parametrize("kind", ["small chunks", "zstd", "lz4"])
+def test_a_broken_chunk_costs_that_chunk_only(tmp_path, rows, kind):
+    path = write_mcap(tmp_path / "bag.mcap", rows, **MCAPS[kind])
+    data = bytearray(path.read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + 64] = bytes(64)
+    path.write_bytes(data)
+    found, damage = read(path)
+    images = len(found[IMAGE_TOPIC])
+    # a chunk holds three images
+    assert COUNT - 3 <= images <= COUNT
+    assert damage
+    if images < COUNT:
+        assert damage.messages_lost >= COUNT - images
+
+
+@pytest.mark.parametrize("kind", ["small chunks", "no chunks", "zstd"])
+def test_a_hole_without_an_index_is_skipped(tmp_path, rows, pictures, kind):
+    path = write_mcap(tmp_path / "bag.mcap", rows, **MCAPS[kind])
+    cut(path, 0.97)
+    data = bytearray(path.read_bytes())
+    third = len(data) // 3
+    data[third : third + 40_000] = np.random.default_rng(0).bytes(40_000)
+    path.write_bytes(data)
+    found, damage = read(path)
+    indices = [(m.time - 5_000_000 - sample_bags.stamp(0)) // PERIOD for m in found[IMAGE_TOPIC]]
+    # the first third, and what comes after the hole
+    assert set(range(5)) <= set(indices) and set(range(13, 18)) <= set(indices)
+    assert damage.bytes_lost > 10_000
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.95])
+def test_a_cut_off_database_gives_all_that_is_there(tmp_path, rows, pictures, share):
+    path = sample_bags.write_bag(tmp_path / "bag", rows, "sqlite3")
+    lost = cut(storage_file(path), share)
+    found, damage = read(path)
+    images = len(found[IMAGE_TOPIC])
+    check_images(found[IMAGE_TOPIC], pictures, range(images))
+    assert images >= share * COUNT - 3
+    assert damage.bytes_lost == lost
+    read_messages = sum(len(messages) for messages in found.values())
+    assert damage.messages_lost == 2 * COUNT - read_messages
+
+
+def test_a_database_with_a_broken_page_gives_the_rest(tmp_path, rows):
+    path = sample_bags.write_bag(tmp_path / "bag", rows, "sqlite3")
+    file = storage_file(path)
+    data = bytearray(file.read_bytes())
+    connection = sqlite3.connect(file)
+    (root,) = connection.execute(
+        "SELECT rootpage FROM sqlite_master WHERE name = 'messages'"
+    ).fetchone()
+    connection.close()
+    # the tree's root is gone, its leaves are not
+    data[(root - 1) * 4096 : root * 4096] = bytes(4096)
+    file.write_bytes(data)
+    found, damage = read(path)
+    assert {topic: len(messages) for topic, messages in found.items()} == TOPICS
+    assert damage and damage.messages_lost == 0
+
+
+def test_a_cut_off_bag_of_ros_1_gives_all_that_is_there(tmp_path, pictures):
+    path = tmp_path / "drive.bag"
+    messages = [
+        (IMAGE_TOPIC, sample_bags.stamp(i), sample_bags.image_message(p, types=ROS1.types))
+        for i, p in enumerate(pictures)
+    ]
+    sample_bags.write_ros1_bag(path, messages)
+    cut(path, 0.5)
+    with BagReader(path) as reader:
+        decoded = [from_message(reader.decode(message)) for message in reader.messages()]
+        assert 8 <= len(decoded) <= 10
+        np.testing.assert_array_equal(decoded, pictures[: len(decoded)])
+        assert reader.damage.bytes_lost > 0
+
+
+def test_a_message_that_cannot_be_decompressed_is_counted(tmp_path, rows):
+    path = sample_bags.write_bag(tmp_path / "bag", rows, "mcap", "message")
+    file = storage_file(path)
+    data = bytearray(file.read_bytes())
+    places = [i for i in range(len(data)) if data[i : i + 4] == b"\x28\xb5\x2f\xfd"]
+    data[places[7]] ^= 0xFF
+    file.write_bytes(data)
+    found, damage = read(path)
+    assert sum(len(messages) for messages in found.values()) == 2 * COUNT - 1
+    assert damage.messages_lost == 1
+
+
+def test_messages_that_vanish_without_an_error_are_counted(tmp_path, rows):
+    path = sample_bags.write_bag(tmp_path / "bag", rows)
+    text = (path / "metadata.yaml").read_text()
+    (path / "metadata.yaml").write_text(
+        text.replace(f"message_count: {COUNT}\n", f"message_count: {COUNT + 4}\n", 1)
+    )
+    found, damage = read(path)
+    missing = Counter(TOPICS)
+    missing.subtract({topic: len(messages) for topic, messages in found.items()})
+    assert not any(missing.values())
+    assert damage.messages_lost == 4
+    assert "4 of 24 messages" in damage.places[0]
+
+
+@pytest.mark.parametrize("storage", ["mcap", "sqlite3"])
+@pytest.mark.parametrize("damaged", [False, True], ids=["sound", "damaged"])
+def test_reading_changes_nothing(tmp_path, rows, storage, damaged):
+    path = sample_bags.write_bag(tmp_path / "bag", rows, storage)
+    if damaged:
+        cut(storage_file(path), 0.7)
+
+    def state():
+        return {
+            f.name: (hashlib.sha256(f.read_bytes()).hexdigest(), f.stat().st_mtime_ns)
+            for f in path.iterdir()
+        }
+
+    before = state()
+    read(path)
+    assert state() == before
+
+
+def test_start_time_is_that_of_the_first_message(tmp_path, rows):
+    path = sample_bags.write_bag(tmp_path / "bag", rows)
+    with BagReader(path) as reader:
+        assert reader.start_time == START + 123 + 5_000_000

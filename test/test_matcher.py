@@ -1,0 +1,167 @@
+"""Mutual nearest neighbours, ratio test and epipolar verification."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from scfeat_ros.features import Features, Matches
+from scfeat_ros.matcher import epipolar_inliers, match
+
+
+def features(descriptors):
+    descriptors = np.asarray(descriptors, np.float32)
+    descriptors = descriptors / np.linalg.norm(descriptors, axis=1, keepdims=True)
+    count = len(descriptors)
+    return Features(
+        np.zeros((count, 2), np.float32), np.ones(count, np.float32), descriptors, (640, 480)
+    )
+
+
+def random_features(count, dim=16, seed=0):
+    return features(np.random.default_rng(seed).normal(size=(count, dim)))
+
+
+def slow_match(first, second, ratio=None):
+    """The definition, pair by pair: {(i, j): similarity}."""
+
+    def nearest(descriptor, others):
+        distances = np.linalg.norm(others - descriptor, axis=1)
+        order = np.argsort(distances)
+        clear = (
+            ratio is None or len(others) < 2 or distances[order[0]] < ratio * distances[order[1]]
+        )
+        return order[0], clear
+
+    found = {}
+    for i, descriptor in enumerate(first.descriptors):
+        j, clear = nearest(descriptor, second.descriptors)
+        back, clear_back = nearest(second.descriptors[j], first.descriptors)
+        if back == i and clear and clear_back:
+            found[i, int(j)] = descriptor @ second.descriptors[j]
+    return found
+
+
+@pytest.mark.parametrize("ratio", [None, 0.95, 0.8])
+def test_matches_are_the_mutual_nearest_neighbours(ratio):
+    first, second = random_features(80, seed=1), random_features(60, seed=2)
+    # some true matches, so that the ratio test has what to keep
+    second.descriptors[:30] = first.descriptors[10:40] + 0.05 * second.descriptors[:30]
+    second.descriptors[:] /= np.linalg.norm(second.descriptors, axis=1, keepdims=True)
+    expected = slow_match(first, second, ratio)
+    assert len(expected) >= 25
+    found = match(first, second, ratio)
+    assert [tuple(row) for row in found.indices.tolist()] == sorted(expected)
+    np.testing.assert_allclose(
+        found.similarity, [expected[key] for key in sorted(expected)], atol=1e-5
+    )
+    assert found.indices.dtype == np.int64 and found.similarity.dtype == np.float32
+
+
+def test_matching_is_symmetric():
+    first, second = random_features(50, seed=3), random_features(70, seed=4)
+    there, back = match(first, second, 0.97), match(second, first, 0.97)
+    assert len(there)
+    assert set(map(tuple, there.indices)) == {(i, j) for j, i in back.indices}
+
+
+def test_the_smallest_similarity_is_a_limit():
+    first, second = random_features(50, seed=5), random_features(50, seed=6)
+    every = match(first, second)
+    limit = float(np.median(every.similarity))
+    some = match(first, second, min_similarity=limit)
+    assert 0 < len(some) < len(every)
+    assert (some.similarity >= limit).all()
+    assert len(some) == (every.similarity >= limit).sum()
+
+
+def test_a_repeated_pattern_fails_the_ratio_test():
+    first = features([[1, 0, 0], [0, 1, 0]])
+    second = features([[1, 0.01, 0], [1, 0, 0.01], [0, 1, 0]])
+    assert len(match(first, second)) == 2
+    assert match(first, second, 0.8).indices.tolist() == [[1, 2]]
+
+
+def test_a_single_candidate_passes_the_ratio_test():
+    one = features([[1, 0]])
+    assert match(one, one, 0.8).indices.tolist() == [[0, 0]]
+
+
+@pytest.mark.parametrize(("n", "m"), [(0, 5), (5, 0), (0, 0)])
+def test_nothing_matches_nothing(n, m):
+    empty = Features.empty(16, (640, 480))
+    found = match(random_features(n) if n else empty, random_features(m) if m else empty, ratio=0.8)
+    assert found.indices.shape == (0, 2) and found.indices.dtype == np.int64
+    assert found.similarity.shape == (0,) and found.similarity.dtype == np.float32
+
+
+def test_features_of_different_models_do_not_match():
+    with pytest.raises(ValueError, match="16 and 32 dimensions"):
+        match(random_features(5, 16), random_features(5, 32))
+
+
+@pytest.mark.parametrize("ratio", [0.0, -1.0, 1.1, float("nan")])
+def test_a_ratio_outside_of_its_range_is_refused(ratio):
+    with pytest.raises(ValueError, match="ratio"):
+        match(random_features(5), random_features(5), ratio)
+
+
+def test_a_selection_keeps_rows_together():
+    matches = match(random_features(20), random_features(20))
+    keep = np.arange(len(matches)) % 2 == 0
+    chosen = matches.select(keep)
+    np.testing.assert_array_equal(chosen.indices, matches.indices[keep])
+    np.testing.assert_array_equal(chosen.similarity, matches.similarity[keep])
+    assert len(Matches.empty()) == 0
+
+
+def two_views(count=120, wrong=40, noise=0.2, seed=0):
+    """Points of a scene in two images, the last `wrong` ones mismatched."""
+    rng = np.random.default_rng(seed)
+    K = np.array([[500.0, 0, 320], [0, 500, 240], [0, 0, 1]])
+    angle = 0.1
+    R = np.array([[np.cos(angle), 0, np.sin(angle)], [0, 1, 0], [-np.sin(angle), 0, np.cos(angle)]])
+    t = np.array([0.6, 0.1, 0.05])
+    X = np.column_stack([rng.uniform(-2, 2, (count, 2)), rng.uniform(4, 9, count)])
+
+    def project(points):
+        pixels = points @ K.T
+        return pixels[:, :2] / pixels[:, 2:]
+
+    first = project(X) + rng.normal(0, noise, (count, 2))
+    second = project(X @ R.T + t) + rng.normal(0, noise, (count, 2))
+    second[count - wrong :] += rng.uniform(30, 80, (wrong, 2)) * rng.choice([-1, 1], (wrong, 2))
+    return first, second
+
+
+def test_epipolar_geometry_tells_right_from_wrong():
+    first, second = two_views()
+    inliers, found = epipolar_inliers(first, second, threshold=1.0)
+    assert inliers.shape == (120,) and inliers.dtype == bool
+    assert inliers[:80].mean() > 0.95
+    # a mismatch can lie on its epipolar line by chance
+    assert inliers[80:].mean() < 0.2
+    # the matrix found describes the scene: true points lie on its lines
+    exact = two_views(wrong=0, noise=0.0)
+    for points, others, matrix in ((*exact, found), (*exact[::-1], found.T)):
+        lines = np.column_stack([points, np.ones(120)]) @ matrix.T
+        distance = np.abs((lines * np.column_stack([others, np.ones(120)])).sum(axis=1))
+        assert (distance / np.linalg.norm(lines[:, :2], axis=1)).max() < 1.0
+
+
+def test_epipolar_verification_repeats():
+    first, second = two_views(seed=1)
+    once, again = (epipolar_inliers(first, second) for _ in range(2))
+    np.testing.assert_array_equal(once[0], again[0])
+    np.testing.assert_array_equal(once[1], again[1])
+
+
+@pytest.mark.parametrize(
+    "points",
+    [np.zeros((0, 2)), np.arange(14.0).reshape(7, 2), np.ones((30, 2)), np.full((30, 2), np.nan)],
+    ids=["none", "seven", "all in one place", "not a number"],
+)
+def test_where_no_geometry_can_be_found_nothing_is_an_inlier(points):
+    inliers, matrix = epipolar_inliers(points, points)
+    assert inliers.shape == (len(points),) and not inliers.any()
+    assert matrix is None
