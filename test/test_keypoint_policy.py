@@ -147,7 +147,9 @@ def test_scores_rise_at_good_places_and_fall_at_bad_ones():
         descriptors[y, x, k] = 1
         good[y, x] = True
     logits = torch.zeros(2, side, side, requires_grad=True)
-    options = PolicyOptions(fundamental_reward=False, false_match=0.05, keypoint_cost=0.0)
+    options = PolicyOptions(
+        fundamental_reward=False, threshold=0.5, false_match=0.05, keypoint_cost=0.0
+    )
     optimizer = torch.optim.Adam([logits], lr=0.1)
     identity = torch.eye(3)
 

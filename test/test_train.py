@@ -15,6 +15,7 @@ import yaml
 
 from scfeat_ros.errors import InputError, OutputExistsError
 from scfeat_ros.model.scfeat import load_model, read_metadata
+from scfeat_training.ablation import mma_score
 from scfeat_training.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
 from scfeat_training.config import read_config
 from scfeat_training.train import export, main
@@ -235,6 +236,27 @@ def test_run_without_cross_normalization_is_for_study_only(settings, tmp_path):
     assert not any(key.startswith("bridge") for key in load_checkpoint(run)["model"])
     with pytest.raises(InputError, match="cross normalization"):
         export(run, tmp_path / "model.safetensors")
+
+
+def test_ablation_table(settings, data, tmp_path, capsys):
+    run = tmp_path / "run"
+    main(["detector", "--config", str(settings("detector", steps=1)), "--run", str(run)])
+    capsys.readouterr()
+    arguments = ["ablation", f"ours={run}", f"again={run}", "--data", str(data)]
+    assert main([*arguments, "--pairs", "2", "--size", "96", "64"]) == 0
+    rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()]
+    names = [row[0].strip() for row in rows[2:]]
+    assert names[0] == "ours" and names[3] == "again" and len(names) == 4
+    assert "pruning" in names[1] and "fusion" in names[2]
+    assert rows[2][1:] == rows[5][1:]
+    assert all(0 <= float(cell) <= 1 for row in rows[2:] for cell in row[1:5])
+    assert main(["ablation", str(run), "--data", str(data)]) == 1
+    assert "NAME=RUN" in capsys.readouterr().err
+
+
+def test_mma_score_weighs_small_thresholds_more():
+    assert mma_score([1.0] * 10) == pytest.approx(1.0)
+    assert mma_score([1.0] + [0.0] * 9) == pytest.approx(1.9 / 14.5)
 
 
 def test_damaged_checkpoint_is_named(tmp_path):

@@ -41,6 +41,7 @@ from scfeat_training.keypoint_policy import (
     noise_count,
     pair_reward,
 )
+from scfeat_training.pictures import pictures_of
 from scfeat_training.sampling_order import generator_of, uniform
 from scfeat_training.scenes import Scene, photo_paths
 from scfeat_training.warmup_loss import WarmupOptions, warmup_loss
@@ -93,8 +94,17 @@ class Stage:
         raise NotImplementedError
 
     def pictures(self, model: SCFeat, batch: Batch) -> dict[str, np.ndarray]:
-        """Pictures (H, W, 3) uint8 for TensorBoard of the first pair of a batch."""
-        return {}
+        """Pictures (H, W, 3) uint8 for TensorBoard of the batch's first pair of each kind."""
+        pictures = {}
+        for planar in (True, False):
+            of_kind = (batch["planar"].bool() == planar).nonzero()[:, 0].tolist()
+            if of_kind:
+                i = of_kind[0]
+                pair = batch["image1"][i], batch["image2"][i], batch["geometry"][i]
+                found = pictures_of(model, *pair, planar, self.config.stage == "detector")
+                kind = "planar" if planar else "posed"
+                pictures |= {f"{kind}/{name}": picture for name, picture in found.items()}
+        return pictures
 
 
 def images_of(batch: Batch) -> torch.Tensor:

@@ -6,34 +6,20 @@ import argparse
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from scfeat_ros.errors import InputError, OutputExistsError, ScfeatError
-from scfeat_ros.model.scfeat import SCFeat, save_model
-from scfeat_training.checkpoint import load_checkpoint
-from scfeat_training.config import STAGES, make_config, read_config
-from scfeat_training.trainer import Trainer, make_model
+from scfeat_ros.model.scfeat import save_model
+from scfeat_training.ablation import table
+from scfeat_training.config import STAGES, read_config
+from scfeat_training.scenes import read_scenes, split_scenes
+from scfeat_training.trained import load_trained
+from scfeat_training.trainer import Trainer
 
 HELP = {
     "warmup": "stage 0: descriptors from homographies and known correspondences",
     "descriptor": "stage 1: descriptors from camera poses alone",
     "detector": "stage 2: the keypoint detector, by policy gradient",
 }
-
-
-def load_trained(checkpoint: str | Path) -> tuple[SCFeat, dict[str, Any]]:
-    """The averaged network of a checkpoint, in evaluation mode, and the checkpoint itself.
-
-    Raises:
-        InputError: see `load_checkpoint`.
-    """
-    state = load_checkpoint(checkpoint)
-    settings = dict(state["history"][-1]["config"], encoder_weights=None)
-    model = make_model(make_config(settings, str(checkpoint)))
-    model.load_state_dict(state["ema"])
-    return model.eval().to(memory_format=torch.channels_last), state
 
 
 def export(checkpoint: str | Path, output: str | Path, overwrite: bool = False) -> None:
@@ -77,6 +63,12 @@ def _parser() -> argparse.ArgumentParser:
         one.add_argument(
             "--skip-bad", action="store_true", help="go on without images that cannot be used"
         )
+    study = commands.add_parser("ablation", help="table of trained variants on held-out pairs")
+    study.add_argument("runs", nargs="+", metavar="NAME=RUN", help="row's name and run's folder")
+    study.add_argument("--data", required=True, help="folder of scenes; the held-out ones count")
+    study.add_argument("--pairs", type=int, default=50, help="pairs of each kind")
+    study.add_argument("--size", type=int, nargs=2, default=[320, 240], metavar=("W", "H"))
+    study.add_argument("-o", "--output", help="Markdown file, in place of the screen")
     out = commands.add_parser("export", help="checkpoint -> safetensors weights")
     out.add_argument("checkpoint", help="checkpoint file or a run's folder")
     out.add_argument("-o", "--output", required=True, help="a .safetensors file")
@@ -93,6 +85,8 @@ def main(argv: list[str] | None = None) -> int:
             export(args.checkpoint, args.output, args.overwrite)
             print(f"wrote {args.output}")
             return 0
+        if args.command == "ablation":
+            return _ablation(args)
         return _train(args, argv)
     except ScfeatError as error:
         print(f"scfeat train: {error}", file=sys.stderr)
@@ -116,6 +110,27 @@ def _train(args: argparse.Namespace, argv: list[str]) -> int:
     if trainer.rank == 0:
         left_out = f", {len(trainer.bad)} bad inputs left out" if trainer.bad else ""
         print(f"{args.command}: at step {step} of {config.steps}{left_out}; {args.run}")
+    return 0
+
+
+def _ablation(args: argparse.Namespace) -> int:
+    runs = {}
+    for text in args.runs:
+        name, equals, run = text.partition("=")
+        if not equals:
+            raise InputError(f"'{text}': wants NAME=RUN, say 'ours=runs/detector'")
+        runs[name] = run
+    _, held_out = split_scenes(read_scenes(args.data))
+    if not held_out:
+        raise InputError(f"{args.data}: none of its scenes is held out, so nothing can be measured")
+    text = table(runs, held_out, args.pairs, tuple(args.size))
+    if args.output:
+        output = Path(args.output)
+        partial = output.with_name(output.name + ".partial")
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(output)
+    else:
+        print(text, end="")
     return 0
 
 

@@ -134,7 +134,10 @@ class Trainer:
         if init is not None and state is None:
             earlier = load_checkpoint(init)
             self.history = list(earlier["history"])
-            _load_weights(self.model, earlier["ema"], str(init))
+            weights = earlier["ema"]
+            if not config.cross_norm:  # an ablation may start from a network that has the bridge
+                weights = {k: v for k, v in weights.items() if not k.startswith("bridge.")}
+            _load_weights(self.model, weights, str(init))
         self.model.to(self.device, memory_format=torch.channels_last)
         self.step = 0
         self.ema = Ema(self.model, config.ema)

@@ -56,24 +56,29 @@ def mutual_matches(first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Ten
     return mutual.nonzero()[:, 0], forward[mutual]
 
 
-class Validation:
-    """A fixed set of pairs from scenes that are not trained on.
+def held_out_pairs(
+    scenes: Sequence[Scene], count: int, size: tuple[int, int]
+) -> list[dict[str, Any]]:
+    """A fixed list of `count` homography pairs, then as many posed pairs.
 
     Args:
         scenes: held-out scenes (`split_scenes` gives them).
-        count: homography pairs, and as many posed pairs.
+        count: of each kind.
         size: (width, height) of the crops.
     """
+    config = HomographyPairsConfig(
+        size=size, length=count, seed=10_000, rotation=(30.0, 30.0), scale=(0.6, 1.6)
+    )
+    homographies = HomographyPairs(photo_paths(scenes), config)
+    posed = validation_pairs(scenes, count, size)
+    return [pairs[i] for pairs in (homographies, posed) for i in range(count)]
+
+
+class Validation:
+    """Figures on `held_out_pairs`, which see for the arguments."""
 
     def __init__(self, scenes: Sequence[Scene], count: int, size: tuple[int, int]) -> None:
-        config = HomographyPairsConfig(
-            size=size, length=count, seed=10_000, rotation=(30.0, 30.0), scale=(0.6, 1.6)
-        )
-        homographies = HomographyPairs(photo_paths(scenes), config)
-        posed = validation_pairs(scenes, count, size)
-        self.pairs: list[dict[str, Any]] = [
-            pairs[i] for pairs in (homographies, posed) for i in range(count)
-        ]
+        self.pairs = held_out_pairs(scenes, count, size)
 
     @torch.inference_mode()
     def __call__(self, model: SCFeat, keypoints: int = 500, detector: bool = True) -> dict:

@@ -1,0 +1,101 @@
+"""The table of ablations (Table III): trained runs and inference options on held-out pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from scfeat_ros.extractor import Extractor
+from scfeat_ros.features import Features
+from scfeat_training.geometry import epipolar_distance, transform_points
+from scfeat_training.scenes import Scene
+from scfeat_training.trained import load_trained
+from scfeat_training.validation import NEAR, held_out_pairs, mutual_matches
+
+THRESHOLDS = range(1, 11)
+VARIANTS = {
+    "": {},
+    "w/o pruning (descriptors after the bridge)": {"descriptor_source": "bridge"},
+    "fusion normalization (Eq. 25)": {"descriptor_norm": "fusion"},
+}
+"""Options of the extractor that make the rows of one run."""
+
+
+def mma_score(accuracies: Sequence[float]) -> float:
+    """MMAScore (Eq. 24) of the mean matching accuracies at 1, 2 ... 10 px."""
+    weights = [2 - 0.1 * threshold for threshold in THRESHOLDS]
+    return float(np.average(accuracies, weights=weights))
+
+
+def measure(extractor: Extractor, pairs: Sequence[dict]) -> dict[str, float]:
+    """Figures of one extractor on pairs of `HomographyPairs` and `PosedPairs`.
+
+    Returns:
+        mma1, mma3, mma_score: on homographies, a pair without matches counts 0; line: share of
+        matches within `NEAR` px of the epipolar line; matches: mutual matches a pair.
+    """
+    accuracies, line, counts = [], [], []
+    for pair in pairs:
+        first, second = (
+            extractor(np.ascontiguousarray(pair[key].permute(1, 2, 0).numpy()))
+            for key in ("image1", "image2")
+        )
+        at1, at2 = _matched(first, second)
+        counts.append(len(at1))
+        if "H" in pair:
+            true = transform_points(pair["H"].double().numpy(), at1)
+            errors = np.linalg.norm(true - at2, axis=1)
+            accuracies.append([_share(errors, threshold) for threshold in THRESHOLDS])
+        else:
+            F = pair["F"].double().numpy()
+            forward, back = epipolar_distance(F, at1, at2), epipolar_distance(F.T, at2, at1)
+            line.append(_share(np.maximum(forward, back), NEAR))
+    mean = np.mean(accuracies, axis=0)
+    return {
+        "mma1": float(mean[0]),
+        "mma3": float(mean[2]),
+        "mma_score": mma_score(mean),
+        "line": float(np.mean(line)),
+        "matches": float(np.mean(counts)),
+    }
+
+
+def _matched(first: Features, second: Features) -> tuple[np.ndarray, np.ndarray]:
+    descriptors = (torch.from_numpy(features.descriptors) for features in (first, second))
+    at1, at2 = mutual_matches(*(torch.nn.functional.normalize(d, dim=1) for d in descriptors))
+    return first.keypoints[at1.numpy()].astype(float), second.keypoints[at2.numpy()].astype(float)
+
+
+def _share(errors: np.ndarray, threshold: float) -> float:
+    return float((errors < threshold).mean()) if len(errors) else 0.0
+
+
+def table(
+    runs: dict[str, str | Path], scenes: Sequence[Scene], count: int, size: tuple[int, int]
+) -> str:
+    """A Markdown table: every run, and the first one with every variant of the extractor.
+
+    Args:
+        runs: name of a row: checkpoint or run's folder.
+        scenes: held-out scenes.
+        count: homography pairs, and as many posed pairs.
+        size: (width, height) of the pairs.
+    """
+    pairs = held_out_pairs(scenes, count, size)
+    lines = [
+        "| variant | MMA@1 | MMA@3 | MMAScore | within 2 px of the line | matches |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for number, (name, run) in enumerate(runs.items()):
+        model, _ = load_trained(run)
+        for variant, options in VARIANTS.items():
+            if variant and number:
+                continue
+            figures = measure(Extractor(model, "cpu", max_keypoints=1000, **options), pairs)
+            row = [f"{name}, {variant}" if variant else name]
+            row += [f"{figures[key]:.3f}" for key in ("mma1", "mma3", "mma_score", "line")]
+            lines.append("| " + " | ".join([*row, f"{figures['matches']:.0f}"]) + " |")
+    return "\n".join(lines) + "\n"

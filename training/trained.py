@@ -1,0 +1,26 @@
+"""Networks out of checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from scfeat_ros.model.scfeat import SCFeat
+from scfeat_training.checkpoint import load_checkpoint
+from scfeat_training.config import make_config
+from scfeat_training.trainer import make_model
+
+
+def load_trained(checkpoint: str | Path) -> tuple[SCFeat, dict[str, Any]]:
+    """The averaged network of a checkpoint, in evaluation mode, and the checkpoint itself.
+
+    Raises:
+        InputError: see `load_checkpoint`.
+    """
+    state = load_checkpoint(checkpoint)
+    settings = dict(state["history"][-1]["config"], encoder_weights=None)
+    model = make_model(make_config(settings, str(checkpoint)))
+    model.load_state_dict(state["ema"])
+    return model.eval().to(memory_format=torch.channels_last), state
