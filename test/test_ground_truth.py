@@ -1,0 +1,128 @@
+"""Poses over time, and matches judged by them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from sample_bags import ROS2, pose_message
+
+from scfeat_ros.camera import Camera
+from scfeat_ros.ground_truth import Pose, PoseTrack, right_matches
+
+MS = 1_000_000
+K = np.array([[400.0, 0, 320], [0, 410, 240], [0, 0, 1]])
+TURN = (0.0, 0.0, np.sin(0.3), np.cos(0.3))  # 0.6 rad about z
+
+
+def rotation_z(angle):
+    c, s = np.cos(angle), np.sin(angle)
+    return np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]])
+
+
+def rotation_y(angle):
+    c, s = np.cos(angle), np.sin(angle)
+    return np.array([[c, 0, s], [0, 1, 0], [-s, 0, c]])
+
+
+@pytest.fixture
+def track():
+    track = PoseTrack()
+    track.add(0, pose_message((0, 0, 0)))
+    track.add(100 * MS, pose_message((1, 2, 4), TURN))
+    return track
+
+
+def test_a_pose_between_two_is_interpolated(track):
+    pose = track.at(25 * MS)
+    np.testing.assert_allclose(pose.position, [0.25, 0.5, 1.0])
+    np.testing.assert_allclose(pose.R, rotation_z(0.15), atol=1e-12)
+
+
+def test_the_sign_of_a_quaternion_does_not_matter():
+    track = PoseTrack()
+    track.add(0, pose_message((0, 0, 0), (0, 0, 0, -1)))
+    track.add(100 * MS, pose_message((0, 0, 0), tuple(3 * q for q in TURN)))
+    np.testing.assert_allclose(track.at(50 * MS).R, rotation_z(0.3), atol=1e-12)
+
+
+def test_poses_at_and_around_the_ends(track):
+    np.testing.assert_allclose(track.at(100 * MS).position, [1, 2, 4])
+    np.testing.assert_allclose(track.at(101 * MS).position, [1, 2, 4])
+    assert track.at(102 * MS) is None
+    assert track.at(-2 * MS) is None
+    assert track.covers(100 * MS) and not track.covers(101 * MS)
+    assert PoseTrack().at(0) is None and not PoseTrack().covers(0)
+
+
+def test_a_long_gap_is_not_bridged(track):
+    track.add(500 * MS, pose_message((9, 9, 9)))
+    assert track.at(300 * MS) is None
+    np.testing.assert_allclose(track.at(499 * MS + MS // 2).position, [9, 9, 9])
+
+
+def test_poses_that_are_none_are_left_out(track):
+    track.add(200 * MS, pose_message((np.nan, 0, 0)))
+    track.add(300 * MS, pose_message((0, 0, 0), (0, 0, 0, 0)))
+    track.add(50 * MS, pose_message((7, 7, 7)))
+    assert not track.covers(101 * MS)
+    np.testing.assert_allclose(track.at(50 * MS).position, [0.5, 1, 2])
+
+
+def test_odometry_is_a_pose_too():
+    pose = pose_message((1, 2, 3), TURN)
+    types = ROS2.types
+    zero = types["geometry_msgs/msg/Vector3"](0.0, 0.0, 0.0)
+    odometry = types["nav_msgs/msg/Odometry"](
+        header=pose.header,
+        child_frame_id="camera",
+        pose=types["geometry_msgs/msg/PoseWithCovariance"](pose.pose, np.zeros(36)),
+        twist=types["geometry_msgs/msg/TwistWithCovariance"](
+            types["geometry_msgs/msg/Twist"](zero, zero), np.zeros(36)
+        ),
+    )
+    track = PoseTrack()
+    track.add(0, odometry)
+    np.testing.assert_allclose(track.at(0).position, [1, 2, 3])
+    np.testing.assert_allclose(track.at(0).R, rotation_z(0.6), atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("D", "model"),
+    [((), "plumb_bob"), ((-0.2, 0.05, 0.001, 0.001, 0), "plumb_bob"), ((0.1,) * 4, "equidistant")],
+    ids=["pinhole", "plumb_bob", "equidistant"],
+)
+def test_true_matches_are_right_and_shifted_ones_are_not(D, model):
+    camera = Camera(K, D, model)
+    rng = np.random.default_rng(0)
+    X = np.column_stack([rng.uniform(-2, 2, (300, 2)), rng.uniform(4, 9, 300)])
+    first = Pose(rotation_z(0.2), np.array([10.0, -3.0, 5.0]))
+    second = Pose(rotation_z(0.2) @ rotation_y(0.1), np.array([10.8, -3.1, 5.3]))
+
+    def see(pose):
+        inside = (X @ first.R.T + first.position - pose.position) @ pose.R
+        return camera.project(inside[:, :2] / inside[:, 2:])
+
+    points1, points2 = see(first), see(second)
+    assert right_matches(camera, first, second, points1, points2).all()
+    assert right_matches(camera, second, first, points2, points1).all()
+    # one pixel off is near enough, and 60 pixels are not, whichever image is wrong
+    assert right_matches(camera, first, second, points1, points2 + np.array([0, 1])).mean() > 0.9
+    for off in np.array([[0, 60], [0, -60]]):
+        assert right_matches(camera, first, second, points1, points2 + off).mean() < 0.1
+        assert right_matches(camera, first, second, points1 + off, points2).mean() < 0.1
+
+
+def test_the_limit_is_two_pixels():
+    # a camera that moves to the right sees matches on rows
+    camera = Camera(K)
+    first, second = (Pose(np.eye(3), np.array([x, 0.0, 0.0])) for x in (0, 1))
+    points = np.array([[100.0, 100.0]] * 4)
+    moved = points + np.array([[-30, 0], [-30, 1.99], [-30, 2.01], [50, -1.9]])
+    right = right_matches(camera, first, second, points, moved)
+    assert right.tolist() == [True, True, False, True]
+
+
+def test_a_camera_that_stands_still_says_nothing():
+    first, second = Pose(np.eye(3), np.ones(3)), Pose(rotation_y(0.1), np.ones(3))
+    points = np.array([[100.0, 100.0]])
+    assert right_matches(Camera(K), first, second, points, points) is None

@@ -1,0 +1,537 @@
+"""The offline tool end to end: bag, folder and video in; bag, video, report out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import av
+import cv2
+import numpy as np
+import pytest
+import sample_bags
+from rosbags.highlevel import AnyReader
+from sample_bags import IMAGE_TOPIC, INFO_TOPIC, POSE_TOPIC, ROS1
+
+from scfeat_ros import offline
+from scfeat_ros.camera import Camera
+from scfeat_ros.errors import InputError, OutputExistsError
+from scfeat_ros.frontend import FrontEnd
+from scfeat_ros.messages import decode_features, decode_matches, feature_array, match_array
+from scfeat_ros.offline import OutputOptions
+from scfeat_ros.parameters import MatcherOptions
+from scfeat_ros.sources import BagSource, open_images
+
+COUNT = 6
+
+
+def run(source, extractor, output, **options):
+    matching = options.pop("matching", None)
+    mask = options.pop("mask", None)
+    return offline.run(
+        source, extractor, output, matching, OutputOptions(**options), mask, progress=False
+    )
+
+
+def read_output(folder):
+    """Messages of the output bag: topic -> [(time, message)]."""
+    found = {}
+    with AnyReader([folder / "features"]) as reader:
+        for connection, when, data in reader.messages():
+            message = reader.deserialize(data, connection.msgtype)
+            found.setdefault(connection.topic, []).append((when, message))
+    return found
+
+
+def stamp_of(message):
+    return message.header.stamp.sec * 10**9 + message.header.stamp.nanosec
+
+
+@pytest.fixture(scope="module")
+def full_output(tmp_path_factory, camera_bag, tiny_extractor):
+    """An output with everything that can be asked for."""
+    path = tmp_path_factory.mktemp("full") / "out"
+    summary = run(
+        BagSource(camera_bag, passthrough=True),
+        tiny_extractor,
+        path,
+        video="overlay.mp4",
+        overlay=True,
+        passthrough=True,
+    )
+    return path, summary
+
+
+def test_the_bag_holds_what_the_front_end_gives(full_output, tiny_extractor, images, intrinsics):
+    path, _ = full_output
+    found = read_output(path)
+    front_end = FrontEnd(tiny_extractor)
+    camera = Camera(intrinsics)
+    for index, image in enumerate(images):
+        stamp = sample_bags.stamp(index)
+        result = front_end.process(image, stamp, sample_bags.FRAME_ID)
+        bearings = camera.bearings(result.features.keypoints)
+        when, features = found["/extractor/features"][index]
+        assert when == stamp + 5_000_000
+        assert stamp_of(features) == stamp
+        assert features.header.frame_id == sample_bags.FRAME_ID
+        expected = feature_array(result, bearings)
+        np.testing.assert_array_equal(decode_features(features), expected)
+        matches = found["/extractor/matches"][index][1]
+        assert stamp_of(matches) == stamp
+        np.testing.assert_array_equal(decode_matches(matches), match_array(result, bearings))
+    assert len(found["/extractor/features"]) == len(images)
+
+
+def test_the_input_is_passed_through_as_it_was(full_output, camera_bag):
+    path, _ = full_output
+
+    def raw(folder):
+        with AnyReader([folder]) as reader:
+            return [
+                (c.topic, c.msgtype, when, data)
+                for c, when, data in reader.messages()
+                if not c.topic.startswith("/extractor")
+            ]
+
+    assert raw(path / "features") == raw(camera_bag)
+
+
+def test_the_overlay_is_in_the_bag_and_in_the_video(full_output, images):
+    path, _ = full_output
+    pictures = [m for _, m in read_output(path)["/extractor/overlay/compressed"]]
+    assert len(pictures) == len(images)
+    picture = cv2.imdecode(pictures[-1].data, cv2.IMREAD_COLOR)
+    assert picture.shape == (120, 160, 3)
+    # coloured rings on a grey image
+    assert (picture.max(axis=2).astype(int) - picture.min(axis=2)).max() > 60
+    with av.open(str(path / "overlay.mp4")) as container:
+        stream = container.streams.video[0]
+        assert stream.codec_context.name == "h264" and stream.codec_context.pix_fmt == "yuv420p"
+        times = [float(frame.time) for frame in container.decode(stream)]
+    np.testing.assert_allclose(times, np.arange(COUNT) * 0.1, atol=1e-3)
+
+
+def test_the_summary_counts(full_output, images):
+    path, summary = full_output
+    assert json.loads((path / "summary.json").read_text()) == summary
+    assert summary["frames"] == len(images)
+    assert summary["keypoints_per_frame"]["max"] <= 150
+    assert summary["matches_per_frame"]["mean"] > 20
+    assert 0 <= summary["epipolar_inlier_ratio"]["mean"] <= 1
+    assert summary["tracks"]["longest"] == len(images)
+    assert summary["duration_s"] == pytest.approx(0.5)
+    assert set(summary["latency_ms"]) == {"decode", "extract", "match", "track", "output"}
+    assert summary["input"]["image_topic"] == IMAGE_TOPIC
+    assert summary["input"]["camera_info_topic"] == INFO_TOPIC
+    assert not summary["damaged"] and summary["warnings"] == []
+    assert summary["ground_truth"] is None
+
+
+def test_track_statistics_agree_with_the_ids_in_the_bag(full_output):
+    path, summary = full_output
+    ids = np.concatenate(
+        [decode_features(m)["track_id"] for _, m in read_output(path)["/extractor/features"]]
+    )
+    lengths = np.unique(ids, return_counts=True)[1]
+    assert summary["tracks"]["count"] == len(lengths)
+    assert summary["tracks"]["mean_length"] == pytest.approx(lengths.mean(), abs=1e-3)
+    assert summary["tracks"]["median_length"] == np.sort(lengths)[(len(lengths) - 1) // 2]
+
+
+class Page(HTMLParser):
+    """Collects tags, addresses and text, and checks that tags are closed."""
+
+    VOID = ("meta", "img", "br", "line", "rect", "path", "link")
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.addresses, self.tags, self.text = [], [], [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.addresses += [v for k, v in attributes if k in ("src", "href", "data", "action")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_the_report_stands_alone(full_output, images):
+    path, _ = full_output
+    text = (path / "report" / "index.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert page.open == []
+    assert all(address.startswith("data:image/") for address in page.addresses)
+    assert "script" not in page.tags and "@import" not in text and "url(" not in text
+    # one per frame here, and the heat map
+    assert page.tags.count("img") == len(images) + 1
+    assert page.tags.count("svg") == 4
+    for heading in (
+        "Keypoints and matches per frame",
+        "Inlier ratio",
+        "Track lengths",
+        "Keypoint coverage",
+        "Latency by stage",
+        "Sample frames",
+        "Settings",
+    ):
+        assert heading in page.text
+    assert "nan" not in re.sub(r'src="[^"]*"', "", text).lower()
+
+
+def test_the_report_shows_eight_frames_of_many(tmp_path, tiny_extractor):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for index, image in enumerate(sample_bags.sequence(40, 96, 64, step=1)):
+        cv2.imwrite(str(folder / f"{index}.png"), image)
+    run(open_images(folder), tiny_extractor, tmp_path / "out")
+    text = (tmp_path / "out" / "report" / "index.html").read_text()
+    shown = [int(n) for n in re.findall(r"<figcaption>Frame (\d+),", text)]
+    assert len(shown) == 8
+    assert shown == sorted(shown) and shown[0] == 0 and shown[-1] >= 32
+    assert np.diff(shown).max() <= 8
+
+
+def drive_with_poses(images, intrinsics, poses_later=False):
+    """A camera that slides to the right, with its poses; by choice all after the images."""
+    rows = sample_bags.camera_messages(images, intrinsics)
+    poses = []
+    for index in range(len(images)):
+        when = sample_bags.stamp(index)
+        message = sample_bags.pose_message((index * 0.1, 0, 0), time=when)
+        poses.append((POSE_TOPIC, when + (50_000_000 if poses_later else 1_000_000), message))
+    return sorted(rows + poses, key=lambda row: row[1])
+
+
+@pytest.mark.parametrize("later", [False, True], ids=["before", "after the image"])
+def test_matches_are_judged_by_poses(tmp_path, images, intrinsics, tiny_extractor, later):
+    rows = drive_with_poses(images, intrinsics, later)
+    path = sample_bags.write_bag(tmp_path / "bag", rows)
+    summary = run(BagSource(path), tiny_extractor, tmp_path / "out")
+    assert summary["input"]["pose_topic"] == POSE_TOPIC
+    truth = summary["ground_truth"]
+    # every frame but the first is judged
+    assert truth["matches"] == round(summary["matches_per_frame"]["mean"] * (COUNT - 1))
+    # the camera moves along the rows: right is what stays within two pixels of its row
+    found = [decode_matches(m) for _, m in read_output(tmp_path / "out")["/extractor/matches"]]
+    vertical = np.concatenate([np.abs(m["v"] - m["prev_v"]) for m in found])
+    assert truth["right"] == (vertical <= 2).sum()
+    assert truth["share"] > 0.5
+    assert "right by ground truth" in (tmp_path / "out" / "report" / "index.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "frames"),
+    [
+        ({"every": 2}, [0, 2, 4]),
+        ({"start": 0.15}, [2, 3, 4, 5]),
+        ({"start": 0.15, "duration": 0.2}, [2, 3]),
+        ({"every": 2, "duration": 0.35}, [0, 2]),
+    ],
+)
+def test_a_part_of_the_bag(tmp_path, camera_bag, tiny_extractor, options, frames):
+    run(BagSource(camera_bag, **options), tiny_extractor, tmp_path / "out")
+    stamps = [stamp_of(m) for _, m in read_output(tmp_path / "out")["/extractor/features"]]
+    assert stamps == [sample_bags.stamp(index) for index in frames]
+
+
+def test_int8_descriptors(tmp_path, camera_bag, tiny_extractor):
+    run(BagSource(camera_bag), tiny_extractor, tmp_path / "out", descriptor_type="int8")
+    (_, message), *_ = read_output(tmp_path / "out")["/extractor/features"]
+    assert decode_features(message)["descriptor"].dtype == np.int8
+
+
+def test_a_mask_keeps_keypoints_away(tmp_path, camera_bag, tiny_extractor):
+    mask = np.zeros((120, 160), bool)
+    mask[:, :80] = True
+    run(BagSource(camera_bag), tiny_extractor, tmp_path / "out", mask=mask)
+    for _, message in read_output(tmp_path / "out")["/extractor/features"]:
+        points = decode_features(message)
+        assert len(points) and (points["u"] < 80.6).all()
+    with pytest.raises(InputError, match="mask is 80x120 pixels, the images are 160x120"):
+        run(BagSource(camera_bag), tiny_extractor, tmp_path / "o", mask=np.ones((120, 80), bool))
+    assert [f.name for f in tmp_path.iterdir()] == ["out"]
+
+
+def test_matcher_options_count(tmp_path, camera_bag, tiny_extractor):
+    loose = run(BagSource(camera_bag), tiny_extractor, tmp_path / "loose")
+    matching = MatcherOptions(ratio=0.6, max_gap=0.05)
+    strict = run(BagSource(camera_bag), tiny_extractor, tmp_path / "strict", matching=matching)
+    assert strict["matches_per_frame"] is None and loose["matches_per_frame"]
+    assert strict["tracker_resets"] == {"gap": COUNT - 1}
+    assert any("--max-gap" in warning for warning in strict["warnings"])
+
+
+@pytest.mark.parametrize("kind", ["compressed", "ros 1"])
+def test_other_bags(tmp_path, images, intrinsics, tiny_extractor, kind):
+    path = tmp_path / "drive.bag"
+    if kind == "ros 1":
+        rows = [
+            (INFO_TOPIC, 5, sample_bags.info_message(intrinsics, (160, 120), types=ROS1.types))
+        ] + [
+            (
+                IMAGE_TOPIC,
+                sample_bags.stamp(i),
+                sample_bags.image_message(image, sample_bags.stamp(i), types=ROS1.types),
+            )
+            for i, image in enumerate(images)
+        ]
+        sample_bags.write_ros1_bag(path, rows)
+    else:
+        rows = [
+            (
+                f"{IMAGE_TOPIC}/compressed",
+                sample_bags.stamp(i),
+                sample_bags.compressed_message(image, sample_bags.stamp(i)),
+            )
+            for i, image in enumerate(images)
+        ]
+        rows.insert(0, (INFO_TOPIC, 5, sample_bags.info_message(intrinsics, (160, 120))))
+        sample_bags.write_bag(path, rows)
+    summary = run(
+        BagSource(path, passthrough=True), tiny_extractor, tmp_path / "out", passthrough=True
+    )
+    assert summary["frames"] == COUNT and summary["warnings"] == []
+    found = read_output(tmp_path / "out")
+    points = decode_features(found["/extractor/features"][0][1])
+    assert np.isfinite(points["x"]).all()
+    info = found[INFO_TOPIC][0][1]
+    np.testing.assert_array_equal(info.k, intrinsics.reshape(-1))
+    topic = IMAGE_TOPIC if kind == "ros 1" else f"{IMAGE_TOPIC}/compressed"
+    assert len(found[topic]) == COUNT
+    assert stamp_of(found[topic][3][1]) == sample_bags.stamp(3)
+
+
+def test_odd_bags_are_processed_with_a_warning(tmp_path, images, intrinsics, tiny_extractor):
+    rows = [(INFO_TOPIC, 0, sample_bags.info_message(intrinsics, (320, 240)))]
+    for index, image in enumerate(images):
+        rows.append((IMAGE_TOPIC, sample_bags.stamp(index), sample_bags.image_message(image, 0)))
+    path = sample_bags.write_bag(tmp_path / "bag", rows)
+    summary = run(BagSource(path), tiny_extractor, tmp_path / "out")
+    assert any("no stamps" in warning for warning in summary["warnings"])
+    assert any("320x240" in warning for warning in summary["warnings"])
+    found = read_output(tmp_path / "out")["/extractor/features"]
+    assert [stamp_of(m) for _, m in found] == [sample_bags.stamp(i) for i in range(COUNT)]
+    assert np.isnan(decode_features(found[0][1])["x"]).all()
+
+
+def test_unreadable_frames_are_skipped_and_counted(tmp_path, images, tiny_extractor):
+    rows = sample_bags.camera_messages(images)
+    rows[1][2].encoding = "32FC1"
+    rows[3][2].data = rows[3][2].data[:100]
+    path = sample_bags.write_bag(tmp_path / "bag", rows)
+    summary = run(BagSource(path), tiny_extractor, tmp_path / "out")
+    assert summary["frames"] == COUNT - 2
+    assert sum(summary["frames_skipped"].values()) == 2
+    assert any("32FC1" in reason for reason in summary["frames_skipped"])
+    assert summary["damaged"]
+    assert "2 frames" not in summary["frames_skipped"]
+
+
+def test_a_damaged_bag_is_processed_and_reported(tmp_path, images, intrinsics, tiny_extractor):
+    rows = sample_bags.camera_messages(images, intrinsics)
+    path = sample_bags.write_bag(tmp_path / "bag", rows)
+    file = sample_bags.storage_file(path)
+    file.write_bytes(file.read_bytes()[: int(0.7 * file.stat().st_size)])
+    summary = run(BagSource(path), tiny_extractor, tmp_path / "out")
+    assert 3 <= summary["frames"] < COUNT
+    assert summary["damaged"] and summary["damage"]["bytes_lost"] > 0
+    assert summary["damage"]["messages_lost"] >= COUNT - summary["frames"]
+    page = (tmp_path / "out" / "report" / "index.html").read_text()
+    assert "The input is damaged" in page and "bytes can be read" in page
+
+
+def save_folder(path, images):
+    path.mkdir()
+    for index, image in enumerate(images):
+        cv2.imwrite(str(path / f"view{index + 8}.png"), image)
+    return path
+
+
+def test_a_folder_of_images(tmp_path, images, tiny_extractor):
+    folder = save_folder(tmp_path / "images", images)
+    (folder / "view9.png").write_bytes(b"broken")
+    (folder / "notes.txt").write_text("no image")
+    summary = run(open_images(folder, rate=5.0), tiny_extractor, tmp_path / "out", video="o.mp4")
+    assert summary["frames"] == COUNT - 1 and summary["damaged"]
+    assert "view9.png" in summary["damage"]["places"][0]
+    stamps = [stamp_of(m) for _, m in read_output(tmp_path / "out")["/extractor/features"]]
+    # natural order, 8 before 10, and the time of the missing one is left free
+    assert stamps == [i * 200_000_000 for i in (0, 2, 3, 4, 5)]
+    assert (tmp_path / "out" / "o.mp4").stat().st_size > 500
+
+
+def test_a_video(tmp_path, images, tiny_extractor):
+    save_folder(tmp_path / "images", images)
+    source = open_images(tmp_path / "images")
+    run(source, tiny_extractor, tmp_path / "first", video="overlay.mp4")
+    video = tmp_path / "first" / "overlay.mp4"
+    summary = run(open_images(video, every=2), tiny_extractor, tmp_path / "second")
+    assert summary["frames"] == 3 and not summary["damaged"]
+    stamps = [stamp_of(m) for _, m in read_output(tmp_path / "second")["/extractor/features"]]
+    np.testing.assert_allclose(stamps, [0, 2e8, 4e8], atol=1e6)
+
+
+@pytest.mark.parametrize("name", ["nothing", "empty", "text.mp4", "text.txt", "one.png"])
+def test_what_is_no_source_of_images_is_refused(tmp_path, tiny_extractor, name):
+    path = tmp_path / name
+    if name == "empty":
+        path.mkdir()
+    elif name != "nothing":
+        path.write_text("hello")
+    with pytest.raises(InputError, match=re.escape(str(path))):
+        run(open_images(path), tiny_extractor, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# --- topics ------------------------------------------------------------------------------------
+
+
+def two_cameras(tmp_path, images):
+    rows = []
+    for index, image in enumerate(images[:2]):
+        when = sample_bags.stamp(index)
+        for side in ("left", "right"):
+            rows.append((f"/{side}/image", when, sample_bags.image_message(image, when)))
+            info = sample_bags.info_message(np.diag([9.0, 9, 1]), (160, 120), when)
+            rows.append((f"/{side}/camera_info", when, info))
+    return sample_bags.write_bag(tmp_path / "bag", rows)
+
+
+def test_several_image_topics_are_listed(tmp_path, images):
+    path = two_cameras(tmp_path, images)
+    with pytest.raises(InputError, match=r"--topic: /left/image \(Image, 2\), /right/image"):
+        BagSource(path)
+    with pytest.raises(InputError, match=r"/up/image is not in the bag; .*/left/image"):
+        BagSource(path, topic="/up/image")
+    with pytest.raises(InputError, match="CameraInfo, not an image"):
+        BagSource(path, topic="/left/camera_info")
+    with pytest.raises(InputError, match="no CameraInfo topic /up"):
+        BagSource(path, topic="/left/image", camera_info="/up")
+    with pytest.raises(InputError, match="no pose topic /up"):
+        BagSource(path, topic="/left/image", poses="/up")
+    assert BagSource(path, topic="/right/image").camera_info == "/right/camera_info"
+
+
+def test_a_bag_without_images_says_what_it_has(tmp_path):
+    rows = [(POSE_TOPIC, 1, sample_bags.pose_message((0, 0, 0)))]
+    path = sample_bags.write_bag(tmp_path / "bag", rows)
+    with pytest.raises(InputError, match=f"no image topic .topics: {POSE_TOPIC}"):
+        BagSource(path)
+
+
+def test_a_bag_of_unknown_encoding_is_refused(tmp_path, images, tiny_extractor):
+    rows = sample_bags.camera_messages(images)
+    for _, _, message in rows:
+        message.encoding = "32FC1"
+    path = sample_bags.write_bag(tmp_path / "bag", rows)
+    with pytest.raises(InputError, match=f"{IMAGE_TOPIC}: image encoding '32FC1'.*mono8"):
+        run(BagSource(path), tiny_extractor, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_bag_without_a_single_good_frame_is_refused(tmp_path, images, tiny_extractor):
+    rows = sample_bags.camera_messages(images)
+    for _, _, message in rows:
+        message.data = message.data[:50]
+    path = sample_bags.write_bag(tmp_path / "bag", rows)
+    with pytest.raises(InputError, match=r"not a single frame .*6 x image cannot be decoded"):
+        run(BagSource(path), tiny_extractor, tmp_path / "out")
+
+
+# --- output ------------------------------------------------------------------------------------
+
+
+def test_an_output_is_replaced_only_when_asked(tmp_path, camera_bag, tiny_extractor):
+    out = tmp_path / "out"
+    run(BagSource(camera_bag, every=3), tiny_extractor, out)
+    before = (out / "summary.json").read_text()
+    with pytest.raises(OutputExistsError, match="--overwrite"):
+        run(BagSource(camera_bag), tiny_extractor, out)
+    assert (out / "summary.json").read_text() == before
+    run(BagSource(camera_bag), tiny_extractor, out, overwrite=True)
+    assert json.loads((out / "summary.json").read_text())["frames"] == COUNT
+    assert [f.name for f in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_is_no_output_is_never_replaced(tmp_path, camera_bag, tiny_extractor):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter1.tex").write_text("Years of work")
+    with pytest.raises(OutputExistsError, match="no earlier output"):
+        run(BagSource(camera_bag), tiny_extractor, tmp_path / "thesis", overwrite=True)
+    assert (tmp_path / "thesis" / "chapter1.tex").read_text() == "Years of work"
+
+
+@pytest.mark.parametrize("inside", [".", "out", ".."])
+def test_output_and_input_stay_apart(camera_bag, tiny_extractor, inside):
+    before = hashlib.sha256(sample_bags.storage_file(camera_bag).read_bytes()).hexdigest()
+    with pytest.raises((InputError, OutputExistsError)):
+        run(BagSource(camera_bag), tiny_extractor, camera_bag / inside, overwrite=True)
+    after = hashlib.sha256(sample_bags.storage_file(camera_bag).read_bytes()).hexdigest()
+    assert after == before and len(list(camera_bag.iterdir())) == 2
+
+
+def test_an_error_in_the_middle_leaves_nothing(tmp_path, camera_bag, tiny_extractor):
+    class Failing(BagSource):
+        def frames(self):
+            for index, frame in enumerate(super().frames()):
+                if index == 3:
+                    raise RuntimeError("the disk is on fire")
+                yield frame
+
+    with pytest.raises(RuntimeError, match="on fire"):
+        run(Failing(camera_bag), tiny_extractor, tmp_path / "out", video="v.mp4")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_after_a_kill_nothing_stands_there_and_the_next_run_works(
+    tmp_path, camera_bag, tiny_weights, tiny_extractor
+):
+    program = f"""
+import time
+from pathlib import Path
+from scfeat_ros.extractor import Extractor
+from scfeat_ros.offline import OutputOptions, run
+from scfeat_ros.sources import BagSource
+
+class Slow(BagSource):
+    def frames(self):
+        for index, frame in enumerate(super().frames()):
+            yield frame
+            if index == 2:
+                print("halfway", flush=True)
+                time.sleep(600)
+
+run(Slow(Path({str(camera_bag)!r})), Extractor.from_pretrained({str(tiny_weights)!r}, threads=1),
+    Path({str(tmp_path / "out")!r}), options=OutputOptions(video="v.mp4"), progress=False)
+"""
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "halfway\n"
+        # printed on the reading thread, when the output has long been begun
+        (partial,) = tmp_path.iterdir()
+        assert (partial / "features" / "features.mcap").exists()
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+    assert not (tmp_path / "out").exists()
+    assert len(list(tmp_path.iterdir())) == 1
+    summary = run(BagSource(camera_bag), tiny_extractor, tmp_path / "out", video="v.mp4")
+    assert summary["frames"] == COUNT
+    assert [f.name for f in tmp_path.iterdir()] == ["out"]
