@@ -132,3 +132,16 @@ def test_cache_survives_a_damaged_entry_and_tells_methods_apart(tmp_path, image)
     (tmp_path / "broken.png").write_bytes(b"")
     with pytest.raises(CorruptImageError, match=r"broken\.png"):
         Cache(tmp_path / "cache").extract(few, tmp_path / "broken.png")
+
+
+def test_cache_gives_back_exactly_what_was_extracted(tmp_path, image):
+    path = tmp_path / "image.png"
+    cv2.imwrite(str(path), image)
+    for method in create_methods("orb,akaze,rootsift", 60):
+        direct = method.extract(image[..., ::-1])
+        Cache(tmp_path / "cache").extract(method, path)
+        stored = Cache(tmp_path / "cache").extract(method, path).features
+        assert np.array_equal(stored.descriptors, direct.descriptors)
+        assert stored.descriptors.dtype == np.float32
+        assert np.array_equal(stored.scores, direct.scores)
+        assert stored.keypoints == pytest.approx(direct.keypoints, abs=1e-4)

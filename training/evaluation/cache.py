@@ -12,7 +12,7 @@ import os
 import time
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -148,9 +148,9 @@ class Cache:
                 stream,
                 keypoints=features.keypoints,
                 scores=features.scores,
-                descriptors=features.descriptors,
                 image_size=np.int64(size),
                 seconds=seconds,
+                **_pack(features.descriptors),
             )
         os.replace(partial, file)
         return Extracted(features, seconds, digest)
@@ -172,8 +172,27 @@ class Cache:
         return value
 
 
+def _pack(descriptors: np.ndarray) -> dict[str, np.ndarray]:
+    """Arrays that hold (N, D) descriptors; binary ones (plus and minus one value) as bits."""
+    magnitudes = np.abs(descriptors)
+    if magnitudes.size and magnitudes.min() == magnitudes.max():
+        bits = np.packbits(descriptors > 0, axis=1)
+        return {"bits": bits, "like": descriptors[:1]}
+    return {"descriptors": descriptors}
+
+
+def _unpack(data: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Descriptors from the arrays of `_pack`, exactly."""
+    if "bits" not in data:
+        return data["descriptors"]
+    like = data["like"]
+    bits = np.unpackbits(data["bits"], axis=1, count=like.shape[1])
+    magnitude = np.abs(like[0, 0])
+    return np.where(bits.astype(bool), magnitude, -magnitude)
+
+
 def _load(file: Path, digest: str) -> Extracted:
     with np.load(file) as data:
         width, height = (int(v) for v in data["image_size"])
-        features = Features(data["keypoints"], data["scores"], data["descriptors"], (width, height))
+        features = Features(data["keypoints"], data["scores"], _unpack(data), (width, height))
         return Extracted(features, float(data["seconds"]), digest)

@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,8 @@ def check_data(args: argparse.Namespace) -> None:
     sequence = load_sequence(
         args.data, args.intrinsics, args.poses, args.topic, args.pose_topic, args.output / "frames"
     )
+    if sequence.poses is not None and importlib.util.find_spec("evo") is None:
+        raise InputError("evo is not installed: pip install evo (it scores the trajectory)")
     chosen = np.arange(0, len(sequence.frames), args.step)
     if args.max_frames:
         chosen = chosen[: args.max_frames]
