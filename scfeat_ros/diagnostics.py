@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import IntEnum
+from typing import Any
 
 import numpy as np
 
@@ -17,6 +18,10 @@ LATENCY_FRAMES = 200
 """Medians and percentiles are taken over this many frames."""
 OVERLOAD_SHARE = 0.1
 """Share of dropped frames in the rate window from which on diagnostics warn."""
+LOG_AGAIN = 10.0
+"""Seconds after which the same problem is logged again."""
+MOST_LOGGED = 100
+"""Different texts that are remembered as logged."""
 
 STAGES = (
     "wait",  # for the previous frame to be done
@@ -192,3 +197,42 @@ class Monitor:
                 texts[text] = texts.get(text, 0) + 1
             message = "; ".join(t if n == 1 else f"{t} ({n} times)" for t, n in texts.items())
             return Report(level, message or "ok", values)
+
+
+class Problems:
+    """Tells diagnostics and log of what is the matter, the log not again and again.
+
+    Args:
+        monitor: of the node.
+        logger: has `warning` and `error`.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self, monitor: Monitor, logger: Any, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._monitor = monitor
+        self._logger = logger
+        self._clock = clock
+        self._logged: dict[str, float] = {}
+
+    def tell(self, condition: str | None, level: Level, text: str) -> None:
+        """Something is the matter, until the monitor's condition is cleared; None: only now."""
+        if condition is None:
+            self._monitor.event(level, text)
+        elif not self._monitor.set_condition(condition, level, text):
+            return
+        self.log(level, text)
+
+    def log(self, level: Level, text: str) -> None:
+        """Log a text, unless it was logged in the last `LOG_AGAIN` seconds."""
+        now = self._clock()
+        if now - self._logged.get(text, -LOG_AGAIN) < LOG_AGAIN:
+            return
+        if len(self._logged) >= MOST_LOGGED:
+            self._logged.clear()
+        self._logged[text] = now
+        if level == Level.ERROR:
+            self._logger.error(text)
+        else:
+            self._logger.warning(text)
