@@ -1,0 +1,100 @@
+"""What the node tells about itself, with a clock of our own."""
+
+import pytest
+
+from scfeat_ros.diagnostics import STAGES, Level, Monitor, Problems
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def monitor(clock):
+    return Monitor(clock)
+
+
+def test_nothing_wrong_is_ok(monitor):
+    report = monitor.report()
+    assert (report.level, report.message) == (Level.OK, "ok")
+    assert report.values["frames in"] == "0"
+
+
+def test_rates_and_latencies(monitor, clock):
+    monitor.start()
+    for i in range(20):
+        clock.now += 0.1
+        monitor.arrived(dropped=False)
+        seconds = dict.fromkeys(STAGES, 0.001 * (i + 1))
+        monitor.served(seconds, {"keypoints": i}, reset=i == 0)
+    values = monitor.report().values
+    assert values["rate in (Hz)"] == values["rate out (Hz)"] == "10.00"
+    assert values["extract median (ms)"] == "10.50"
+    assert values["extract p95 (ms)"] == "19.05"
+    assert values["keypoints"] == "19"
+    assert values["tracker resets"] == "1"
+    clock.now += 10
+    assert monitor.report().values["rate in (Hz)"] == "0.00"
+
+
+def test_an_event_is_told_once_however_short(monitor, clock):
+    monitor.failed(Level.ERROR, "broken image")
+    monitor.event(Level.WARN, "half an image")
+    monitor.event(Level.WARN, "half an image")
+    report = monitor.report()
+    assert report.level == Level.ERROR
+    assert report.message == "broken image; half an image (2 times)"
+    clock.now += 2
+    report = monitor.report()
+    assert (report.level, report.message) == (Level.OK, "ok")
+    assert report.values["last problem"] == "half an image"
+    assert report.values["last problem, seconds ago"] == "2.0"
+    assert report.values["frames failed"] == "1"
+
+
+def test_a_condition_lasts_until_it_is_cleared(monitor):
+    assert monitor.set_condition("qos", Level.WARN, "silent") is True
+    assert monitor.set_condition("qos", Level.WARN, "silent") is False
+    for _ in range(2):
+        report = monitor.report()
+        assert (report.level, report.message) == (Level.WARN, "silent")
+    assert monitor.clear_condition("qos") is True
+    assert monitor.clear_condition("qos") is False
+    assert monitor.report().level == Level.OK
+
+
+@pytest.mark.parametrize(("dropped", "level"), [(1, Level.OK), (5, Level.WARN)])
+def test_an_overload_is_told(monitor, clock, dropped, level):
+    monitor.start()
+    for i in range(20):
+        clock.now += 0.05
+        monitor.arrived(dropped=i < dropped)
+    report = monitor.report()
+    assert report.level == level
+    assert report.values["frames dropped"] == str(dropped)
+    if level:
+        assert report.message.startswith(f"{dropped} of 20 images dropped")
+
+
+def test_the_log_does_not_repeat_itself(monitor, clock):
+    lines = []
+
+    class Logger:
+        error = warning = lines.append
+
+    problems = Problems(monitor, Logger(), clock)
+    for seconds in (0, 1, 8.9, 0.2):
+        clock.now += seconds
+        problems.tell(None, Level.WARN, "again")
+    assert lines == ["again", "again"]
+    problems.tell("name", Level.ERROR, "other")
+    assert lines[2:] == ["other"]
+    assert monitor.report().level == Level.ERROR
