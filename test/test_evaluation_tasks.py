@@ -1,5 +1,6 @@
 """All five tasks on data whose answer is known, through `scfeat evaluate`."""
 
+import argparse
 import itertools
 import json
 import shutil
@@ -12,7 +13,8 @@ import pytest
 import sample_bags
 from encoded_images import World
 
-from scfeat_training.evaluation import main
+from scfeat_ros.errors import InputError
+from scfeat_training.evaluation import localization, main
 
 ADAPTER = Path(encoded_images.__file__)
 
@@ -362,6 +364,33 @@ def test_localization_in_a_scene_and_in_hlocs_layout(tmp_path):
     assert row(again)["localized of 2"] == 2
     assert row(again)["0.25 m, 2 deg"] == 100
     assert any("000.png" in reason for reason in again["skipped"])
+
+
+def test_aachen_as_it_is_distributed_is_found(tmp_path):
+    pytest.importorskip("pycolmap")
+    for folder in ("3D-models/aachen_v_1_1", "images/images_upright", "queries"):
+        (tmp_path / folder).mkdir(parents=True)
+    for file in ("pairs-db-covis20.txt", "pairs-query-netvlad50.txt"):
+        (tmp_path / file).touch()
+    queries = [
+        tmp_path / "queries" / f"{name}_time_queries_with_intrinsics.txt"
+        for name in ("day", "night")
+    ]
+    for file in queries:
+        file.touch()
+    flags = ("images", "model", "db_pairs", "query_pairs", "query_poses", "queries")
+    arguments = argparse.Namespace(data=tmp_path, **dict.fromkeys(flags))
+    layout = localization.find_layout(arguments)
+    assert layout.model == tmp_path / "3D-models/aachen_v_1_1"
+    assert layout.images == tmp_path / "images/images_upright"
+    assert layout.queries == queries
+    assert layout.db_pairs.name == "pairs-db-covis20.txt"
+    assert layout.query_pairs.name == "pairs-query-netvlad50.txt"
+    assert layout.query_poses is None
+    queries[0].unlink()
+    queries[1].unlink()
+    with pytest.raises(InputError, match=r"queries\.txt missing"):
+        localization.find_layout(arguments)
 
 
 def test_localization_of_an_impossible_query_counts_as_a_miss(tmp_path):
