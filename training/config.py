@@ -31,7 +31,9 @@ class TrainConfig:
         cross_norm: False takes the bridge out (Table III, "w/o cross norm.").
         posed_share: share of pairs that come from posed scenes (the others are homographies);
             stages 1 and 2 alone read it from their own sections.
-        homography, posed: fields of `HomographyPairsConfig` and `PosedPairsConfig`.
+        synthetic_share: share of the posed pairs that are views of random 3D scenes.
+        homography, posed, synthetic: fields of `HomographyPairsConfig`, `PosedPairsConfig` and
+            `SyntheticPairsConfig`.
         loss: options of the stage's loss or policy.
         workers: data processes; threads: of PyTorch, 0 for its own choice.
     """
@@ -55,8 +57,10 @@ class TrainConfig:
     freeze_stem: bool = False
     cross_norm: bool = True
     posed_share: float = 0.0
+    synthetic_share: float = 0.0
     homography: dict[str, Any] = field(default_factory=dict)
     posed: dict[str, Any] = field(default_factory=dict)
+    synthetic: dict[str, Any] = field(default_factory=dict)
     loss: dict[str, Any] = field(default_factory=dict)
     workers: int = 1
     threads: int = 0

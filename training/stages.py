@@ -20,6 +20,7 @@ from scfeat_training.correspondences import CorrespondencePairs, GeometryPairs, 
 from scfeat_training.datasets import (
     HomographyPairs,
     HomographyPairsConfig,
+    ImageCache,
     PosedPairs,
     PosedPairsConfig,
 )
@@ -44,6 +45,7 @@ from scfeat_training.keypoint_policy import (
 from scfeat_training.pictures import pictures_of
 from scfeat_training.sampling_order import generator_of, uniform
 from scfeat_training.scenes import Scene, photo_paths
+from scfeat_training.synthetic import SyntheticPairs, SyntheticPairsConfig, WithSynthetic
 from scfeat_training.warmup_loss import WarmupOptions, warmup_loss
 
 POINTS = 700
@@ -147,11 +149,22 @@ def size_of(config: TrainConfig) -> tuple[int, int]:
 
 
 def posed_pairs(
-    config: TrainConfig, scenes: Sequence[Scene], skip_bad: bool, **more: Any
-) -> PosedPairs:
-    """Pairs of posed scenes as the configuration says."""
-    values = {"size": list(config.size), "seed": config.seed, **more, **config.posed}
-    return PosedPairs(scenes, options_of(PosedPairsConfig, values, "posed"), skip_bad=skip_bad)
+    config: TrainConfig,
+    scenes: Sequence[Scene],
+    skip_bad: bool,
+    tracks: int = 0,
+    images: ImageCache | None = None,
+) -> PosedPairs | WithSynthetic:
+    """Pairs of posed scenes and of synthetic ones as the configuration says."""
+    common = {"size": list(config.size), "seed": config.seed, "tracks": tracks}
+    options = options_of(PosedPairsConfig, {**common, **config.posed}, "posed")
+    posed = PosedPairs(scenes, options, images, skip_bad)
+    if not config.synthetic_share:
+        return posed
+    options = options_of(SyntheticPairsConfig, {**common, **config.synthetic}, "synthetic")
+    photos = photo_paths(scenes)
+    synthetic = SyntheticPairs(options, photos, images=posed.images, skip_bad=skip_bad)
+    return WithSynthetic(posed, synthetic, config.synthetic_share)
 
 
 def homography_pairs(
@@ -171,8 +184,7 @@ def correspondence_pairs(
     pairs = CorrespondencePairs(homographies, POINTS)
     if not config.posed_share:
         return pairs
-    posed = posed_pairs(config, posed_scenes, skip_bad, tracks=POINTS // 2)
-    posed.images = homographies.images
+    posed = posed_pairs(config, posed_scenes, skip_bad, POINTS // 2, homographies.images)
     return MixedPairs(pairs, CorrespondencePairs(posed, POINTS), config.posed_share)
 
 

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 
 from scfeat_ros.errors import InputError, ScfeatError
 from scfeat_training import textures as tx
-from scfeat_training.datasets import ImageCache, curriculum, two_view_sample
+from scfeat_training.datasets import ImageCache, PosedPairs, curriculum, two_view_sample
 from scfeat_training.geometry import (
     back_project,
     pixel_affinity,
@@ -65,7 +65,8 @@ class SyntheticPairs(Dataset):
 
     A sample is that of `datasets.PosedPairs`, `tracks` included, which are spread over image 1
     here, and with `depth` also depth1, depth2: (H, W) float32, exact z at the pixel centres.
-    Textures are crops of `photos` and, one in three, procedural; without photos all are.
+    Textures are crops of `photos` and, one in three, procedural; without photos all are. A photo
+    that cannot be read raises InputError; with skip_bad a procedural texture takes its place.
     """
 
     def __init__(
@@ -74,8 +75,10 @@ class SyntheticPairs(Dataset):
         photos: Sequence[str | Path] = (),
         depth: bool = False,
         images: ImageCache | None = None,
+        skip_bad: bool = False,
     ) -> None:
         self.config = config or SyntheticPairsConfig()
+        self.skip_bad = skip_bad
         self.photos = [Path(photo) for photo in photos]
         self.depth = depth
         self.images = images or ImageCache(256 << 20)
@@ -107,13 +110,22 @@ class SyntheticPairs(Dataset):
             side = self.config.texture_size
             pictures = []
             for number in range(self.config.textures):
-                if self.photos and number % 3:
-                    photo = self.images(self.photos[rng.integers(len(self.photos))])
-                    pictures.append(_square_crop(photo, side, rng))
-                else:
-                    pictures.append(tx.photo_like(rng, (side, side)))
+                picture = self._photo_crop(rng) if self.photos and number % 3 else None
+                if picture is None:
+                    picture = tx.photo_like(rng, (side, side))
+                pictures.append(picture)
             self._atlas = batch, Atlas(pictures)
         return self._atlas[1]
+
+    def _photo_crop(self, rng: np.random.Generator) -> np.ndarray | None:
+        """A square part of a random photo, None if it is skipped as unreadable."""
+        try:
+            photo = self.images(self.photos[rng.integers(len(self.photos))])
+        except InputError:
+            if not self.skip_bad:
+                raise
+            return None
+        return _square_crop(photo, self.config.texture_size, rng)
 
     def _usable(self, world: World, cameras: list[Camera]) -> bool:
         """Whether both cameras are clear of things and see enough of the same."""
@@ -171,6 +183,26 @@ class SyntheticPairs(Dataset):
             for number, depth in enumerate(depths, start=1):
                 sample[f"depth{number}"] = torch.from_numpy(depth.astype(np.float32))
         return sample
+
+
+class WithSynthetic(Dataset):
+    """Posed pairs of which a share is replaced by synthetic ones.
+
+    Whether sample i is synthetic depends on (seed, i) alone. `config` is that of the posed pairs.
+    """
+
+    def __init__(self, posed: PosedPairs, synthetic: SyntheticPairs, share: float) -> None:
+        self.posed = posed
+        self.synthetic = synthetic
+        self.share = share
+        self.config = posed.config
+
+    def __len__(self) -> int:
+        return len(self.posed)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        chance = np.random.default_rng((self.config.seed, 5, index)).random()
+        return (self.synthetic if chance < self.share else self.posed)[index]
 
 
 def correspondences(
