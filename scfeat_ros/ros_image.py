@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +22,14 @@ _ALIASES = {
     "yuyv": "yuv422_yuy2",
 }
 """OpenCV's type names, taken as OpenCV's channel order, and names newer than cv_bridge."""
+
+
+_TRIAL = """
+import numpy, cv_bridge
+from cv_bridge.boost.cv_bridge_boost import cvtColor2
+cv_bridge.CvBridge().encoding_to_dtype_with_channels("bgr8")
+cvtColor2(numpy.zeros((2, 2, 3), numpy.uint8), "bgr8", "rgb8")
+"""
 
 
 @dataclass(frozen=True)
@@ -46,24 +56,10 @@ class ImageDecoder:
     """
 
     def __init__(self) -> None:
-        remedy = (
-            "install it (apt install ros-$ROS_DISTRO-cv-bridge), and keep numpy and OpenCV of "
-            "this Python at the versions that the distribution's cv_bridge was built for: "
-            'pip install "numpy<2" where that is 1.x, and no opencv-python over python3-opencv'
-        )
-        try:
-            from cv_bridge import CvBridge
-            from cv_bridge.boost.cv_bridge_boost import cvtColor2
+        _try_cv_bridge()
+        from cv_bridge import CvBridge
 
-            self._bridge = CvBridge()
-            # the compiled part may import and still fail at the first array
-            cvtColor2(np.zeros((2, 2, 3), np.uint8), "bgr8", "rgb8")
-            self._bridge.encoding_to_dtype_with_channels("bgr8")
-        except Exception as error:
-            raise ScfeatError(
-                f"cv_bridge does not work with numpy {np.__version__} and OpenCV "
-                f"{cv2.__version__} ({type(error).__name__}: {error}); {remedy}"
-            ) from error
+        self._bridge = CvBridge()
 
     def decode(self, message: Any) -> DecodedImage:
         """Decode a sensor_msgs/Image.
@@ -133,6 +129,26 @@ class ImageDecoder:
             code = cv2.COLOR_BGRA2RGB if pixels.shape[2] == 4 else cv2.COLOR_BGR2RGB
             pixels = cv2.cvtColor(pixels, code)
         return to_8_bit(pixels)
+
+
+def _try_cv_bridge() -> None:
+    """Use cv_bridge in a process of its own: it may not raise but crash.
+
+    Raises:
+        ScfeatError: see `ImageDecoder`.
+    """
+    trial = subprocess.run([sys.executable, "-c", _TRIAL], capture_output=True, text=True)
+    if trial.returncode == 0:
+        return
+    lines = [line for line in trial.stderr.splitlines() if line.strip()]
+    cause = lines[-1].strip() if lines else f"it ended with status {trial.returncode}"
+    raise ScfeatError(
+        f"cv_bridge does not work with numpy {np.__version__} and OpenCV {cv2.__version__} of "
+        f"{sys.executable} ({cause}). Install it (apt install ros-$ROS_DISTRO-cv-bridge), and "
+        "leave this Python the numpy and OpenCV that your distribution's cv_bridge was built "
+        "with: pip install 'numpy<2' where that is numpy 1, pip uninstall opencv-python "
+        'opencv-python-headless opencv-contrib-python (README, "On a robot")'
+    )
 
 
 def to_8_bit(pixels: np.ndarray) -> DecodedImage:

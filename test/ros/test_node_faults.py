@@ -211,6 +211,16 @@ def test_an_unknown_device_is_refused(unconfigured):
     assert unconfigured.state() == "unconfigured"
 
 
+def test_a_cv_bridge_that_crashes_is_told_with_the_remedy(rig, node_parameters, tmp_path):
+    """As one that was built for numpy 1 does under numpy 2."""
+    (tmp_path / "cv_bridge.py").write_text("import os\nos.abort()\n")
+    rig.environment["PYTHONPATH"] = f"{tmp_path}:{rig.environment['PYTHONPATH']}"
+    rig.start_node(ready=False, **node_parameters)
+    status = rig.wait_for_status("ERROR", "cannot configure: cv_bridge does not work with numpy")
+    assert "pip install 'numpy<2'" in status[1]
+    assert rig.state() == "unconfigured"
+
+
 def test_out_of_memory_shrinks_the_images_and_goes_on(rig, node_parameters):
     """The node's memory is really limited, so that a large image does not fit."""
     import resource
