@@ -131,7 +131,6 @@ class BagReader:
         known_lost = self.damage.messages_lost
         for file in self._files:
             for message in file.messages(wanted, start, stop):
-                read[message.topic] += 1
                 if self._message_compression:
                     try:
                         message = message._replace(data=zstd.decompress(message.data))
@@ -143,6 +142,7 @@ class BagReader:
                             1,
                         )
                         continue
+                read[message.topic] += 1
                 yield message
         if start is None and stop is None:
             self._compare_counts(wanted, read, known_lost)

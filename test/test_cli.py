@@ -1,0 +1,208 @@
+"""The `scfeat` command: exit codes, messages and outputs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import cv2
+import numpy as np
+import pytest
+import sample_bags
+
+from scfeat_ros import __version__
+from scfeat_ros.cli import DAMAGED, ERROR, OK, USAGE, main
+
+
+@pytest.fixture
+def network(tiny_weights):
+    return ["--weights", str(tiny_weights), "--max-keypoints", "100", "--device", "cpu"]
+
+
+def run(*arguments):
+    """Exit code of the command line, in this process."""
+    try:
+        return main([str(argument) for argument in arguments])
+    except SystemExit as exit:
+        return exit.code or OK
+
+
+def one_line(capsys):
+    """The single line on stderr."""
+    captured = capsys.readouterr()
+    lines = captured.err.strip().splitlines()
+    assert len(lines) == 1, captured.err
+    assert lines[0].startswith("scfeat: error: ")
+    return lines[0]
+
+
+def test_version(capsys):
+    assert run("--version") == OK
+    assert capsys.readouterr().out == f"scfeat {__version__}\n"
+
+
+def test_help_names_all_commands_and_exit_codes(capsys):
+    assert run("--help") == OK
+    text = capsys.readouterr().out
+    for command in ("bag", "images", "match", "export", "train", "evaluate", "benchmark"):
+        assert f"    {command}" in text
+    assert "exit codes:" in text and "130" in text
+
+
+@pytest.mark.parametrize("command", ["bag", "images", "match", "export"])
+def test_every_command_has_an_example(capsys, command):
+    assert run(command, "--help") == OK
+    text = capsys.readouterr().out
+    assert f"example:\n  scfeat {command} " in text
+    assert "--max-keypoints" in text and "--ratio" in text and "exit codes:" in text
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["fly"],
+        ["bag"],
+        ["bag", "in"],
+        ["bag", "in", "-o", "out", "--max-keypoints", "many"],
+        ["bag", "-o", "out", "--video", "in"],
+        ["images", "in", "-o", "out", "--video", "../up.mp4"],
+        ["export", "in", "-o", "out.db", "--sequential", "3", "--pairs", "p.txt"],
+    ],
+)
+def test_a_wrong_command_line(capsys, arguments):
+    assert run(*arguments) == USAGE
+    assert "usage: scfeat" in capsys.readouterr().err
+
+
+def test_bag(tmp_path, camera_bag, network, capsys):
+    out = tmp_path / "out"
+    code = run("bag", camera_bag, "-o", out, *network, "--video", "--every", 2, "--resize", 128)
+    assert code == OK
+    text = capsys.readouterr().out
+    assert f"report                     {out}/report/index.html" in text
+    assert "frames                     3," in text
+    for name in ("features/features.mcap", "overlay.mp4", "report/index.html", "summary.json"):
+        assert (out / name).stat().st_size > 0
+
+
+def test_a_damaged_bag_has_an_exit_code_of_its_own(tmp_path, images, network, capsys):
+    path = sample_bags.write_bag(tmp_path / "bag", sample_bags.camera_messages(images))
+    file = sample_bags.storage_file(path)
+    file.write_bytes(file.read_bytes()[:-30_000])
+    assert run("bag", path, "-o", tmp_path / "out", *network) == DAMAGED
+    text = capsys.readouterr().out
+    assert "lost" in text and "bytes" in text and "messages" in text
+    assert (tmp_path / "out" / "summary.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("extra", "text"),
+    [
+        (["--topic", "/nowhere"], "/nowhere is not in the bag"),
+        (["--every", "0"], "--every"),
+        (["--start", "-1"], "--start"),
+        (["--start", "1000"], "is the time range empty"),
+        (["--max-keypoints", "0"], "max_keypoints must lie between 1"),
+        (["--ratio", "2"], "ratio must lie between"),
+        (["--weights", "nothing.safetensors"], "nothing.safetensors"),
+        (["--device", "abacus"], "device 'abacus'"),
+        (["--mask", "nothing.png"], "nothing.png: cannot be read"),
+    ],
+)
+def test_errors_of_bag_are_one_line(tmp_path, camera_bag, network, capsys, extra, text):
+    assert run("bag", camera_bag, "-o", tmp_path / "out", *network, *extra) == ERROR
+    assert text in one_line(capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_there_already_or_is_no_bag(tmp_path, camera_bag, network, capsys):
+    (tmp_path / "out").mkdir()
+    assert run("bag", camera_bag, "-o", tmp_path / "out", *network) == ERROR
+    assert "out exists already; give another name or --overwrite" in one_line(capsys)
+    assert run("bag", tmp_path / "none", "-o", tmp_path / "new", *network) == ERROR
+    assert "none: no such file or folder" in one_line(capsys)
+    assert run("bag", tmp_path / "out", "-o", tmp_path / "new", *network) == ERROR
+    assert "this folder is no bag" in one_line(capsys)
+
+
+def test_an_output_that_cannot_be_written(camera_bag, network, capsys):
+    assert run("bag", camera_bag, "-o", "/proc/scfeat/out", *network) == ERROR
+    assert "/proc/scfeat" in one_line(capsys)
+
+
+def test_images(tmp_path, images, network):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for index, image in enumerate(images[:3]):
+        cv2.imwrite(str(folder / f"{index}.jpg"), image)
+    assert run("images", folder, "-o", tmp_path / "out", *network, "--rate", 20) == OK
+    assert (tmp_path / "out" / "report" / "index.html").exists()
+
+
+def test_match(tmp_path, images, network, capsys):
+    for name, image in (("a.png", images[0]), ("b.png", images[2])):
+        cv2.imwrite(str(tmp_path / name), image)
+    arguments = ["match", tmp_path / "a.png", tmp_path / "b.png", "-o", tmp_path / "m.png"]
+    assert run(*arguments, *network) == OK
+    assert "100 and 100 keypoints" in capsys.readouterr().out
+    picture = cv2.imread(str(tmp_path / "m.png")).astype(int)
+    assert picture.shape == (120, 328, 3)
+    green = (picture[..., 1] > picture[..., 2] + 60) & (picture[..., 1] > picture[..., 0] + 60)
+    assert green.sum() > 200
+    assert run(*arguments, *network) == ERROR
+    assert "m.png exists already" in one_line(capsys)
+    assert run(*arguments, *network, "--overwrite") == OK
+    capsys.readouterr()
+    arguments[-1] = tmp_path / "m.txt"
+    assert run(*arguments, *network) == ERROR
+    assert "must end with .png or .jpg" in one_line(capsys)
+    assert run("match", tmp_path / "none.png", tmp_path / "b.png", "-o", arguments[-1]) == ERROR
+
+
+def test_export(tmp_path, images, network, capsys):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for index, image in enumerate(images[:3]):
+        cv2.imwrite(str(folder / f"{index}.png"), image)
+    out = tmp_path / "out.npz"
+    assert run("export", folder, "-o", out, *network, "--sequential", 1, "--quiet") == OK
+    assert "3 images, 300 keypoints, 2 pairs" in capsys.readouterr().out
+    with np.load(out) as data:
+        assert "matches/0.png/1.png/indices" in data
+        assert "matches/0.png/2.png/indices" not in data
+    pairs = tmp_path / "pairs.txt"
+    pairs.write_text("0.png 2.png\n")
+    assert run("export", folder, "-o", tmp_path / "p.npz", *network, "--pairs", pairs) == OK
+    with np.load(tmp_path / "p.npz") as data:
+        assert "matches/0.png/2.png/indices" in data
+        assert "matches/0.png/1.png/indices" not in data
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_run_cleans_up(tmp_path, tiny_weights, number, code):
+    # long enough that the signal comes in the middle
+    rows = sample_bags.camera_messages(sample_bags.sequence(60, 160, 120, step=1))
+    path = sample_bags.write_bag(tmp_path / "bag", rows)
+    command = [
+        sys.executable,
+        "-c",
+        "import sys; from scfeat_ros.cli import main; sys.exit(main())",
+    ]
+    arguments = ["bag", path, "-o", tmp_path / "out", "--weights", tiny_weights, "--threads", "1"]
+    process = subprocess.Popen(
+        [*command, *map(str, arguments), "--quiet"],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    while process.poll() is None and not list(tmp_path.glob(".out*/features/features.mcap")):
+        time.sleep(0.02)
+    os.kill(process.pid, number)
+    _, error = process.communicate(timeout=300)
+    assert process.returncode == code
+    assert "Traceback" not in error
+    assert [f.name for f in tmp_path.iterdir()] == ["bag"]
