@@ -18,6 +18,15 @@ from scfeat_ros.model.scfeat import load_model, read_metadata
 from scfeat_training.ablation import mma_score
 from scfeat_training.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
 from scfeat_training.config import read_config
+from scfeat_training.correspondences import CorrespondencePairs, MixedPairs, textured_points
+from scfeat_training.datasets import (
+    HomographyPairs,
+    HomographyPairsConfig,
+    PosedPairs,
+    PosedPairsConfig,
+)
+from scfeat_training.keypoint_policy import epipolar_errors, homography_errors
+from scfeat_training.scenes import photo_paths, read_scenes
 from scfeat_training.train import export, main
 from scfeat_training.trainer import LOG, Trainer
 
@@ -299,3 +308,37 @@ def test_existing_run_is_not_overwritten(settings, tmp_path, capsys):
     other = ["detector", "--config", str(settings("detector")), "--run", str(tmp_path)]
     assert main([*other, "--resume"]) == 1
     assert "stage 'warmup'" in capsys.readouterr().err
+
+
+def test_correspondences_fit_the_geometry(data):
+    scenes = read_scenes(data)
+    posed = CorrespondencePairs(
+        PosedPairs(scenes, PosedPairsConfig(size=(96, 64), tracks=40)), count=60
+    )
+    planar = CorrespondencePairs(
+        HomographyPairs(photo_paths(scenes), HomographyPairsConfig(size=(96, 64))), count=60
+    )
+    mixed = MixedPairs(planar, posed, 0.25)
+    kinds = []
+    for index in range(8):
+        sample = mixed[index]
+        kinds.append(bool(sample["planar"]))
+        valid = sample["valid"]
+        at1, at2 = sample["points1"][valid], sample["points2"][valid]
+        assert len(at1) > 5 and sample["points1"].shape == (60, 2)
+        measure = homography_errors if sample["planar"] else epipolar_errors
+        assert measure(sample["geometry"], at1, at2).diagonal().max() < 0.1
+        again = mixed[index]
+        assert all(torch.equal(sample[k], again[k]) for k in ("points1", "points2", "image1"))
+    assert kinds == [True, True, True, False] * 2
+
+
+def test_points_prefer_texture():
+    image = np.full((64, 64, 3), 128, np.uint8)
+    image[:, 36] = 255  # a line in every cell of one column of cells
+    rng = np.random.default_rng(0)
+    points = np.concatenate([textured_points(image, 64, rng) for _ in range(20)])
+    assert len(points) == 20 * 64 and points.min() >= -0.5 and points.max() <= 63.5
+    of_column = points[(points[:, 0] >= 31.5) & (points[:, 0] < 39.5)]
+    near = (abs(of_column[:, 0] - 36) < 3).mean()
+    assert near > 0.9  # 5 of 8 columns of pixels would be 0.6
