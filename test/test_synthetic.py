@@ -330,13 +330,14 @@ def test_quaternions_are_those_of_the_rotations():
 
 @pytest.fixture(scope="module")
 def bag(tmp_path_factory):
+    """A bag of two frames, over an older one and what a killed run has left."""
     out = tmp_path_factory.mktemp("bag") / "sample"
-    assert (
-        synthetic.main(
-            ["bag", str(out), "--seconds", "0.4", "--rate", "5", "--size", "128x96", "--workers=1"]
-        )
-        == 0
-    )
+    for folder in (out, out.parent / ".sample.scfeat-partial/sample"):
+        folder.mkdir(parents=True)
+        (folder / "metadata.yaml").write_text("old")
+        (folder / "old.mcap").write_text("old")
+    arguments = "--seconds 0.4 --rate 5 --size 128x96 --workers 1 --overwrite".split()
+    assert synthetic.main(["bag", str(out), *arguments]) == 0
     return out
 
 
@@ -370,6 +371,7 @@ def test_the_bag_holds_images_cameras_and_poses(bag):
             assert message.header.frame_id == "world"
             p = message.pose.position
             np.testing.assert_allclose((p.x, p.y, p.z), -trip.R[index].T @ trip.t[index])
+    assert sorted(path.name for path in bag.iterdir()) == ["metadata.yaml", "sample.mcap"]
     assert not list(bag.parent.glob(".*"))  # nothing is left beside it
 
 
