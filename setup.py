@@ -10,6 +10,15 @@ NAME = "scfeat_ros"
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / NAME / "__init__.py").read_text())[1]
 
+# beyond the node and the offline tool
+EXTRAS = {
+    "export": ["h5py>=3", "pycolmap>=3.11"],
+    "onnx": ["onnx>=1.15", "onnxruntime>=1.17"],
+    "train": ["pycolmap>=3.11", "tensorboard>=2.10"],
+    "evaluate": ["evo>=1.30", "h5py>=3", "poselib>=2.0.4", "pycolmap>=3.11"],
+}
+TEST = ["hypothesis>=6", "mcap>=1", "mcap-ros2-support>=0.5", "pytest>=7", "ruff>=0.6"]
+
 setup(
     name=NAME,
     version=VERSION,
@@ -40,6 +49,7 @@ setup(
         (f"share/{NAME}/config", sorted(glob("config/*"))),
     ],
     install_requires=[
+        "av>=10",
         "numpy>=1.21",
         "opencv-python-headless>=4.6,<5",
         "pyyaml>=5.4",
@@ -49,6 +59,8 @@ setup(
         "torch>=2.1",
         "tqdm>=4.60",
     ],
+    # colcon runs pytest because of the name "test"
+    extras_require={**EXTRAS, "test": [*sum(EXTRAS.values(), []), *TEST]},
     entry_points={
         "console_scripts": [
             "scfeat = scfeat_ros.cli:main",
