@@ -15,7 +15,14 @@ EXTRAS = {
     "export": ["h5py>=3", "pycolmap>=3.11"],
     "onnx": ["onnx>=1.15", "onnxruntime>=1.17"],
     "train": ["pycolmap>=3.11", "tensorboard>=2.10"],
-    "evaluate": ["evo>=1.30", "h5py>=3", "poselib>=2.0.4", "pycolmap>=3.11"],
+    "evaluate": [
+        "evo>=1.30",
+        "h5py>=3",
+        "matplotlib>=3.5",
+        "poselib>=2.0.4",
+        "pycolmap>=3.11",
+        "scipy>=1.8",
+    ],
 }
 TEST = ["hypothesis>=6", "mcap>=1", "mcap-ros2-support>=0.5", "pytest>=7", "ruff>=0.6"]
 
