@@ -60,14 +60,14 @@ setup(
         "numpy>=1.21",
         "opencv-python-headless>=4.6,<5",
         "pyyaml>=5.4",
-        "rosbags>=0.10",
-        "rosbags-image>=0.9",
+        "rosbags>=0.11",
+        "rosbags-image>=0.10",
         "safetensors>=0.4",
         "torch>=2.1",
         "tqdm>=4.60",
     ],
     # colcon runs pytest because of the name "test"
-    extras_require={**EXTRAS, "test": [*sum(EXTRAS.values(), []), *TEST]},
+    extras_require={**EXTRAS, "test": [*TEST, *(p for group in EXTRAS.values() for p in group)]},
     entry_points={
         "console_scripts": [
             "scfeat = scfeat_ros.cli:main",
