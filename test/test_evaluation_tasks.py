@@ -429,3 +429,19 @@ def test_wrong_and_empty_folders_say_what_is_expected(tmp_path, capsys, task, ex
         assert reason in message and name in message
         assert expected in message
     assert not (tmp_path / "out").exists()
+
+
+def test_localization_parameters(tmp_path):
+    paper = localization.load_parameters(None)
+    assert paper["reference"] == {"nms_radius": 2, "score_threshold": 1.0}
+    assert paper["query"] == {"nms_radius": 1, "score_threshold": 0.5}
+    file = tmp_path / "own.yaml"
+    file.write_text("query: {score_threshold: 0.1}\nmatching: {ratio: 0.9}\n")
+    own = localization.load_parameters(file)
+    assert own["query"] == {"nms_radius": 1, "score_threshold": 0.1}
+    assert own["matching"]["ratio"] == 0.9
+    assert own["pose"] == paper["pose"]
+    for text in ("nothing: {a: 1}", "matching: {ration: 0.9}", "a: [", "query: 3"):
+        file.write_text(text)
+        with pytest.raises(InputError, match=r"own\.yaml"):
+            localization.load_parameters(file)

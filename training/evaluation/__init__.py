@@ -18,12 +18,16 @@ TASKS = {
     "reconstruction": "structure from motion on an image folder (ETH benchmark's protocol)",
     "localization": "poses of query images in a reference model (Aachen, hloc's layout)",
 }
-"""Each is a module of this package with `add_arguments`, `DEFAULTS` and `run`."""
+"""Each is a module of this package with `add_arguments`, `DEFAULTS`, `check_data` and `run`."""
 
 
 def build_parser(task: str | None) -> argparse.ArgumentParser:
     """The command line; only the named task's module is imported."""
-    parser = argparse.ArgumentParser(prog="scfeat evaluate", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="scfeat evaluate",
+        description=__doc__,
+        epilog="scfeat evaluate TASK -h says what a task does and which data it takes.",
+    )
     tasks = parser.add_subparsers(dest="task", required=True, metavar="TASK")
     for name, text in TASKS.items():
         sub = tasks.add_parser(name, help=text, description=text.capitalize() + ".")

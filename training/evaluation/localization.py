@@ -505,9 +505,8 @@ def run(args: argparse.Namespace, methods: list[Method], cache: Cache) -> Report
     with progress_bar(steps * len(methods), "localization", "pair") as progress:
         for number, method in enumerate(methods):
             progress.set_postfix_str(method.label, refresh=False)
-            limits = {"max_keypoints": args.max_keypoints}
-            reference_method = method.with_options(**{**parameters["reference"], **limits})
-            query_method = method.with_options(**{**parameters["query"], **limits})
+            reference_method = method.with_options(**parameters["reference"])
+            query_method = method.with_options(**parameters["query"])
             key = {
                 "task": "localization",
                 "version": RESULT_VERSION,

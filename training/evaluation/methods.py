@@ -231,9 +231,13 @@ class SCFeatMethod(Method):
         changed = SCFeatMethod.__new__(SCFeatMethod)
         changed.__dict__.update(self.__dict__)
         # what the user gave with the method's name goes before the protocol's values
-        options = replace(self.extractor.options, **{**changes, **self.options})
-        changed.extractor = Extractor(self.extractor.model, self.extractor.device)
-        changed.extractor.options = options
+        try:
+            options = replace(self.extractor.options, **{**changes, **self.options})
+            changed.extractor = Extractor(
+                self.extractor.model, self.extractor.device, **asdict(options)
+            )
+        except (TypeError, ValueError) as error:
+            raise InputError(f"method '{self.label}': {error}") from error
         return changed
 
 
