@@ -22,6 +22,14 @@ def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [float(round(v, 10)) for v in np.arange(first, high + step * 1e-6, step)]
 
 
+def nice_top(largest: float) -> float:
+    """A round number a little above a positive value, for the end of an axis that begins at 0."""
+    if not largest > 0:
+        return 1.0
+    step = nice_ticks(0, largest)[1]
+    return float(step * np.ceil(1.05 * largest / step))
+
+
 def number(value: float) -> str:
     """A short decimal: 0.25, 12.5, 1,200."""
     if value == int(value):
@@ -97,7 +105,7 @@ def lines(
     known = [values[np.isfinite(values)] for _, _, values in series]
     largest = max((float(values.max()) for values in known if len(values)), default=1.0)
     if top is None:
-        top = nice_ticks(0, largest * 1.2)[-1] if largest > 0 else 1.0
+        top = nice_top(largest)
     axes = _Axes((0, max(1, (length - 1) * stretch)), (0, top), WIDTH, HEIGHT)
     ticks = [(v, number(v)) for v in nice_ticks(*axes.x_range, 8) if v == int(v)]
     parts = [axes.grid(), axes.x_numbers(ticks, x_title)]
@@ -123,8 +131,7 @@ def bars(
     labels: Sequence[str], values: Sequence[float], x_title: str, colour: str, width: int = 470
 ) -> str:
     """Vertical bars from 0, with the number above each."""
-    top = nice_ticks(0, max([*values, 1e-9]) * 1.2)[-1]
-    axes = _Axes((0, max(1, len(values))), (0, top), width, HEIGHT)
+    axes = _Axes((0, max(1, len(values))), (0, nice_top(max(values))), width, HEIGHT)
     parts = [axes.grid()]
     for index, value in enumerate(values):
         left, right, y = axes.x(index + 0.1), axes.x(index + 0.9), axes.y(value)

@@ -7,7 +7,7 @@ import numpy as np
 
 from scfeat_ros.features import Features, FrameResult, Matches
 
-TRAIL_LENGTH = 8
+TRAIL_LENGTH = 5
 """Positions of a trail, the current one included."""
 OLD_TRACK = 30
 """Age in frames from which on a track has the last colour."""
