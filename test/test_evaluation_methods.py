@@ -1,5 +1,7 @@
 """The methods under evaluation and the cache."""
 
+import sys
+
 import cv2
 import numpy as np
 import pytest
@@ -145,3 +147,28 @@ def test_cache_gives_back_exactly_what_was_extracted(tmp_path, image):
         assert stored.descriptors.dtype == np.float32
         assert np.array_equal(stored.scores, direct.scores)
         assert stored.keypoints == pytest.approx(direct.keypoints, abs=1e-4)
+
+
+def test_extractors_of_lightglues_interface(tmp_path, monkeypatch, image):
+    """A package with LightGlue's interface, since its weights cannot be had everywhere."""
+    (tmp_path / "lightglue.py").write_text(
+        "import torch\n"
+        "class DISK(torch.nn.Module):\n"
+        "    def __init__(self, max_num_keypoints, nms_window_size=5):\n"
+        "        super().__init__()\n"
+        "        self.count, self.window = max_num_keypoints, nms_window_size\n"
+        "    def extract(self, img, resize=1024):\n"
+        "        assert resize is None and img.shape == (3, 240, 320) and img.max() <= 1\n"
+        "        points = torch.arange(self.count * 2).float().reshape(1, -1, 2)\n"
+        "        return {'keypoints': points, 'keypoint_scores': points[..., 0] + self.window,\n"
+        "                'descriptors': points.repeat(1, 1, 4) + 1}\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "lightglue", raising=False)
+    (method,) = create_methods("disk:nms_window_size=3", 20, "cpu")
+    features = method.extract(image)
+    assert features.keypoints[0].tolist() == [38, 39]
+    assert features.scores[0] == 41
+    assert features.descriptors.shape == (20, 8)
+    assert np.linalg.norm(features.descriptors, axis=1) == pytest.approx(1)
+    monkeypatch.delitem(sys.modules, "lightglue")

@@ -28,11 +28,12 @@ from typing import Any, ClassVar
 
 import cv2
 import numpy as np
+import torch
 import yaml
 
 from scfeat_ros import __version__
 from scfeat_ros.errors import InputError, ModelError
-from scfeat_ros.extractor import Extractor
+from scfeat_ros.extractor import Extractor, select_device
 from scfeat_ros.features import Features
 from scfeat_ros.model.scfeat import CONFIGS, find_weights
 
@@ -260,17 +261,13 @@ class LightGlueMethod(Method):
         self.extractor = self.extractor.eval().to(self.torch_device)
 
     @property
-    def torch_device(self) -> Any:
-        from scfeat_ros.extractor import select_device
-
+    def torch_device(self) -> torch.device:
         return select_device(self.device)
 
     def identity(self) -> dict[str, Any]:
         return {**super().identity(), "lightglue": self.package_version}
 
     def extract(self, image: np.ndarray) -> Features:
-        import torch
-
         tensor = torch.from_numpy(image).permute(2, 0, 1).float().div(255).to(self.torch_device)
         with torch.inference_mode():
             found = self.extractor.extract(tensor, resize=None)
