@@ -142,9 +142,9 @@ class Camera:
 
     def _undistort(self, pixels: np.ndarray) -> np.ndarray:
         """(N, 1, 2) pixels -> (N, 1, 2) normalized coordinates, without a check."""
-        criteria = (cv2.TERM_CRITERIA_COUNT | cv2.TERM_CRITERIA_EPS, _ITERATIONS, _TOLERANCE)
         if self.model == "equidistant":
             D = self.D if len(self.D) else np.zeros(4)
-            return cv2.fisheye.undistortPoints(pixels, self.K, D, criteria=criteria)
+            return cv2.fisheye.undistortPoints(pixels, self.K, D)
         D = self.D if len(self.D) else None
+        criteria = (cv2.TERM_CRITERIA_COUNT | cv2.TERM_CRITERIA_EPS, _ITERATIONS, _TOLERANCE)
         return cv2.undistortPointsIter(pixels, self.K, D, None, None, criteria)

@@ -7,8 +7,9 @@ import numpy as np
 
 from scfeat_ros.features import Features, FrameResult, Matches
 
-TRAIL_LENGTH = 5
+TRAIL_LENGTH = 4
 """Positions of a trail, the current one included."""
+TRAIL_OPACITY = 0.5
 OLD_TRACK = 30
 """Age in frames from which on a track has the last colour."""
 COLOURS = 12
@@ -37,7 +38,7 @@ class Overlay:
     def __init__(self) -> None:
         self._ids = np.zeros(0, np.uint32)
         self._trails = np.zeros((0, TRAIL_LENGTH, 2), np.float32)
-        self._palette = _palette()
+        self._palette = _palette().tolist()
 
     def draw(self, image: np.ndarray, result: FrameResult) -> np.ndarray:
         """A copy of the image with keypoints and trails.
@@ -56,13 +57,18 @@ class Overlay:
         scale = max(1.0, max(canvas.shape[:2]) / 1000)
         thickness = round(scale)
         new = result.track_lengths <= 1
-        _draw_rings(canvas, result.features.keypoints[new], _NEW_COLOUR, 2 * scale, 1)
         colours = age_colours(result.track_lengths)
-        for index, colour in enumerate(self._palette.tolist()):
-            chosen = ~new & (colours == index)
-            lines = _fixed_point(trails[chosen])
-            cv2.polylines(canvas, list(lines), False, colour, thickness, cv2.LINE_AA, _SHIFT)
-            _draw_rings(canvas, result.features.keypoints[chosen], colour, 3 * scale, thickness)
+        chosen = [~new & (colours == index) for index in range(COLOURS)]
+        layer = canvas.copy()
+        for rows, colour in zip(chosen, self._palette, strict=True):
+            lines = _fixed_point(trails[rows])
+            cv2.polylines(layer, list(lines), False, colour, thickness, cv2.LINE_AA, _SHIFT)
+        # many trails must not hide the image
+        cv2.addWeighted(layer, TRAIL_OPACITY, canvas, 1 - TRAIL_OPACITY, 0, canvas)
+        keypoints = result.features.keypoints
+        _draw_rings(canvas, keypoints[new], _NEW_COLOUR, 1.5 * scale, 1)
+        for rows, colour in zip(chosen, self._palette, strict=True):
+            _draw_rings(canvas, keypoints[rows], colour, 2.5 * scale, thickness)
         return canvas
 
     def follow(self, result: FrameResult) -> np.ndarray:
