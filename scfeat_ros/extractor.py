@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,11 +12,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from scfeat_ros.acceleration import Network, choose
 from scfeat_ros.errors import ScfeatError
 from scfeat_ros.features import Features
 from scfeat_ros.model.sampling import sample
 from scfeat_ros.model.scfeat import DESCRIPTOR_STRIDE, STRIDE, SCFeat, load_model
 from scfeat_ros.parameters import ExtractorOptions, validate
+
+LOG = logging.getLogger(__name__)
 
 FUSION_WEIGHTS = (1.0, 2.0, 3.0, 4.0)
 """k_1 ... k_4 of the paper's fusion normalization (Eq. 25)."""
@@ -55,6 +59,7 @@ class Extractor:
 
     Attributes:
         model, device, options: as given.
+        network: what runs in the model's place, see `acceleration.choose`.
 
     Raises:
         ValueError: an option outside its range.
@@ -71,6 +76,12 @@ class Extractor:
         self.model = model.eval().to(self.device, memory_format=torch.channels_last)
         if self.options.threads:
             torch.set_num_threads(self.options.threads)
+        self.network = self._choose_network(self.options)
+
+    def _choose_network(self, options: ExtractorOptions) -> Network:
+        network = choose(self.model, self.device, options.precision, options.compile)
+        LOG.info("the network runs in %s", network)
+        return network
 
     @classmethod
     def from_pretrained(
@@ -99,6 +110,8 @@ class Extractor:
         """
         options = replace(self.options, **changes)
         validate(options)
+        if (options.precision, options.compile) != (self.options.precision, self.options.compile):
+            self.network = self._choose_network(options)
         self.options = options
 
     def warm_up(self, size: tuple[int, int]) -> None:
@@ -139,7 +152,7 @@ class Extractor:
             return [Features.empty(self.descriptor_dim, size) for _ in images]
         working, scale = _resize(images, self.options.max_size)
         tensor = self._to_tensor(working)
-        output = self.model(tensor)
+        output = self.network.run(tensor)
         height, width = working[0].shape[:2]
         source = (
             output.descriptors if self.options.descriptor_source == "backbone" else output.bridged

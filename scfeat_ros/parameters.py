@@ -88,7 +88,18 @@ class ExtractorOptions:
         "'l2' (paper Eq. 22) or 'fusion', the paper's ablation of Eq. 25",
         choices=("l2", "fusion"),
     )
-    precision: str = option("fp32", "arithmetic of the network", choices=("fp32",))
+    precision: str = option(
+        "auto",
+        "arithmetic of the network's convolutions; 'auto' takes the fastest that the device "
+        "multiplies in hardware and that finds the same features as fp32 in a check at the start",
+        choices=("auto", "fp32", "bf16", "fp16"),
+    )
+    compile: str = option(
+        "auto",
+        "'auto': the fast network, with kernels compiled on first use where a C++ compiler is "
+        "there; 'on': an error where they cannot be compiled; 'off': the plain network",
+        choices=("auto", "on", "off"),
+    )
     threads: int = option(0, "CPU threads of the network; 0 leaves it to PyTorch", 0, 1024)
 
 

@@ -1,0 +1,185 @@
+"""Which way the network runs: chosen for the device, checked against plain fp32 when it is loaded.
+
+A way is a precision of the convolutions and whether the fast network (`model/fused.py`) runs or the
+plain one. `auto` starts with the fastest that the device has and steps back towards plain fp32 with
+a warning, wherever a way cannot run or finds other features than plain fp32 does in a made-up
+picture.
+"""
+
+from __future__ import annotations
+
+import logging
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from scfeat_ros.errors import ScfeatError
+from scfeat_ros.model import native
+from scfeat_ros.model.fused import FusedSCFeat
+from scfeat_ros.model.sampling import sample
+from scfeat_ros.model.scfeat import SCFeat, SCFeatOutput
+
+LOG = logging.getLogger(__name__)
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+CHECK_SIZE = (160, 128)
+"""Width and height of the self-check's picture."""
+CHECK_KEYPOINTS = 200
+MIN_KEYPOINTS_FOUND = 0.9
+"""Share of the best keypoints that are found again within a pixel. (The worst of them compete with
+others of nearly the same score, so it is not all of them even where nothing is wrong.)"""
+MIN_COSINE = 0.998
+"""Median cosine similarity of descriptors."""
+
+
+class Network(NamedTuple):
+    """A network that is ready to run."""
+
+    run: Callable[[torch.Tensor], SCFeatOutput]
+    precision: str
+    """"fp32", "bf16" or "fp16"."""
+    way: str
+    """"plain", "fused" (PyTorch's operators), "fused, compiled kernels" or "onnxruntime"."""
+
+    def __str__(self) -> str:
+        return f"{self.precision}, {self.way}"
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the device multiplies bf16 in hardware."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type != "cpu" or platform.system() != "Linux":
+        return False
+    flags = Path("/proc/cpuinfo").read_text(errors="replace")
+    return any(name in flags for name in ("avx512_bf16", "amx_bf16", " bf16"))
+
+
+def choose(model: SCFeat, device: torch.device, precision: str, compile: str) -> Network:
+    """The fastest way to run a network that is allowed and passes the self-check.
+
+    Args:
+        model: the plain network, fp32, on the device.
+        device: CPU or CUDA.
+        precision: "auto", or the precision of the convolutions.
+        compile: "auto": the fast network, with compiled kernels where there is a compiler;
+            "on": an error where kernels cannot be compiled; "off": the plain network.
+
+    Raises:
+        ScfeatError: `compile` is "on" and kernels cannot be compiled.
+    """
+    if precision == "auto":
+        half = "bf16" if has_bfloat16(device) else "fp16" if device.type == "cuda" else None
+        precisions = [half, "fp32"] if half else ["fp32"]
+    else:
+        precisions = [precision, "fp32"] if precision != "fp32" else ["fp32"]
+    ways = [True, False] if compile != "off" else [False]
+    for precision, fast in [(p, fast) for fast in ways for p in precisions]:
+        if precision == "fp32" and not fast:
+            break
+        network = _make(model, device, precision, compile) if fast else _plain(model, precision)
+        problem = check(network.run, model, device)
+        if problem is None:
+            return network
+        LOG.warning("%s was not taken: %s", network, problem)
+    return Network(model, "fp32", "plain")
+
+
+def _plain(model: SCFeat, precision: str) -> Network:
+    device = next(model.parameters()).device.type
+
+    def run(image: torch.Tensor) -> SCFeatOutput:
+        with torch.autocast(device, DTYPES[precision]):
+            return model(image)
+
+    return Network(run, precision, "plain")
+
+
+def _make(model: SCFeat, device: torch.device, precision: str, compile: str) -> Network:
+    dtype = DTYPES[precision]
+    if device.type == "cuda" and compile == "on":
+        network = FusedSCFeat(model, dtype)
+        # by size of the image; several are kept
+        run = torch.compile(network, dynamic=False)
+        return Network(run, precision, "fused, torch.compile")
+    if device.type == "cpu" and dtype in native.SUFFIX:
+        try:
+            network = FusedSCFeat(model, dtype, compiled=True)
+            native.keep_freed_memory()
+            return Network(network, precision, "fused, compiled kernels")
+        except native.CompilerError as error:
+            if compile == "on":
+                raise ScfeatError(
+                    f"compile 'on': {error}; compile 'auto' runs without compiled kernels"
+                ) from error
+            LOG.warning("PyTorch's operators are used, which is slower: %s", error)
+    return Network(FusedSCFeat(model, dtype), precision, "fused")
+
+
+def check(
+    run: Callable[[torch.Tensor], SCFeatOutput], model: SCFeat, device: torch.device
+) -> str | None:
+    """Compare features of a made-up picture with those of the plain network.
+
+    Returns:
+        What is wrong, None where nothing is.
+    """
+    started = time.perf_counter()
+    image = check_picture().to(device)
+    with torch.inference_mode():
+        expected = model(image)
+        try:
+            found = run(image)
+        except (RuntimeError, TypeError) as error:  # an operator that the device lacks
+            return f"it does not run here ({str(error).splitlines()[0]})"
+        problem = _compare(expected, found)
+    LOG.debug("self-check took %.0f ms", 1e3 * (time.perf_counter() - started))
+    return problem
+
+
+def check_picture() -> torch.Tensor:
+    """(1, 3, height, width) picture in [0, 1]: noise at several scales, with edges and corners."""
+    random = np.random.default_rng(7)
+    width, height = CHECK_SIZE
+    picture = torch.zeros(1, 3, height, width)
+    for cells in (4, 10, 24):
+        noise = torch.from_numpy(random.random((1, 3, cells, cells), np.float32))
+        picture += F.interpolate(noise, size=(height, width), mode="bicubic")
+    for _ in range(60):
+        x, y = random.integers(0, width), random.integers(0, height)
+        w, h = random.integers(4, 30, 2)
+        colour = torch.from_numpy(random.random(3).astype(np.float32)) * 3
+        picture[0, :, y : y + h, x : x + w] = colour[:, None, None]
+    picture = F.avg_pool2d(picture, 3, stride=1, padding=1, count_include_pad=False)
+    return (picture / 3).clamp(0, 1).contiguous(memory_format=torch.channels_last)
+
+
+def _compare(expected: SCFeatOutput, found: SCFeatOutput) -> str | None:
+    if not all(part.isfinite().all() for part in found):
+        return "its result is not finite"
+    points, others = (_keypoints(output.scores) for output in (expected, found))
+    distance = torch.cdist(points, others)
+    again = (distance.amin(dim=1) <= 1.0).float().mean().item()
+    if again < MIN_KEYPOINTS_FOUND:
+        return f"it finds {again:.0%} of the keypoints of plain fp32 in the self-check's picture"
+    a, b = (sample(output.descriptors.float(), points[None])[0] for output in (expected, found))
+    cosine = F.cosine_similarity(a, b).median().item()
+    if cosine < MIN_COSINE:
+        return f"its descriptors have a median cosine similarity of {cosine:.4f} to plain fp32"
+    return None
+
+
+def _keypoints(scores: torch.Tensor) -> torch.Tensor:
+    """(N, 2) float x and y of the best local maxima."""
+    scores = scores.float()
+    peaks = torch.where(scores == F.max_pool2d(scores, 3, stride=1, padding=1), scores, -1.0)
+    best = peaks.flatten().topk(CHECK_KEYPOINTS).indices
+    width = scores.shape[-1]
+    return torch.stack([best % width, best // width], dim=1).float()

@@ -1,0 +1,91 @@
+"""Which way the network runs, and that a way that goes wrong is noticed."""
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+
+from scfeat_ros import acceleration
+from scfeat_ros.errors import ScfeatError
+from scfeat_ros.extractor import Extractor
+from scfeat_ros.model import fused, native
+from scfeat_ros.model.scfeat import CONFIGS, SCFeat
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(3)
+    return SCFeat(CONFIGS["scfeat-s"]).eval()
+
+
+@pytest.fixture
+def image():
+    return (255 * acceleration.check_picture()[0].permute(1, 2, 0).numpy()).astype(np.uint8)
+
+
+@pytest.mark.parametrize("precision", ["auto", "fp32", "bf16"])
+@pytest.mark.parametrize("compile", ["auto", "off"])
+def test_every_way_finds_the_same_features(model, image, precision, compile):
+    plain = Extractor(model, "cpu", precision="fp32", compile="off", max_keypoints=100)
+    assert str(plain.network) == "fp32, plain"
+    extractor = Extractor(model, "cpu", precision=precision, compile=compile, max_keypoints=100)
+    a, b = plain(image), extractor(image)
+    distance = np.linalg.norm(a.keypoints[:, None] - b.keypoints[None], axis=2)
+    near = distance.min(axis=1) < 0.5
+    # bf16 in the plain network rounds the scores themselves, and with random weights many are close
+    assert near.mean() >= (0.95 if extractor.network.way != "plain" or precision == "fp32" else 0.8)
+    cosine = (a.descriptors * b.descriptors[distance.argmin(axis=1)]).sum(axis=1)[near]
+    assert np.median(cosine) > 0.999
+    assert (extractor.network.way == "plain") == (compile == "off")
+    if precision != "auto":
+        assert extractor.network.precision == precision
+
+
+@torch.inference_mode()
+def test_plain_fp32_is_the_reference_bit_by_bit(model):
+    network = acceleration.choose(model, CPU, "fp32", "off")
+    image = acceleration.check_picture()
+    for a, b in zip(network.run(image), model(image), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_way_that_finds_other_features_is_not_taken(model, monkeypatch, caplog):
+    right = fused.FusedSCFeat._describe
+    # a decoder that forgets its first channels
+    monkeypatch.setattr(
+        fused.FusedSCFeat, "_describe", lambda self, stem: right(self, stem).roll(3, dims=3)
+    )
+    network = acceleration.choose(model, CPU, "fp32", "auto")
+    assert network.way == "plain" and network.run is model
+    assert "was not taken" in caplog.text
+
+
+def test_a_way_that_does_not_run_is_not_taken(model, monkeypatch, caplog):
+    def fail(self, image):
+        raise RuntimeError("not implemented for 'Half'\nmore")
+
+    monkeypatch.setattr(fused.FusedSCFeat, "_forward", fail)
+    network = acceleration.choose(model, CPU, "auto", "auto")
+    assert network.way == "plain"
+    assert "it does not run here (not implemented for 'Half')" in caplog.text
+
+
+def test_without_a_compiler(model, monkeypatch, caplog):
+    def fail():
+        raise native.CompilerError("no C++ compiler was found")
+
+    monkeypatch.setattr(native, "load", fail)
+    caplog.set_level(logging.WARNING)
+    assert acceleration.choose(model, CPU, "fp32", "auto").way == "fused"
+    assert "no C++ compiler was found" in caplog.text
+    with pytest.raises(ScfeatError, match="compile 'on': no C"):
+        acceleration.choose(model, CPU, "fp32", "on")
+
+
+def test_a_change_of_precision_takes_effect(model):
+    extractor = Extractor(model, "cpu", precision="fp32", compile="off")
+    extractor.set_options(compile="auto")
+    assert extractor.network.way != "plain"
