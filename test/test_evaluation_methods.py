@@ -11,7 +11,12 @@ from scfeat_ros.errors import InputError, ScfeatError
 from scfeat_ros.features import Features
 from scfeat_ros.model.scfeat import CONFIGS, SCFeat, save_model
 from scfeat_training.evaluation.cache import Cache, CorruptImageError
-from scfeat_training.evaluation.methods import Method, create_methods, from_bits
+from scfeat_training.evaluation.methods import (
+    Method,
+    create_methods,
+    from_bits,
+    to_features,
+)
 
 
 @pytest.fixture(scope="module")
@@ -172,3 +177,13 @@ def test_extractors_of_lightglues_interface(tmp_path, monkeypatch, image):
     assert features.descriptors.shape == (20, 8)
     assert np.linalg.norm(features.descriptors, axis=1) == pytest.approx(1)
     monkeypatch.delitem(sys.modules, "lightglue")
+
+
+def test_arrays_of_an_adapter(image):
+    none = to_features(np.zeros((0, 2)), np.zeros(0), np.zeros((0, 16)), image)
+    assert len(none) == 0 and none.descriptors.shape == (0, 16)
+    two = to_features([[1, 2], [3, 4]], [0.1, 0.9], [[3, 4], [0, 2]], image)
+    assert two.keypoints.tolist() == [[3, 4], [1, 2]]
+    assert two.descriptors == pytest.approx(np.array([[0, 1], [0.6, 0.8]]))
+    with pytest.raises(ValueError, match="belong together"):
+        to_features([[1, 2]], [0.1, 0.9], [[3, 4], [0, 2]], image)

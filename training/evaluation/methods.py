@@ -102,10 +102,26 @@ def register(name: str) -> Callable[[type[Method]], type[Method]]:
 def to_features(
     keypoints: np.ndarray, scores: np.ndarray, descriptors: np.ndarray, image: np.ndarray
 ) -> Features:
-    """Features sorted by score with unit-norm float32 descriptors, from plain arrays."""
-    keypoints = np.asarray(keypoints, np.float32).reshape(-1, 2)
-    scores = np.asarray(scores, np.float32).reshape(-1)
-    descriptors = np.asarray(descriptors, np.float32).reshape(len(keypoints), -1)
+    """Features sorted by score with unit-norm float32 descriptors, from plain arrays.
+
+    Args:
+        keypoints: (N, 2) x and y in pixels of `image`; N may be 0.
+        scores: (N,), larger is better.
+        descriptors: (N, D), of any length but 0.
+        image: (H, W, ...), for its size.
+
+    Raises:
+        ValueError: the arrays are not of these shapes.
+    """
+    keypoints = np.asarray(keypoints, np.float32)
+    scores = np.asarray(scores, np.float32)
+    descriptors = np.asarray(descriptors, np.float32)
+    count = len(scores)
+    if keypoints.shape != (count, 2) or descriptors.ndim != 2 or len(descriptors) != count:
+        raise ValueError(
+            f"keypoints {keypoints.shape}, scores {scores.shape} and descriptors "
+            f"{descriptors.shape} do not belong together: expected (N, 2), (N,) and (N, D)"
+        )
     descriptors = descriptors / np.maximum(
         np.linalg.norm(descriptors, axis=1, keepdims=True), 1e-12
     )
