@@ -173,7 +173,8 @@ class Extractor:
         batch = torch.from_numpy(np.stack(images)).to(self.device).permute(0, 3, 1, 2)
         height, width = batch.shape[-2:]
         batch = batch.to(torch.float32).div_(255)
-        batch = F.pad(batch, (0, -width % STRIDE, 0, -height % STRIDE), mode="replicate")
+        if width % STRIDE or height % STRIDE:
+            batch = F.pad(batch, (0, -width % STRIDE, 0, -height % STRIDE), mode="replicate")
         return batch.contiguous(memory_format=torch.channels_last)
 
     def _select(
@@ -186,14 +187,20 @@ class Extractor:
     ) -> Features:
         """Score map (1, 1, h, w) and descriptor map of one working image -> Features."""
         options = self.options
+        scores = scores.contiguous()
         keep = torch.from_numpy(allowed).to(self.device)[None, None]
         keep &= (scores > options.score_threshold) & scores.isfinite()
         keep &= is_local_maximum(scores, options.nms_radius)
-        rows, columns = keep[0, 0].nonzero(as_tuple=True)
-        values = scores[0, 0, rows, columns]
+        places = keep.flatten().nonzero()[:, 0]
+        values = scores.flatten()[places]
+        if len(values) > options.max_keypoints:
+            # only what can be among the best is put in order
+            enough = values >= values.topk(options.max_keypoints, sorted=False).values.amin()
+            places, values = places[enough], values[enough]
         # stable, so that equal scores come in image order on every device
         order = values.sort(descending=True, stable=True).indices[: options.max_keypoints]
-        rows, columns, values = rows[order], columns[order], values[order]
+        places, values = places[order], values[order]
+        rows, columns = places // scores.shape[-1], places % scores.shape[-1]
         if not len(values):
             return Features.empty(self.descriptor_dim, size)
         points = torch.stack([columns, rows], dim=1).float()
@@ -221,6 +228,12 @@ def is_local_maximum(scores: torch.Tensor, radius: int) -> torch.Tensor:
     if radius == 0:
         return torch.ones_like(scores, dtype=torch.bool)
     window = 2 * radius + 1
+    if scores.device.type == "cpu":  # OpenCV's filters are many times faster than max_pool2d
+        kernel = np.ones((window, window), np.uint8)
+        maps = [one.numpy() for one in scores[:, 0]]
+        largest = torch.from_numpy(np.stack([cv2.dilate(one, kernel) for one in maps])[:, None])
+        smallest = torch.from_numpy(np.stack([cv2.erode(one, kernel) for one in maps])[:, None])
+        return (scores == largest) & (scores > smallest)
     largest = F.max_pool2d(scores, window, stride=1, padding=radius)
     smallest = -F.max_pool2d(-scores, window, stride=1, padding=radius)
     return (scores == largest) & (scores > smallest)
@@ -309,7 +322,7 @@ def _allowed(
     height, width = image.shape[:2]
     kernel = np.ones((5, 5), np.uint8)
     textured = cv2.dilate(image, kernel) != cv2.erode(image, kernel)
-    allowed = textured.any(axis=2)
+    allowed = textured[..., 0] | textured[..., 1] | textured[..., 2]
     if mask is not None:
         mask = np.asarray(mask)
         if mask.shape != (size[1], size[0]):
