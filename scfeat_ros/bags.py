@@ -35,6 +35,7 @@ else:
 IMAGE_TYPES = ("sensor_msgs/msg/Image", "sensor_msgs/msg/CompressedImage")
 CAMERA_INFO = "sensor_msgs/msg/CameraInfo"
 _MAGIC = {b"\x89MCAP0": ".mcap", b"SQLite": ".db3", b"#ROSBA": ".bag"}
+_ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 _RECOVERIES: dict[str, type[RecoveredFile]] = {
     ".mcap": McapRecovery,
     ".db3": SqliteRecovery,
@@ -77,7 +78,8 @@ class BagReader:
         self.path = Path(path)
         self.damage = Damage()
         self._stack = ExitStack()
-        self._message_compression = False
+        # None: not known, since there is no metadata.yaml
+        self._message_compression: bool | None = None
         with ExitStack() as undo:
             undo.push(self._stack)
             self._metadata_counts: dict[str, int] = {}
@@ -131,7 +133,7 @@ class BagReader:
         known_lost = self.damage.messages_lost
         for file in self._files:
             for message in file.messages(wanted, start, stop):
-                if self._message_compression:
+                if self._is_compressed(message):
                     try:
                         message = message._replace(data=zstd.decompress(message.data))
                     except (zstd.ZstdError, EOFError) as error:
@@ -146,6 +148,12 @@ class BagReader:
                 yield message
         if start is None and stop is None:
             self._compare_counts(wanted, read, known_lost)
+
+    def _is_compressed(self, message: RawMessage) -> bool:
+        if self._message_compression is None:
+            # serialized messages of ROS 2 begin with a zero
+            return not self.is_ros1 and message.data[:4] == _ZSTD_MAGIC
+        return self._message_compression
 
     def decode(self, message: RawMessage) -> Any:
         """The message as rosbags' dataclass.

@@ -141,8 +141,9 @@ def test_a_split_bag_with_a_file_missing(tmp_path, rows, pictures):
     assert any("split_0.mcap is missing" in place for place in damage.places)
 
 
-def test_a_folder_without_metadata(tmp_path, rows, pictures):
-    path = sample_bags.write_bag(tmp_path / "bag", rows)
+@pytest.mark.parametrize("compression", ["none", "message"])
+def test_a_folder_without_metadata(tmp_path, rows, pictures, compression):
+    path = sample_bags.write_bag(tmp_path / "bag", rows, compression=compression)
     (path / "metadata.yaml").unlink()
     found, damage = read(path)
     check_images(found[IMAGE_TOPIC], pictures, range(COUNT))
