@@ -117,14 +117,7 @@ def run(
         try:
             frames = stack.enter_context(background(source.frames()))
             results = stack.enter_context(background(_process(frames, front_end, mask)))
-            bar = stack.enter_context(
-                tqdm(
-                    total=len(source) or None,
-                    unit=" frames",
-                    disable=None if progress is None else not progress,
-                    file=sys.stderr,
-                )
-            )
+            bar = stack.enter_context(_progress_bar(len(source), progress))
             for item in results:
                 if isinstance(item, RawMessage):
                     writer.pass_through(item)
@@ -161,6 +154,18 @@ def _process(
                 f"{item.image.shape[1]}x{item.image.shape[0]}"
             )
         yield item, front_end.process(item.image, item.stamp, item.frame_id, mask)
+
+
+def _progress_bar(total: int, show: bool | None) -> tqdm:
+    """Frames done, frames per second and, where the total is known, time left."""
+    left = "{n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
+    return tqdm(
+        total=total or None,
+        unit=" frames",
+        bar_format=f"{{percentage:3.0f}} %|{{bar}}| {left}" if total else None,
+        disable=None if show is None else not show,
+        file=sys.stderr,
+    )
 
 
 def _no_frames(source: Source) -> str:
@@ -251,6 +256,12 @@ class _Writer:
         for reason, count in self.statistics.resets.items():
             remedy = "; --max-gap sets how long a gap may be" if reason == "gap" else ""
             account.warn(f"tracking started anew {count} times: {reason}{remedy}")
+        poses = self.source.description.get("pose_topic")
+        if poses and not self.statistics.judged:
+            account.warn(
+                f"no match could be judged by {poses}: it takes a CameraInfo, poses at the times "
+                "of the images, and a camera that moves"
+            )
         figures = self.statistics.summary()
         summary = {
             "version": __version__,

@@ -7,6 +7,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -226,6 +227,10 @@ class BagSource:
         track = PoseTrack() if self.poses else None
         waiting: deque[_Waiting] = deque()
         images = 0
+        if calibration and self.start:
+            # some cameras send their calibration but once, at the beginning
+            for message in islice(self.reader.messages([self.camera_info]), 1):
+                calibration.update(self._decode(message))
         began = time.perf_counter()
         for message in self._messages():
             seconds = time.perf_counter() - began
@@ -239,9 +244,7 @@ class BagSource:
                         stamp = self._stamp(message, content)
                         waiting.append(_Waiting(message, content, stamp, seconds))
             elif message.topic == self.camera_info:
-                content = self._decode(message)
-                if content is not None:
-                    calibration.update(content)
+                calibration.update(self._decode(message))
             elif message.topic == self.poses:
                 content = self._decode(message)
                 if content is not None:
@@ -346,7 +349,10 @@ class _Calibration:
         self.received = False
         self.camera: Camera | None = None
 
-    def update(self, message: Any) -> None:
+    def update(self, message: Any | None) -> None:
+        """Take over a sensor_msgs/CameraInfo; None for one that could not be decoded."""
+        if message is None:
+            return
         self.received = True
         try:
             self.camera = Camera.from_message(message)

@@ -250,6 +250,25 @@ def test_a_part_of_the_bag(tmp_path, camera_bag, tiny_extractor, options, frames
     assert stamps == [sample_bags.stamp(index) for index in frames]
 
 
+def test_a_calibration_sent_once_counts_for_all(tmp_path, images, intrinsics, tiny_extractor):
+    rows = sample_bags.camera_messages(images)
+    rows.insert(0, (INFO_TOPIC, rows[0][1], sample_bags.info_message(intrinsics, (160, 120))))
+    path = sample_bags.write_bag(tmp_path / "bag", rows)
+    run(BagSource(path, start=0.25), tiny_extractor, tmp_path / "out")
+    found = read_output(tmp_path / "out")["/extractor/features"]
+    assert len(found) == 3
+    assert all(np.isfinite(decode_features(m)["x"]).all() for _, m in found)
+
+
+def test_poses_that_say_nothing_are_noted(tmp_path, images, intrinsics, tiny_extractor):
+    rows = sample_bags.camera_messages(images, intrinsics)
+    rows.append((POSE_TOPIC, rows[-1][1], sample_bags.pose_message((0, 0, 0), time=77)))
+    path = sample_bags.write_bag(tmp_path / "bag", rows)
+    summary = run(BagSource(path), tiny_extractor, tmp_path / "out")
+    assert summary["frames"] == COUNT and summary["ground_truth"] is None
+    assert any(f"judged by {POSE_TOPIC}" in warning for warning in summary["warnings"])
+
+
 def test_int8_descriptors(tmp_path, camera_bag, tiny_extractor):
     run(BagSource(camera_bag), tiny_extractor, tmp_path / "out", descriptor_type="int8")
     (_, message), *_ = read_output(tmp_path / "out")["/extractor/features"]
