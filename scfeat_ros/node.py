@@ -7,6 +7,7 @@ a signal ends it at any time.
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import signal
 import sys
@@ -422,25 +423,51 @@ class ExtractorNode(LifecycleNode):
         self._diagnostics.publish(array)
 
 
+class RosLogHandler(logging.Handler):
+    """Sends what the package logs by Python's `logging` to the node's log."""
+
+    def __init__(self, node: ExtractorNode) -> None:
+        super().__init__()
+        self._logger = node.get_logger()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = self.format(record)
+        if record.levelno >= logging.ERROR:
+            self._logger.error(text)
+        elif record.levelno >= logging.WARNING:
+            self._logger.warning(text)
+        else:
+            self._logger.info(text)
+
+
 def main(args: list[str] | None = None) -> int:
     """Run the node until SIGINT or SIGTERM, and end the process.
 
     Returns:
         2 for arguments or parameters that cannot be used.
     """
-    stop = threading.Event()
+    # a pipe that is written to whichever thread the signal meets; a handler that sets an Event
+    # would have to wait for the main thread, and may find it inside of the Event's lock
+    signalled, signal_end = os.pipe()
+    os.set_blocking(signal_end, False)
+    signal.set_wakeup_fd(signal_end, warn_on_full_buffer=False)
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
+        signal.signal(number, lambda *_: None)
     try:
         # handlers of our own: rclpy's would shut the context down under a frame in work
         rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
         node = ExtractorNode()
+        package_log = logging.getLogger("scfeat_ros")
+        package_log.addHandler(RosLogHandler(node))
+        package_log.setLevel(logging.INFO)
+        package_log.propagate = False
     except Exception as error:
         print(f"extractor: {error}", file=sys.stderr)
         rclpy.try_shutdown()
         return 2
     executor = SingleThreadedExecutor()
     executor.add_node(node)
+    stop = threading.Event()
 
     def spin() -> None:
         # looks at `stop` now and then: an executor that is shut down while it spins may raise
@@ -454,7 +481,8 @@ def main(args: list[str] | None = None) -> int:
 
     thread = threading.Thread(target=spin, name="executor", daemon=True)
     thread.start()
-    stop.wait()
+    os.read(signalled, 1)
+    stop.set()
     thread.join(STOP_TIMEOUT / 2)
     if not thread.is_alive() and node.state != "finalized":
         node.trigger_shutdown()

@@ -10,6 +10,7 @@ One JSON object a line; each is answered by one line "done" when carried out:
 from __future__ import annotations
 
 import array
+import functools
 import json
 import sys
 import time
@@ -26,11 +27,15 @@ DISTORTION = (-0.05, 0.01, 0.001, -0.001, 0.0)
 
 def picture(index: int, width: int, height: int) -> np.ndarray:
     """(H, W, 3) uint8 RGB: a texture that moves by (2, 1) pixels a frame."""
-    noise = np.random.default_rng(7).integers(0, 256, (height + 64, width + 128, 3), np.uint8)
-    texture = cv2.GaussianBlur(noise, (0, 0), 1.5)
-    texture = cv2.normalize(texture, None, 0, 255, cv2.NORM_MINMAX)
     x, y = 2 * index % 128, index % 64
-    return np.ascontiguousarray(texture[y : y + height, x : x + width])
+    return np.ascontiguousarray(_texture(width, height)[y : y + height, x : x + width])
+
+
+@functools.lru_cache(maxsize=8)
+def _texture(width: int, height: int) -> np.ndarray:
+    noise = np.random.default_rng(7).integers(0, 256, (height + 64, width + 128, 3), np.uint8)
+    blurred = cv2.GaussianBlur(noise, (0, 0), 1.5)
+    return cv2.normalize(blurred, None, 0, 255, cv2.NORM_MINMAX)
 
 
 def intrinsics(width: int, height: int) -> list[float]:
