@@ -224,7 +224,12 @@ class ExtractorNode(LifecycleNode):
             f"{extractor.device}, {threads} CPU thread(s): loaded in {loaded - started:.2f} s, "
             f"warmed up in {time.perf_counter() - loaded:.2f} s"
         )
-        self._monitor.set_facts(model=options.weights, device=extractor.device, threads=threads)
+        self._monitor.set_facts(
+            model=options.weights,
+            network=extractor.network,
+            device=extractor.device,
+            threads=threads,
+        )
         return front_end
 
     def _import_rtabmap(self) -> Any:
