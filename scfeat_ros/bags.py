@@ -296,10 +296,11 @@ class _BagFile:
         if self._recovery is not None:
             self._recovery.close()
 
-    def _recover(self, error: Exception) -> RecoveredFile:
+    def _recover(self, error: Exception, is_damage: bool = True) -> RecoveredFile:
         """Go on with the recovery reader."""
-        reason = " ".join(str(error).split()) or type(error).__name__
-        self.damage.add(f"{self.path.name}: {reason}")
+        if is_damage:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            self.damage.add(f"{self.path.name}: {reason}")
         self._recovery = _RECOVERIES[_kind(self.path)](self.path, self.damage)
         if self._reader is None:
             self.topics = self._recovery.topics
@@ -310,8 +311,8 @@ class _BagFile:
         self, topics: set[str], start: int | None, stop: int | None
     ) -> Iterator[RawMessage]:
         """Messages of the topics in [start, stop)."""
-        latest = -1  # time of the last message, and how many of each topic had it
-        at_latest: Counter[str] = Counter()
+        seen = _Seen()
+        in_file_order = False
         if self._recovery is None:
             chosen = [c for c in self.connections if c.topic in topics]
             if not chosen:
@@ -323,21 +324,51 @@ class _BagFile:
                 except StopIteration:
                     return
                 except Exception as error:  # see above
-                    self._recover(error)
+                    # rosbags gives up on sound files, too: those without an index whose
+                    # messages are not sorted
+                    in_file_order = "timestamp order" in str(error)
+                    self._recover(error, is_damage=not in_file_order)
                     break
-                if time > latest:
-                    latest = time
-                    at_latest.clear()
-                at_latest[connection.topic] += 1
-                yield RawMessage(connection.topic, connection.msgtype, time, bytes(data))
-        for message in self._recovery.messages():
-            if message.topic not in topics or message.time < latest:
-                continue
-            if message.time == latest and at_latest[message.topic]:
-                at_latest[message.topic] -= 1
-                continue
-            if (start is None or message.time >= start) and (stop is None or message.time < stop):
+                message = RawMessage(connection.topic, connection.msgtype, time, bytes(data))
+                seen.add(message)
                 yield message
+        for message in self._recovery.messages():
+            outside = (start is not None and message.time < start) or (
+                stop is not None and message.time >= stop
+            )
+            if message.topic not in topics or outside:
+                continue
+            if not (seen.skip_first() if in_file_order else seen.skip(message)):
+                yield message
+
+
+class _Seen:
+    """Which messages a first reader gave, for a second one that begins anew."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._latest = -1
+        self._at_latest: Counter[str] = Counter()
+
+    def add(self, message: RawMessage) -> None:
+        """Note a message of the first reader."""
+        self._count += 1
+        if message.time > self._latest:
+            self._latest = message.time
+            self._at_latest.clear()
+        self._at_latest[message.topic] += 1
+
+    def skip(self, message: RawMessage) -> bool:
+        """Whether the first reader, which went by time, has given this message."""
+        if message.time == self._latest and self._at_latest[message.topic]:
+            self._at_latest[message.topic] -= 1
+            return True
+        return message.time < self._latest
+
+    def skip_first(self) -> bool:
+        """Whether the first reader, which went by the order of the file, has given the next one."""
+        self._count -= 1
+        return self._count >= 0
 
 
 def _suffix(path: Path) -> str:

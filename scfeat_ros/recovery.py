@@ -101,6 +101,7 @@ class RecoveredFile:
 _MCAP_MAGIC = b"\x89MCAP0\r\n"
 _FOOTER, _SCHEMA, _CHANNEL, _MESSAGE, _CHUNK, _STATISTICS = 0x02, 0x03, 0x04, 0x05, 0x06, 0x0B
 _OPCODES = range(0x01, 0x10)
+_LONGEST_STRETCH = 2**22
 _RECORD_HEADER = struct.Struct("<BQ")
 _MESSAGE_HEADER = struct.Struct("<HIQQ")
 # start, end, decompressed size, CRC-32, length of the compression's name
@@ -162,7 +163,11 @@ class McapRecovery(RecoveredFile):
                     continue
                 yield chunk
             elif opcode == _MESSAGE:
-                while (after := self._record(stop)) and after[0] == _MESSAGE:
+                while (
+                    stop - position < _LONGEST_STRETCH
+                    and (after := self._record(stop))
+                    and after[0] == _MESSAGE
+                ):
                     stop = after[2]
                 yield _Stretch(position, stop)
             else:
@@ -241,7 +246,7 @@ class McapRecovery(RecoveredFile):
         )
 
     def _messages(self, stretch: _Stretch, damage: Damage) -> list[RawMessage]:
-        """The messages of a stretch by time; declarations in it are taken over."""
+        """The messages of a stretch; declarations in it are taken over."""
         place = f"{self.path.name}: chunk at byte {stretch.start}"
         data = bytes(self._bytes[stretch.start : stretch.stop])
         if stretch.compression:
@@ -275,7 +280,8 @@ class McapRecovery(RecoveredFile):
             damage.add(f"{place}: the last {rest} bytes hold no whole message", rest)
         if unknown:
             damage.add(f"{place}: {unknown} messages of unknown topics", lost_messages=unknown)
-        return sorted(found, key=lambda message: message.time)
+        # a chunk is sorted, as other readers do it; bare messages come in the order of the file
+        return found if stretch.size is None else sorted(found, key=lambda message: message.time)
 
     def _declare(self, opcode: int, body: bytes, damage: Damage) -> None:
         """Take over a schema, a channel or the statistics."""
