@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Generator, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -298,7 +298,8 @@ class _Writer:
         """Close all files; the folder goes away."""
         self._bag.abort()
         if self._video is not None:
-            self._video.close()
+            with suppress(Exception):  # the error that led here is the one to tell
+                self._video.close()
 
 
 def _peak_memory() -> float | None:
