@@ -24,6 +24,7 @@ from scfeat_ros.model import native
 from scfeat_ros.model.fused import FusedSCFeat
 from scfeat_ros.model.sampling import sample
 from scfeat_ros.model.scfeat import SCFeat, SCFeatOutput
+from scfeat_ros.onnx_export import OnnxSCFeat
 
 LOG = logging.getLogger(__name__)
 
@@ -62,11 +63,13 @@ def has_bfloat16(device: torch.device) -> bool:
     return any(name in flags for name in ("avx512_bf16", "amx_bf16", " bf16"))
 
 
-def choose(model: SCFeat, device: torch.device, precision: str, compile: str) -> Network:
+def choose(
+    model: SCFeat | OnnxSCFeat, device: torch.device, precision: str, compile: str
+) -> Network:
     """The fastest way to run a network that is allowed and passes the self-check.
 
     Args:
-        model: the plain network, fp32, on the device.
+        model: the plain network, fp32, on the device; or an exported one, which is run as it is.
         device: CPU or CUDA.
         precision: "auto", or the precision of the convolutions.
         compile: "auto": the fast network, with compiled kernels where there is a compiler;
@@ -75,6 +78,9 @@ def choose(model: SCFeat, device: torch.device, precision: str, compile: str) ->
     Raises:
         ScfeatError: `compile` is "on" and kernels cannot be compiled.
     """
+    if isinstance(model, OnnxSCFeat):
+        model.prepare(device)
+        return Network(model, model.precision, "onnxruntime")
     if precision == "auto":
         half = "bf16" if has_bfloat16(device) else "fp16" if device.type == "cuda" else None
         precisions = [half, "fp32"] if half else ["fp32"]

@@ -210,12 +210,18 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
         "write features and matches of a folder of images for other tools",
         "scfeat export photos -o photos.db --sequential 10",
     )
-    parser.add_argument("input", type=Path, metavar="FOLDER", help="a folder of images")
+    parser.add_argument("input", type=Path, nargs="?", metavar="FOLDER", help="a folder of images")
+    parser.add_argument(
+        "--onnx",
+        type=Path,
+        metavar="FILE.onnx",
+        help="write the network itself instead, fp32 or with --precision fp16 for TensorRT; "
+        "`--weights FILE.onnx` runs it",
+    )
     parser.add_argument(
         "-o",
         "--output",
         type=Path,
-        required=True,
         metavar="FILE",
         help=".npz (numpy), .h5 (hloc; matches and pairs go into two files beside it) or "
         ".db (COLMAP)",
@@ -393,6 +399,14 @@ def _match(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
+    if arguments.onnx is not None:
+        from scfeat_ros.onnx_export import export_onnx
+
+        precision = "fp32" if arguments.precision == "auto" else arguments.precision
+        print(export_onnx(arguments.weights, arguments.onnx, precision, arguments.overwrite))
+        return OK
+    if arguments.input is None or arguments.output is None:
+        raise ValueError("give FOLDER and -o FILE for features, or --onnx FILE for the network")
     from scfeat_ros import export
 
     if arguments.pairs is not None:

@@ -17,6 +17,7 @@ from scfeat_ros.errors import ScfeatError
 from scfeat_ros.features import Features
 from scfeat_ros.model.sampling import sample
 from scfeat_ros.model.scfeat import DESCRIPTOR_STRIDE, STRIDE, SCFeat, load_model
+from scfeat_ros.onnx_export import OnnxSCFeat
 from scfeat_ros.parameters import ExtractorOptions, validate
 
 LOG = logging.getLogger(__name__)
@@ -68,7 +69,7 @@ class Extractor:
     """
 
     def __init__(
-        self, model: SCFeat, device: str | torch.device = "auto", **options: object
+        self, model: SCFeat | OnnxSCFeat, device: str | torch.device = "auto", **options: object
     ) -> None:
         self.options = ExtractorOptions(**options)
         validate(self.options)
@@ -90,11 +91,13 @@ class Extractor:
         device: str | torch.device = "auto",
         **options: object,
     ) -> Extractor:
-        """Load an installed model by name, or a .safetensors file.
+        """Load an installed model by name, a .safetensors file, or an exported .onnx file.
 
         Raises:
-            ModelError: see `load_model`.
+            ModelError: see `load_model` and `OnnxSCFeat`.
         """
+        if os.fspath(name_or_path).endswith(".onnx"):
+            return cls(OnnxSCFeat(name_or_path), device, **options)
         return cls(load_model(name_or_path), device, **options)
 
     @property

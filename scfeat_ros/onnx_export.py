@@ -1,0 +1,191 @@
+"""The network as an ONNX file: `scfeat export --onnx`, and running such a file in the Extractor.
+
+The file takes one input `image`, (batch, 3, height, width) fp32 RGB in [0, 1] with height and width
+multiples of 16, all three free, and gives `descriptors`, `bridged` and `scores` as `SCFeat` does.
+The configuration and the precision are in its metadata.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+import os
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from scfeat_ros.errors import ModelError, OutputExistsError, ScfeatError
+from scfeat_ros.model.resnet import BasicBlock, Bottleneck
+from scfeat_ros.model.scfeat import STRIDE, SCFeat, SCFeatConfig, SCFeatOutput, load_model
+
+OPSET = 17
+OUTPUTS = SCFeatOutput._fields
+
+
+class _HalfConv(nn.Module):
+    """A convolution in fp16 between fp32 neighbours."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.conv = conv.half()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(x.half()).float()
+
+
+def export_onnx(
+    weights: str | os.PathLike,
+    path: str | os.PathLike,
+    precision: str = "fp32",
+    overwrite: bool = False,
+) -> Path:
+    """Write a model as ONNX (opset 17).
+
+    Args:
+        weights: an installed model's name or a .safetensors file.
+        path: the .onnx file; it is written beside and renamed.
+        precision: "fp32", or "fp16": the convolutions of backbone and of the head's Layer_0 on
+            the small maps in fp16, everything else in fp32, with the casts written out, as
+            TensorRT's strongly typed networks want it.
+        overwrite: replace a file that is there.
+
+    Raises:
+        ModelError: the weights cannot be read.
+        OutputExistsError: the file exists.
+        ScfeatError: the `onnx` package is missing.
+        ValueError: another precision, or another file name extension.
+    """
+    path = Path(path)
+    if path.suffix != ".onnx":
+        raise ValueError(f"{path}: the file's name must end in .onnx")
+    if precision not in ("fp32", "fp16"):
+        raise ValueError(f"an ONNX file is of precision fp32 or fp16, not '{precision}'")
+    if path.exists() and not overwrite:
+        raise OutputExistsError(f"{path} exists: choose another name, or --overwrite")
+    onnx = _import("onnx")
+    model = load_model(weights)
+    network = _fold(model)
+    if precision == "fp16":
+        _use_half(network)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        _write(network, partial)
+        written = onnx.load(partial)
+        metadata = {"format": "scfeat", "precision": precision}
+        metadata["config"] = json.dumps(asdict(model.config))
+        onnx.helper.set_model_props(written, metadata)
+        onnx.checker.check_model(written)
+        onnx.save(written, partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def _import(name: str) -> object:
+    try:
+        return __import__(name)
+    except ImportError as error:
+        raise ScfeatError(f"ONNX needs the Python package {name}: pip install {name}") from error
+
+
+def _fold(model: SCFeat) -> SCFeat:
+    """A copy with the batch normalizations inside the convolutions."""
+    model = copy.deepcopy(model).eval()
+    for module in model.modules():
+        if isinstance(module, (BasicBlock, Bottleneck)) or module is model.backbone.encoder:
+            for number in (1, 2, 3):
+                conv, norm = f"conv{number}", f"bn{number}"
+                if hasattr(module, norm):
+                    fused = fuse_conv_bn_eval(getattr(module, conv), getattr(module, norm))
+                    setattr(module, conv, fused)
+                    setattr(module, norm, nn.Identity())
+            if getattr(module, "downsample", None) is not None:
+                module.downsample = fuse_conv_bn_eval(*module.downsample)
+    return model
+
+
+def _use_half(model: SCFeat) -> None:
+    for part in (model.backbone, model.detector.layer0_left):
+        for parent in list(part.modules()):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, nn.Conv2d):
+                    setattr(parent, name, _HalfConv(child))
+
+
+def _write(network: SCFeat, path: Path) -> None:
+    arguments = {}
+    if "dynamo" in inspect.signature(torch.onnx.export).parameters:
+        arguments["dynamo"] = False  # the tracer: free sizes, and no further package
+    sizes = {0: "batch", 2: "height", 3: "width"}
+    small = {0: "batch", 2: "height_4", 3: "width_4"}
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the tracer, on numbers that are constants here
+        torch.onnx.export(
+            network,
+            (torch.rand(1, 3, 4 * STRIDE, 6 * STRIDE),),
+            str(path),
+            input_names=["image"],
+            output_names=list(OUTPUTS),
+            dynamic_axes={"image": sizes, "scores": sizes, "descriptors": small, "bridged": small},
+            opset_version=OPSET,
+            **arguments,
+        )
+
+
+class OnnxSCFeat(nn.Module):
+    """An exported network, run by onnxruntime; called like `SCFeat`.
+
+    Args:
+        path: the .onnx file.
+
+    Attributes:
+        config, precision: of the network, from the file's metadata.
+
+    Raises:
+        ModelError: the file is missing, damaged or none of ours.
+        ScfeatError: the `onnxruntime` package is missing.
+    """
+
+    def __init__(self, path: str | os.PathLike) -> None:
+        super().__init__()
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise ModelError(f"weights '{path}': no such file")
+        self._runtime = _import("onnxruntime")
+        self._session = self._open(["CPUExecutionProvider"])
+        metadata = self._session.get_modelmeta().custom_metadata_map
+        if metadata.get("format") != "scfeat":
+            raise ModelError(f"{path}: not written by `scfeat export --onnx`")
+        config = json.loads(metadata["config"])
+        lists = {key: tuple(v) if isinstance(v, list) else v for key, v in config.items()}
+        self.config = SCFeatConfig(**lists)
+        self.precision = metadata["precision"]
+
+    def _open(self, providers: list[str]) -> object:
+        options = self._runtime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.log_severity_level = 3
+        try:
+            return self._runtime.InferenceSession(str(self.path), options, providers=providers)
+        except Exception as error:  # onnxruntime's errors have no common class of their own
+            first = str(error).splitlines()[0]
+            raise ModelError(f"{self.path}: onnxruntime cannot read it ({first})") from error
+
+    def prepare(self, device: torch.device) -> None:
+        """Run on a device, with the threads that PyTorch has."""
+        providers = ["CPUExecutionProvider"]
+        if device.type == "cuda":
+            if "CUDAExecutionProvider" not in self._runtime.get_available_providers():
+                raise ScfeatError("this onnxruntime has no CUDA: pip install onnxruntime-gpu")
+            providers.insert(0, "CUDAExecutionProvider")
+        self._session = self._open(providers)
+
+    def forward(self, image: torch.Tensor) -> SCFeatOutput:
+        outputs = self._session.run(list(OUTPUTS), {"image": image.float().cpu().numpy()})
+        return SCFeatOutput(*(torch.from_numpy(o).to(image.device) for o in outputs))
