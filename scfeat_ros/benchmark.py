@@ -32,7 +32,9 @@ from scfeat_ros.model.scfeat import STRIDE
 SCALING_SIZES = "320x240,640x480,960x720,1280x960,1920x1080"
 SCALING_TOP_K = "512,1024,2048,4096,8192"
 MATRIX_SIZE = 1024
-COPY_BYTES = 128 << 20
+COPY_BYTES = 64 << 20
+PEAK_INTERVAL = 4
+"""Rounds between two measurements of the machine's peaks."""
 
 
 @dataclass
@@ -322,8 +324,8 @@ def _measure(
     """Time all cases in turns; returns the machine's peaks, measured in the same rounds."""
     peaks: dict[str, float] = {}
     for number in range(warm_up + rounds):
-        for device in devices:
-            for name, value in _peaks(device, number == 0).items():
+        for device in devices if number % PEAK_INTERVAL == 0 else ():
+            for name, value in _peaks(device).items():
                 peaks[name] = max(peaks.get(name, 0.0), value)
         for case in cases:
             _reset_peak_memory(case.device)
@@ -339,14 +341,14 @@ def _measure(
     return peaks
 
 
-def _peaks(device: torch.device, first: bool) -> dict[str, float]:
+def _peaks(device: torch.device) -> dict[str, float]:
     """GFLOP/s of a matrix product by precision, and GB/s of a copy (read and written)."""
     found = {}
     for name, dtype in DTYPES.items():
         if device.type == "cpu" and name == "fp16":
             continue
         a = torch.randn(MATRIX_SIZE, MATRIX_SIZE, device=device).to(dtype)
-        seconds = _time(lambda a=a: a @ a, device, 3 if first else 1)
+        seconds = _time(lambda a=a: a @ a, device, 2)
         found[f"{device} {name}"] = 2e-9 * MATRIX_SIZE**3 / seconds
     source = torch.empty(COPY_BYTES, dtype=torch.uint8, device=device).zero_()
     target = torch.empty_like(source)

@@ -1,0 +1,90 @@
+"""`scfeat benchmark` from the outside."""
+
+import json
+import math
+
+import pytest
+
+from scfeat_ros.benchmark import main
+
+SMALL = ["--sizes", "128x96", "--top-k", "100", "--rounds", "2", "--warm-up", "1"]
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    file = tmp_path_factory.mktemp("benchmark") / "speed.json"
+    assert main([*SMALL, "--ways", "fp32,fp32:off", "--json", str(file)]) == 0
+    return json.loads(file.read_text())
+
+
+def test_every_stage_of_every_way_is_measured(report):
+    rows = report["rows"]
+    stages = [row["stage"] for row in rows if row["model"] == "scfeat-s"]
+    assert stages == 2 * ["decode", "extract", "match", "encode", "frame"]
+    assert {row["model"] for row in rows} == {"scfeat-s", "orb", "sift"}
+    for row in rows:
+        assert 0 < row["min_ms"] <= row["median_ms"] <= row["p95_ms"]
+        assert row["rounds"] == 2
+        assert row["peak_memory_mib"] > 10
+    paths = [row["path"] for row in rows if row["stage"] == "extract"]
+    assert paths[0].startswith("fp32, fused") and paths[1] == "fp32, plain"
+
+
+def test_arithmetic_is_counted_as_it_is_run(report):
+    fast, plain = (
+        row for row in report["rows"] if row["stage"] == "extract" and row["model"] == "scfeat-s"
+    )
+    # the first layer alone: 7 x 7 x 3 x 64 multiply-adds at half the resolution
+    stem = 2 * 7 * 7 * 3 * 64 * 64 * 48 / 1e9
+    assert plain["gflop"] > fast["gflop"] > stem
+    assert 1.5 < plain["gflop"] / fast["gflop"] < 1.8
+    peak = report["measured_peaks"]["cpu fp32"]
+    share = plain["gflop"] / (plain["median_ms"] / 1e3) / peak
+    assert math.isclose(plain["share_of_peak"], share)
+
+
+def test_table_names_paths_and_machine(capsys):
+    assert (
+        main(
+            [
+                *SMALL,
+                "--ways",
+                "fp32:off",
+                "--stages",
+                "extract",
+                "--peers",
+                "orb",
+                "--warm-up",
+                "0",
+            ]
+        )
+        == 0
+    )
+    printed = capsys.readouterr().out
+    assert "fp32, plain" in printed and "OpenCV" in printed
+    assert "GFLOP/s" in printed and "copy GB/s" in printed and "load average" in printed
+
+
+def test_plot(tmp_path):
+    pytest.importorskip("matplotlib")
+    file = tmp_path / "scaling.png"
+    options = ["--sizes", "96x64,128x96", "--top-k", "50,100", "--rounds", "2", "--peers", ""]
+    options += ["--stages", "extract,match", "--ways", "fp32", "--warm-up", "1"]
+    assert main([*options, "--plot", str(file)]) == 0
+    assert file.read_bytes().startswith(b"\x89PNG")
+    assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--sizes", "640"], "WIDTHxHEIGHT"),
+        (["--stages", "dance"], "stage 'dance' is unknown"),
+        (["--peers", "surf"], "peer 'surf' is unknown"),
+        (["--top-k", "many"], "whole numbers"),
+        (["--ways", "fp8"], "precision must be one of"),
+    ],
+)
+def test_mistakes_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        main([*SMALL, *arguments])
