@@ -102,5 +102,6 @@ def _main(argv: list[str]) -> int:
     methods = create_methods(args.methods, args.max_keypoints, args.device)
     cache = Cache(args.cache or args.output / "cache", args.max_size)
     report = module.run(args, methods, cache)
+    report.protocol += [f"{m.label}: {m.remark()}." for m in methods if m.remark()]
     write_report(report, args.output, ["scfeat", "evaluate", *argv])
     return 0

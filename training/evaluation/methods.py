@@ -16,13 +16,14 @@ similarities is that of the Hamming distances.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib.util
 import json
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -80,6 +81,10 @@ class Method(ABC):
         """Hash of `identity`."""
         text = json.dumps(self.identity(), sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def remark(self) -> str:
+        """What a reader of the table should know about how it ran; empty for nothing."""
+        return ""
 
     def with_options(self, **changes: Any) -> Method:
         """The same method with parameters of a paper's protocol; only SCFeat has any."""
@@ -239,20 +244,23 @@ class SCFeatMethod(Method):
             "version": __version__,
             "weights": self.digest,
             "options": asdict(self.extractor.options),
+            # which arithmetic "auto" has come to on this machine
+            "network": str(self.extractor.network),
         }
 
     def extract(self, image: np.ndarray) -> Features:
         return self.extractor(image)
 
+    def remark(self) -> str:
+        return f"the network runs in {self.extractor.network}"
+
     def with_options(self, **changes: Any) -> SCFeatMethod:
-        changed = SCFeatMethod.__new__(SCFeatMethod)
-        changed.__dict__.update(self.__dict__)
         # what the user gave with the method's name goes before the protocol's values
+        changes = {key: value for key, value in changes.items() if key not in self.options}
+        changed = copy.copy(self)
+        changed.extractor = copy.copy(self.extractor)
         try:
-            options = replace(self.extractor.options, **{**changes, **self.options})
-            changed.extractor = Extractor(
-                self.extractor.model, self.extractor.device, **asdict(options)
-            )
+            changed.extractor.set_options(**changes)
         except (TypeError, ValueError) as error:
             raise InputError(f"method '{self.label}': {error}") from error
         return changed
