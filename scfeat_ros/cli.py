@@ -123,8 +123,10 @@ def _add_bag(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "input",
         type=Path,
+        nargs="+",
         metavar="IN",
-        help="a rosbag2 folder, an .mcap or .db3 file, or a ROS 1 .bag file; it is only read",
+        help="a rosbag2 folder, an .mcap or .db3 file, or a ROS 1 .bag file; it is only read; "
+        "with --ray any number of them",
     )
     output = _add_output(parser)
     output.add_argument(
@@ -159,7 +161,13 @@ def _add_images(commands: argparse._SubParsersAction) -> None:
         "extract and match features in a folder of images or a video",
         "scfeat images holiday.mp4 -o holiday_features --video",
     )
-    parser.add_argument("input", type=Path, metavar="IN", help="a folder of images, or a video")
+    parser.add_argument(
+        "input",
+        type=Path,
+        nargs="+",
+        metavar="IN",
+        help="a folder of images, or a video; with --ray any number of them",
+    )
     _add_output(parser)
     group = parser.add_argument_group("input")
     group.add_argument("--every", type=int, default=1, metavar="N", help="use every N-th image")
@@ -289,6 +297,12 @@ def _add_output(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     group.add_argument("--overwrite", action="store_true", help="replace an earlier output")
     group.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        help="process every IN as a task of a Ray cluster, each into a folder of its own under "
+        "OUT; 'auto' for the one of this machine, 'local' to start one (needs the extra 'ray')",
+    )
+    parser.add_argument(
         "--mask", type=Path, metavar="FILE", help="image: keypoints lie only where it is not black"
     )
     return group
@@ -326,10 +340,12 @@ def _load_extractor(arguments: argparse.Namespace) -> Extractor:
 
 
 def _bag(arguments: argparse.Namespace) -> int:
+    if arguments.ray:
+        return _on_ray(arguments)
     from scfeat_ros.sources import BagSource
 
     source = BagSource(
-        arguments.input,
+        _only_input(arguments),
         topic=arguments.topic,
         camera_info=arguments.camera_info,
         poses=arguments.poses,
@@ -342,9 +358,28 @@ def _bag(arguments: argparse.Namespace) -> int:
 
 
 def _images(arguments: argparse.Namespace) -> int:
+    if arguments.ray:
+        return _on_ray(arguments)
     from scfeat_ros.sources import open_images
 
-    return _process(arguments, open_images(arguments.input, arguments.rate, arguments.every))
+    source = open_images(_only_input(arguments), arguments.rate, arguments.every)
+    return _process(arguments, source)
+
+
+def _only_input(arguments: argparse.Namespace) -> Path:
+    if len(arguments.input) > 1:
+        raise ValueError(f"{len(arguments.input)} inputs: give one, or --ray local for many")
+    return arguments.input[0]
+
+
+def _on_ray(arguments: argparse.Namespace) -> int:
+    """Every input as a task of its own; the worst exit code."""
+    from scfeat_ros import ray_jobs
+
+    results = ray_jobs.run(arguments)
+    print(f"{ray_jobs.summary(results)}\n{arguments.output}")
+    codes = {result.code for result in results}
+    return ERROR if ERROR in codes else max(codes)
 
 
 def _process(arguments: argparse.Namespace, source: Source, passthrough: bool = False) -> int:

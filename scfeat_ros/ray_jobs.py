@@ -1,0 +1,143 @@
+"""`scfeat bag --ray` and `scfeat images --ray`: many inputs over cores, GPUs and machines by Ray.
+
+Every input is one task that does what the command does for it alone, into a folder of its own
+under the output. Ray starts a task again elsewhere when its worker is lost; an output folder gets
+its name only when it is complete, so what a lost worker left counts for nothing and what is done is
+not done again, in this run or in a later one with the same output. Machines need the package and
+see inputs and output under the same paths.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import os
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from scfeat_ros.errors import InputError, ScfeatError
+from scfeat_ros.staging import SUMMARY
+
+MAX_RETRIES = 3
+"""Times that a task is started again after its worker was lost."""
+
+
+class JobResult(NamedTuple):
+    """How one input ended."""
+
+    input: Path
+    code: int
+    """Exit code of the command, see `scfeat --help`."""
+    error: str = ""
+    skipped: bool = False
+    """Its output was there already."""
+
+
+def run(arguments: argparse.Namespace) -> list[JobResult]:
+    """Process every input of a parsed `bag` or `images` command on a Ray cluster.
+
+    Args:
+        arguments: `input` is a list of paths, `output` the folder for all, `ray` the address of a
+            cluster ("auto" for the one of this machine, "local" to start one for this run).
+
+    Returns:
+        One result per input, in the order of the inputs.
+
+    Raises:
+        InputError: two inputs would have the same output folder.
+        ScfeatError: Ray is not installed or the cluster cannot be reached.
+    """
+    outputs = _outputs(arguments.input, arguments.output)
+    try:
+        import ray
+    except ImportError as error:
+        raise ScfeatError("--ray needs the Python package ray: pip install ray") from error
+    connected = ray.is_initialized()
+    if not connected:
+        _connect(ray, arguments.ray)
+    try:
+        return _collect(ray, arguments, outputs)
+    finally:
+        if not connected:
+            ray.shutdown()
+
+
+def _connect(ray: object, address: str) -> None:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anybody
+    start = {"include_dashboard": False} if address == "local" else {}
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level="warning", **start)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        first = str(error).splitlines()[0]
+        raise ScfeatError(f"--ray {address}: no cluster was reached ({first})") from error
+
+
+def _outputs(inputs: list[Path], folder: Path) -> dict[Path, Path]:
+    """Input -> its own output folder."""
+    outputs = {path: folder.absolute() / (path.stem or path.resolve().name) for path in inputs}
+    counts = Counter(outputs.values())
+    for path, output in outputs.items():
+        if counts[output] > 1 or len(inputs) != len(outputs):
+            raise InputError(f"{path}: another input has the same output, {output}")
+    return outputs
+
+
+def _collect(ray: object, arguments: argparse.Namespace, outputs: dict) -> list[JobResult]:
+    gpus = ray.cluster_resources().get("GPU", 0)
+    wants_gpu = arguments.device.startswith("cuda") or (arguments.device == "auto" and gpus)
+    threads = arguments.threads or 1
+    task = ray.remote(num_cpus=threads, num_gpus=1 if wants_gpu else 0, max_retries=MAX_RETRIES)(
+        _process_one
+    )
+    jobs = {}
+    for path, output in outputs.items():
+        job = copy.copy(arguments)
+        job.input, job.output = [path.absolute()], output
+        job.ray, job.quiet, job.threads = None, True, threads
+        jobs[task.options(name=f"scfeat {path.name} -> {output}").remote(job)] = path
+    results = {}
+    waiting = list(jobs)
+    with tqdm(total=len(jobs), unit="input", disable=arguments.quiet or None) as bar:
+        while waiting:
+            (done,), waiting = ray.wait(waiting, num_returns=1)
+            path = jobs[done]
+            try:
+                results[path] = ray.get(done)._replace(input=path)
+            except ray.exceptions.RayError as error:
+                first = str(error).strip().splitlines()[0]
+                text = f"{path}: given up after {MAX_RETRIES + 1} attempts ({first})"
+                results[path] = JobResult(path, 1, text)
+            if results[path].error:
+                tqdm.write(f"scfeat: error: {results[path].error}", file=sys.stderr)
+            bar.update()
+    return [results[path] for path in outputs]
+
+
+def _process_one(arguments: argparse.Namespace) -> JobResult:
+    """One input, on a worker."""
+    (path,) = arguments.input
+    # a task whose worker was lost after its last step has nothing left to do
+    if (arguments.output / SUMMARY).is_file() and not arguments.overwrite:
+        return JobResult(path, 0, skipped=True)
+    try:
+        # what the command prints is for one input alone
+        with open(os.devnull, "w") as nowhere:
+            stdout, sys.stdout = sys.stdout, nowhere
+            try:
+                return JobResult(path, arguments.run(arguments))
+            finally:
+                sys.stdout = stdout
+    except (ScfeatError, ValueError, OSError) as error:
+        return JobResult(path, 1, " ".join(str(error).split()))
+
+
+def summary(results: list[JobResult]) -> str:
+    """One line about all inputs."""
+    skipped = sum(result.skipped for result in results)
+    failed = sum(bool(result.error) for result in results)
+    done = len(results) - skipped - failed
+    return f"{done} done, {skipped} were done already, {failed} failed"
