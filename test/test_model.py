@@ -200,6 +200,28 @@ def test_detection_head_follows_equations_7_to_13():
     np.testing.assert_allclose(numpy(actual), expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("axis", [-1, -2])
+def test_flipped_maps_give_a_flipped_score_map(axis):
+    """With mirror-symmetric kernels, exactly: upsampling has no preferred side."""
+    detector = randomize(Detector(channels=6, left=4, right=3, hidden=5))
+    with torch.no_grad():
+        for module in detector.modules():
+            if isinstance(module, torch.nn.Conv2d):
+                module.weight.copy_((module.weight + module.weight.flip(axis)) / 2)
+    bridged, stem = torch.randn(1, 2, 4, 5), torch.randn(1, 4, 4, 5)
+    image = torch.randn(1, 3, 16, 20)
+    scores = detector(image, bridged, stem)
+    flipped = detector(image.flip(axis), bridged.flip(axis), stem.flip(axis))
+    torch.testing.assert_close(flipped.flip(axis), scores, rtol=1e-4, atol=1e-5)
+
+
+def test_sampling_a_flipped_map_at_flipped_points_gives_the_same():
+    maps = torch.rand(1, 3, 5, 6)
+    points = torch.tensor([[[0.0, 0.0], [7.3, 3.0], [22.1, 18.6], [10.0, 11.0]]])
+    mirrored = torch.stack([23 - points[..., 0], points[..., 1]], dim=-1)
+    torch.testing.assert_close(sample(maps.flip(-1), mirrored), sample(maps, points))
+
+
 def test_encoder_is_a_resnet_with_torchvision_keys():
     """Against a functional ResNet that reads the weights by torchvision's names."""
     encoder = ResNetEncoder("resnet18").eval()
