@@ -235,6 +235,12 @@ def test_exported_weights_are_the_averaged_ones_with_their_history(settings, tmp
     assert part["seconds"] > 0 and "cores" in part["hardware"]
     with pytest.raises(OutputExistsError, match="exists already"):
         export(run, output)
+    more = tmp_path / "more"
+    arguments = ["--run", str(more), "--init", str(output), "--steps", "1"]
+    assert main(["detector", "--config", str(settings("detector")), *arguments]) == 0
+    further = load_checkpoint(more)
+    assert [part["stage"] for part in further["history"]] == ["warmup", "detector"]
+    assert torch.equal(further["ema"]["backbone.fuse.weight"], loaded["backbone.fuse.weight"])
     assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []
 
 
@@ -250,12 +256,15 @@ def test_run_without_cross_normalization_is_for_study_only(settings, tmp_path):
 def test_ablation_table(settings, data, tmp_path, capsys):
     run = tmp_path / "run"
     main(["detector", "--config", str(settings("detector", steps=1)), "--run", str(run)])
+    plain, config = tmp_path / "plain", settings("detector", steps=1, cross_norm=False)
+    main(["detector", "--config", str(config), "--run", str(plain), "--init", str(run)])
     capsys.readouterr()
-    arguments = ["ablation", f"ours={run}", f"again={run}", "--data", str(data)]
+    rows_of = [f"ours={run}", f"again={run}", f"w/o cross normalization={plain}"]
+    arguments = ["ablation", *rows_of, "--data", str(data)]
     assert main([*arguments, "--pairs", "2", "--size", "96", "64"]) == 0
     rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()]
     names = [row[0].strip() for row in rows[2:]]
-    assert names[0] == "ours" and names[3] == "again" and len(names) == 4
+    assert names[0] == "ours" and names[3] == "again" and len(names) == 5
     assert "pruning" in names[1] and "fusion" in names[2]
     assert rows[2][1:] == rows[5][1:]
     assert all(0 <= float(cell) <= 1 for row in rows[2:] for cell in row[1:5])

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from scfeat_ros.errors import InputError, ScfeatError
-from scfeat_ros.model.scfeat import CONFIGS, SCFeat
+from scfeat_ros.model.scfeat import CONFIGS, SCFeat, load_model, read_metadata
 from scfeat_training.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
 from scfeat_training.config import TrainConfig
 from scfeat_training.ema import Ema
@@ -88,7 +88,8 @@ class Trainer:
         config: the stage's settings.
         run: folder of checkpoint, log and TensorBoard files.
         resume: go on from the run's checkpoint.
-        init: checkpoint of an earlier stage whose averaged weights this one starts from.
+        init: checkpoint of an earlier stage whose averaged weights this one starts from, or a
+            file of exported weights.
         skip_bad: go on without unreadable images and wrong cameras.
         device: torch device; "auto" is CUDA where there is one.
         command: the command line, for the record.
@@ -132,9 +133,7 @@ class Trainer:
         state = load_checkpoint(self.run) if resume else None
         self.history: list[dict[str, Any]] = []
         if init is not None and state is None:
-            earlier = load_checkpoint(init)
-            self.history = list(earlier["history"])
-            weights = earlier["ema"]
+            weights, self.history = _earlier(init)
             if not config.cross_norm:  # an ablation may start from a network that has the bridge
                 weights = {k: v for k, v in weights.items() if not k.startswith("bridge.")}
             _load_weights(self.model, weights, str(init))
@@ -423,6 +422,15 @@ def _scenes(config: TrainConfig, skip_bad: bool, on_bad: Any) -> tuple[list[Scen
     if not train:
         raise InputError(f"{config.data}: all scenes are held out for validation, none to train on")
     return train, held_out
+
+
+def _earlier(path: str | Path) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
+    """Weights and history of a checkpoint or of an exported .safetensors file."""
+    if Path(path).suffix == ".safetensors":
+        history = read_metadata(path)["provenance"].get("history", [])
+        return load_model(path).state_dict(), history
+    state = load_checkpoint(path)
+    return state["ema"], list(state["history"])
 
 
 def _load_weights(model: nn.Module, state: dict[str, torch.Tensor], where: str) -> None:
