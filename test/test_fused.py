@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from scfeat_ros.model import kernels, native
-from scfeat_ros.model.fused import FusedSCFeat, taps
+from scfeat_ros.model.fused import Conv, FusedSCFeat, taps
 from scfeat_ros.model.scfeat import CONFIGS, SCFeat, SCFeatConfig
 
 SMALL = SCFeatConfig("small", "resnet10", (64, 32), 32, (8, 8, 8))
@@ -116,6 +116,19 @@ def test_normalization_into_a_part_of_a_larger_map(slope, dtype):
     tolerance = 1e-5 if dtype is torch.float32 else 0.02
     torch.testing.assert_close(place[:, 4:16].float(), expected, atol=tolerance, rtol=tolerance)
     assert not place[:, :4].any() and not place[:, 16:].any()
+
+
+@needs_compiler
+@pytest.mark.parametrize("inputs", [3, 8])
+@pytest.mark.parametrize("size", [(1, 1), (2, 9), (5, 10), (3, 40)])
+def test_convolution_to_few_channels(inputs, size):
+    torch.manual_seed(0)
+    conv = Conv(torch.randn(8, inputs, 3, 3))
+    x = torch.randn(1, inputs, *size)
+    expected = F.conv2d(x, conv.weight, padding=1)
+    found, totals = native.convolution(x, conv)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(totals, kernels.statistics(expected), atol=1e-3, rtol=1e-4)
 
 
 @needs_compiler

@@ -252,9 +252,9 @@ class FusedSCFeat(nn.Module):
         k = self.kernels
         left_peaks, left = k.weigh_by_peakiness(maps, self.dtype)
         right_peaks, right = k.weigh_by_peakiness(image, torch.float32)
-        left = self._norm_prelu("layer0_left", self.layer0_left(left))
-        right = self._norm_prelu("layer0_right", self.layer0_right(right))
-        right = self.layer1_right(right)
+        left = self._norm_prelu("layer0_left", self.layer0_left, left)
+        right = self._norm_prelu("layer0_right", self.layer0_right, right)
+        right, _ = k.convolution(right, self.layer1_right)
         factor = right.shape[-1] // left.shape[-1]
         left = self.layer1_left(left.float())
         hidden, totals = k.upsampled_sum(left, factor, right)
@@ -263,10 +263,10 @@ class FusedSCFeat(nn.Module):
         )
         return k.score(value, totals, self.norms["layer2"], left_peaks, right_peaks)
 
-    def _norm_prelu(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        """InstanceNorm and PReLU of Fig. 4 (c)."""
-        k = self.kernels
-        return k.normalize_activate(x, k.statistics(x), self.norms[name], self.slopes[name])
+    def _norm_prelu(self, name: str, conv: Conv, x: torch.Tensor) -> torch.Tensor:
+        """CONV-I of Fig. 4 (c): convolution, InstanceNorm, PReLU."""
+        x, totals = self.kernels.convolution(x, conv)
+        return self.kernels.normalize_activate(x, totals, self.norms[name], self.slopes[name])
 
 
 def _space(like: torch.Tensor, channels: int) -> torch.Tensor:

@@ -12,6 +12,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 namespace {
@@ -411,6 +412,63 @@ void weigh_image_by_peakiness(const float *planes, float scale, int height, int 
   }
 }
 
+typedef float Few __attribute__((vector_size(FEW * sizeof(float))));
+
+// 3x3 convolution to few channels at full resolution, where libraries leave most of the vector
+// units idle. Weights are (3, 3, INPUTS, FEW).
+template <int INPUTS>
+void convolution_to_few(const float *x, int height, int width, const float *weights, float *out,
+                        double *totals, int threads) {
+  constexpr int TOGETHER = 8;  // pixels whose sums stay in registers
+  const long row = long(width) * INPUTS;
+  const std::vector<float> nothing(row, 0.0f);
+  Totals all(FEW, threads);
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<float> sums(FEW), squares(FEW);
+#pragma omp for schedule(static)
+    for (int y = 0; y < height; y++) {
+      const float *rows[3];
+      for (int dy = 0; dy < 3; dy++) {
+        int at = y + dy - 1;
+        rows[dy] = at >= 0 && at < height ? x + at * row : nothing.data();
+      }
+      Few sum = {}, square = {};
+      float *to = out + long(y) * width * FEW;
+      auto pixels = [&](int begin, auto count, bool edge) {
+        Few value[count.value] = {};
+        for (int dy = 0; dy < 3; dy++)
+          for (int dx = 0; dx < 3; dx++) {
+            int at = begin + dx - 1;
+            if (edge && (at < 0 || at >= width)) continue;
+            const float *from = rows[dy] + at * INPUTS;
+            const float *tap = weights + (dy * 3 + dx) * INPUTS * FEW;
+            for (int c = 0; c < INPUTS; c++) {
+              Few weight;
+              std::memcpy(&weight, tap + c * FEW, sizeof weight);
+              for (int p = 0; p < count.value; p++) value[p] += weight * from[p * INPUTS + c];
+            }
+          }
+        for (int p = 0; p < count.value; p++) {
+          std::memcpy(to + (begin + p) * FEW, &value[p], sizeof value[p]);
+          sum += value[p];
+          square += value[p] * value[p];
+        }
+      };
+      const std::integral_constant<int, 1> one{};
+      const std::integral_constant<int, TOGETHER> many{};
+      pixels(0, one, true);
+      int begin = 1;
+      for (; begin + TOGETHER < width; begin += TOGETHER) pixels(begin, many, false);
+      for (; begin < width; begin++) pixels(begin, one, true);
+      std::memcpy(sums.data(), &sum, sizeof sum);
+      std::memcpy(squares.data(), &square, sizeof square);
+      all.add(sums, squares);
+    }
+  }
+  all.write(totals);
+}
+
 // InstanceNorm, PReLU and the 1x1 convolution to one channel; sums of the result for what follows.
 template <int FIXED, typename T>
 void response(const T *x, long rows, int columns, int channels, const float *scale,
@@ -541,6 +599,12 @@ void normalization(const double *totals, long pixels, int channels, int groups,
       shift[c] = float(bias[c] - mean * scale[c]);
     }
   }
+}
+
+void convolution_to_few(const float *x, int height, int width, int inputs, const float *weights,
+                        float *out, double *totals, int threads) {
+  (inputs == 3 ? convolution_to_few<3> : convolution_to_few<FEW>)(x, height, width, weights, out,
+                                                                  totals, threads);
 }
 
 void score(float *values, float scale, float shift, const float *left, const float *right,

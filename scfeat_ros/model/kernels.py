@@ -9,6 +9,7 @@ square.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -62,6 +63,14 @@ def statistics(x: torch.Tensor) -> torch.Tensor:
     """(B, C, h, w) -> (B, 2, C) sums and sums of squares."""
     x = x.float().flatten(2)
     return torch.stack([x.sum(dim=2), (x * x).sum(dim=2)], dim=1).double()
+
+
+def convolution(
+    x: torch.Tensor, conv: Callable[[torch.Tensor], torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A 3x3 convolution without bias, and its result's statistics."""
+    y = conv(x)
+    return y, statistics(y)
 
 
 def scale_and_shift(

@@ -20,10 +20,14 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from scfeat_ros.model.kernels import Image, Maps, Norm
+
+if TYPE_CHECKING:
+    from scfeat_ros.model.fused import Conv
 
 LOG = logging.getLogger(__name__)
 
@@ -32,6 +36,9 @@ FLAGS = (
     "-std=c++17 -O3 -march=native -fopenmp -shared -fPIC "
     "-fno-math-errno -fno-trapping-math -fno-signed-zeros -ffinite-math-only -ffp-contract=fast"
 )
+FEW = 8
+"""Channels at full resolution for which there are kernels of their own, as in kernels.cpp."""
+
 COMPILE_TIMEOUT = 120
 """Seconds."""
 
@@ -139,11 +146,12 @@ ARGUMENTS = {
     "weigh_image_by_peakiness": "pfiippi",
     "response": "pliippfpppi",
     "normalization": "pliipppp",
+    "convolution_to_few": "piiipppi",
     "score": "pffppiiii",
 }
 """Types of the C functions' arguments: pointer, long, int, float."""
 
-UNTYPED = ("normalization", "score")
+UNTYPED = ("normalization", "convolution_to_few", "score")
 RETURNS_FLOAT = ("bridge_and_stem", "normalize_image")
 TYPES = {"p": ctypes.c_void_p, "l": ctypes.c_long, "i": ctypes.c_int, "f": ctypes.c_float}
 SUFFIX = {torch.float32: "float", torch.bfloat16: "bfloat16"}
@@ -196,6 +204,19 @@ def statistics(x: torch.Tensor) -> torch.Tensor:
     totals = _totals(channels)
     _call("channel_sums", x.dtype, x, height, width, channels, totals)
     return totals
+
+
+def convolution(x: torch.Tensor, conv: Conv) -> tuple[torch.Tensor, torch.Tensor]:
+    outputs, inputs = conv.weight.shape[:2]
+    if x.dtype is not torch.float32 or outputs != FEW or inputs not in (3, FEW):
+        y = conv(x)
+        return y, statistics(y)
+    x = _last(x)
+    _, _, height, width = x.shape
+    out, totals = _empty(outputs, height, width, x.dtype), _totals(outputs)
+    weights = conv.weight.permute(2, 3, 1, 0).contiguous()
+    _call("convolution_to_few", None, x, height, width, inputs, weights, out, totals)
+    return out, totals
 
 
 def scale_and_shift(
