@@ -101,8 +101,8 @@ class FrameProcessor:
         self.options = replace(self.options, **groups[NodeOptions])
         if groups[ExtractorOptions]:
             self.front_end.extractor.set_options(**groups[ExtractorOptions])
-        for name, value in groups[MatcherOptions].items():
-            set_matcher_option(self.front_end, name, value)
+        if groups[MatcherOptions]:
+            self.front_end.set_matching(**groups[MatcherOptions])
         if "max_size" in changes or "max_keypoints" in changes:
             self._out_of_memory = False
             self._monitor.clear_condition("memory")
@@ -318,16 +318,6 @@ class FrameProcessor:
             if result.reset not in ("first frame",):
                 self._problems.log(Level.WARN, f"tracks start anew: {result.reset}")
         self._monitor.served(seconds, facts, result.reset is not None)
-
-
-def set_matcher_option(front_end: FrontEnd, name: str, value: float) -> None:
-    """Set a field of `MatcherOptions` on a front end, where 0 switches some of them off."""
-    if name == "max_gap":
-        front_end.tracker.max_gap = value
-    elif name == "min_similarity":
-        front_end.min_similarity = value
-    else:
-        setattr(front_end, name, value or None)
 
 
 def free_memory() -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import numpy as np
 
 from scfeat_ros.extractor import Extractor
 from scfeat_ros.features import FrameResult, Matches
 from scfeat_ros.matcher import epipolar_inliers, match
+from scfeat_ros.parameters import MatcherOptions, validate
 from scfeat_ros.tracker import Tracker
 
 
@@ -17,26 +19,28 @@ class FrontEnd:
 
     Args:
         extractor: image -> Features.
-        ratio: ratio-test threshold, None for none (see `matcher.match`).
-        min_similarity: smallest cosine similarity of a match.
-        epipolar_threshold: if given, matches farther than this from the epipolar line of the
-            best fundamental matrix are dropped, pixels.
-        max_gap: seconds without a frame after which tracks end.
+        matching: how frames are matched and tracked, None for the defaults.
+
+    Raises:
+        ValueError: an option outside its range.
     """
 
-    def __init__(
-        self,
-        extractor: Extractor,
-        ratio: float | None = None,
-        min_similarity: float = -1.0,
-        epipolar_threshold: float | None = None,
-        max_gap: float = 1.0,
-    ) -> None:
+    def __init__(self, extractor: Extractor, matching: MatcherOptions | None = None) -> None:
         self.extractor = extractor
-        self.ratio = ratio
-        self.min_similarity = min_similarity
-        self.epipolar_threshold = epipolar_threshold
-        self.tracker = Tracker(max_gap)
+        self.matching = matching or MatcherOptions()
+        validate(self.matching)
+        self.tracker = Tracker(self.matching.max_gap)
+
+    def set_matching(self, **changes: float) -> None:
+        """Change fields of `MatcherOptions`; the next image is processed with them.
+
+        Raises:
+            ValueError: a value outside its range; nothing is changed then.
+        """
+        matching = replace(self.matching, **changes)
+        validate(matching)
+        self.matching = matching
+        self.tracker.max_gap = matching.max_gap
 
     def reset(self) -> None:
         """Forget the previous frame."""
@@ -73,16 +77,16 @@ class FrontEnd:
             matches = match(
                 previous.features,
                 features,
-                self.ratio,
-                self.min_similarity,
+                self.matching.ratio or None,
+                self.matching.min_similarity,
                 self.extractor.device,
             )
             previous_keypoints = previous.features.keypoints[matches.indices[:, 0]]
-            if self.epipolar_threshold is not None:
+            if self.matching.epipolar_threshold:
                 inliers, _ = epipolar_inliers(
                     previous_keypoints,
                     features.keypoints[matches.indices[:, 1]],
-                    self.epipolar_threshold,
+                    self.matching.epipolar_threshold,
                 )
                 matches, previous_keypoints = matches.select(inliers), previous_keypoints[inliers]
         matched = time.perf_counter()

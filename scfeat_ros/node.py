@@ -36,7 +36,7 @@ from sensor_msgs.msg import CameraInfo, CompressedImage, Image, PointCloud, Poin
 
 from scfeat_ros.diagnostics import Level, Monitor, Problems
 from scfeat_ros.errors import InputError, ScfeatError
-from scfeat_ros.frame_processor import Frame, FrameProcessor, free_memory, set_matcher_option
+from scfeat_ros.frame_processor import Frame, FrameProcessor, free_memory
 from scfeat_ros.matched_subscription import MatchedSubscription
 from scfeat_ros.node_parameters import (
     ExtractorOptions,
@@ -211,9 +211,7 @@ class ExtractorNode(LifecycleNode):
         extractor = Extractor.from_pretrained(
             options.weights, device, **vars(build(ExtractorOptions, values))
         )
-        front_end = FrontEnd(extractor)
-        for name, value in vars(build(MatcherOptions, values)).items():
-            set_matcher_option(front_end, name, value)
+        front_end = FrontEnd(extractor, build(MatcherOptions, values))
         loaded = time.perf_counter()
         size = options.warm_up_width, options.warm_up_height
         if min(size) > 0:

@@ -104,13 +104,7 @@ def run(
         check_apart(output, source.description["path"])
         if options.video:
             require_av()
-        front_end = FrontEnd(
-            extractor,
-            ratio=matching.ratio or None,
-            min_similarity=matching.min_similarity,
-            epipolar_threshold=matching.epipolar_threshold or None,
-            max_gap=matching.max_gap,
-        )
+        front_end = FrontEnd(extractor, matching)
         folder = stack.enter_context(staged_folder(output, options.overwrite))
         writer = _Writer(folder, options, source)
         began = time.perf_counter()

@@ -20,6 +20,7 @@ from scfeat_ros.bags import BagReader, UnreadableMessageError
 from scfeat_ros.errors import InputError
 from scfeat_ros.frontend import FrontEnd
 from scfeat_ros.images import ENCODINGS, UnknownEncodingError, UnreadableImageError, from_message
+from scfeat_ros.parameters import MatcherOptions
 
 COUNT = 12
 SETTINGS = {
@@ -56,10 +57,10 @@ def image_arrays(draw):
 @given(
     frames=st.lists(image_arrays(), min_size=1, max_size=3),
     steps=st.lists(st.integers(-(10**9), 3 * 10**9), min_size=3, max_size=3),
-    epipolar=st.sampled_from([None, 1.0]),
+    epipolar=st.sampled_from([0.0, 1.0]),
 )
 def test_the_front_end_takes_any_image(tiny_extractor, frames, steps, epipolar):
-    front_end = FrontEnd(tiny_extractor, ratio=0.9, epipolar_threshold=epipolar)
+    front_end = FrontEnd(tiny_extractor, MatcherOptions(ratio=0.9, epipolar_threshold=epipolar))
     time = 10**10
     for image, step in zip(frames, steps, strict=False):
         time += step

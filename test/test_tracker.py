@@ -8,6 +8,7 @@ from sample_bags import PERIOD, sequence
 
 from scfeat_ros.features import Features, Matches
 from scfeat_ros.frontend import FrontEnd
+from scfeat_ros.parameters import MatcherOptions
 from scfeat_ros.tracker import Tracker
 
 
@@ -127,7 +128,7 @@ def test_the_front_end_starts_anew(front_end, stamp, frame_id, size, reason):
 
 def test_epipolar_verification_drops_matches(tiny_extractor):
     plain = FrontEnd(tiny_extractor)
-    strict = FrontEnd(tiny_extractor, epipolar_threshold=0.5)
+    strict = FrontEnd(tiny_extractor, MatcherOptions(epipolar_threshold=0.5))
     for index, image in enumerate(sequence(2, step=12)):
         loose, kept = (f.process(image, index * PERIOD, "cam") for f in (plain, strict))
     assert 0 < len(kept.matches) < len(loose.matches)
