@@ -192,10 +192,11 @@ class Extractor:
         options = self.options
         scores = scores.contiguous()
         keep = torch.from_numpy(allowed).to(self.device)[None, None]
-        keep &= (scores > options.score_threshold) & scores.isfinite()
         keep &= is_local_maximum(scores, options.nms_radius)
         places = keep.flatten().nonzero()[:, 0]
         values = scores.flatten()[places]
+        strong = (values > options.score_threshold) & values.isfinite()
+        places, values = places[strong], values[strong]
         if len(values) > options.max_keypoints:
             # only what can be among the best is put in order
             enough = values >= values.topk(options.max_keypoints, sorted=False).values.amin()
