@@ -26,6 +26,7 @@ from scfeat_ros.frontend import FrontEnd
 from scfeat_ros.images import read_file
 from scfeat_ros.matcher import match
 from scfeat_ros.messages import encode_features, encode_matches, rosbags_types
+from scfeat_ros.model import kernels
 from scfeat_ros.model.fused import Conv, FusedSCFeat
 from scfeat_ros.model.scfeat import STRIDE
 
@@ -307,6 +308,9 @@ def count_gflop(extractor: Extractor, size: tuple[int, int]) -> float:
         total += 2 * module.weight.numel() * output.shape[-2] * output.shape[-1]
 
     kinds = (torch.nn.Conv2d, Conv)
+    shown = getattr(network, "kernels", None)
+    if shown is not None:
+        network.kernels = kernels  # compiled kernels convolve without calling the module
     hooks = [m.register_forward_hook(count) for m in network.modules() if isinstance(m, kinds)]
     width, height = (side + -side % STRIDE for side in size)
     try:
@@ -315,6 +319,8 @@ def count_gflop(extractor: Extractor, size: tuple[int, int]) -> float:
     finally:
         for hook in hooks:
             hook.remove()
+        if shown is not None:
+            network.kernels = shown
     return total / 1e9
 
 
