@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 
+from scfeat_ros import __version__
 from scfeat_ros.errors import InputError
 from scfeat_ros.features import Features
 from scfeat_ros.images import UnreadableImageError, decode
@@ -157,7 +158,7 @@ class Cache:
 
     def result(self, key: dict[str, Any], compute: Callable[[], Any]) -> Any:
         """A JSON value that was computed before under the same key, or `compute()`."""
-        text = json.dumps(key, sort_keys=True, default=str)
+        text = json.dumps({**key, "scfeat_ros": __version__}, sort_keys=True, default=str)
         name = hashlib.sha256(text.encode()).hexdigest()[:32]
         file = self.folder / "results" / f"{name}.json"
         if file.is_file():
