@@ -20,7 +20,7 @@ EXTRAS = {
         "h5py>=3",
         "matplotlib>=3.5",
         "poselib>=2.0.4",
-        "pycolmap>=3.11",
+        "pycolmap>=4",
         "scipy>=1.8",
     ],
 }

@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(argv: list[str]) -> int:
     for package in ("matplotlib", "scipy"):
         if importlib.util.find_spec(package) is None:
-            raise InputError(f"{package} is not installed: pip install 'scfeat_ros[evaluation]'")
+            raise InputError(f"{package} is not installed: pip install 'scfeat_ros[evaluate]'")
     task = next((a for a in argv if not a.startswith("-")), None)
     args = build_parser(task).parse_args(argv)
     if args.max_keypoints < 1 or args.max_size < 0:
