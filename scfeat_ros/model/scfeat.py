@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import safetensors
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 
 from scfeat_ros import __version__
@@ -134,7 +134,8 @@ def save_model(model: SCFeat, path: str | os.PathLike, provenance: dict) -> None
         "provenance": json.dumps(provenance),
     }
     partial = path.with_name(path.name + ".partial")
-    save_file({key: value.contiguous() for key, value in tensors.items()}, partial, metadata)
+    # serialized here and written by Python, so that the file gets the user's usual permissions
+    partial.write_bytes(save({k: v.contiguous() for k, v in tensors.items()}, metadata))
     os.replace(partial, path)
 
 
