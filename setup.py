@@ -14,6 +14,8 @@ VERSION = re.search(r'__version__ = "(.+)"', (HERE / NAME / "__init__.py").read_
 EXTRAS = {
     "export": ["h5py>=3", "pycolmap>=3.11"],
     "onnx": ["onnx>=1.15", "onnxruntime>=1.17"],
+    "plot": ["matplotlib>=3.5"],
+    "ray": ["ray>=2.9"],
     "train": ["pycolmap>=3.11", "tensorboard>=2.10"],
     "evaluate": [
         "evo>=1.30",
@@ -66,8 +68,11 @@ setup(
         "torch>=2.1",
         "tqdm>=4.60",
     ],
-    # colcon runs pytest because of the name "test"
-    extras_require={**EXTRAS, "test": [*TEST, *(p for group in EXTRAS.values() for p in group)]},
+    # colcon runs pytest because of the name "test"; Ray is large, its test is skipped without it
+    extras_require={
+        **EXTRAS,
+        "test": [*TEST, *(p for group in EXTRAS if group != "ray" for p in EXTRAS[group])],
+    },
     entry_points={
         "console_scripts": [
             "scfeat = scfeat_ros.cli:main",

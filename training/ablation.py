@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from scfeat_ros.extractor import Extractor
 from scfeat_ros.features import Features
+from scfeat_ros.matcher import match
 from scfeat_training.geometry import epipolar_distance, transform_points
 from scfeat_training.scenes import Scene
 from scfeat_training.trained import load_trained
-from scfeat_training.validation import NEAR, held_out_pairs, mutual_matches
+from scfeat_training.validation import NEAR, held_out_pairs
 
 THRESHOLDS = range(1, 11)
 VARIANTS = {
@@ -64,9 +64,8 @@ def measure(extractor: Extractor, pairs: Sequence[dict]) -> dict[str, float]:
 
 
 def _matched(first: Features, second: Features) -> tuple[np.ndarray, np.ndarray]:
-    descriptors = (torch.from_numpy(features.descriptors) for features in (first, second))
-    at1, at2 = mutual_matches(*(torch.nn.functional.normalize(d, dim=1) for d in descriptors))
-    return first.keypoints[at1.numpy()].astype(float), second.keypoints[at2.numpy()].astype(float)
+    one, other = match(first, second).indices.T
+    return first.keypoints[one].astype(float), second.keypoints[other].astype(float)
 
 
 def _share(errors: np.ndarray, threshold: float) -> float:
