@@ -16,7 +16,7 @@ EXTRAS = {
     "onnx": ["onnx>=1.15", "onnxruntime>=1.17"],
     "plot": ["matplotlib>=3.5"],
     "ray": ["ray>=2.9"],
-    "train": ["pycolmap>=3.11", "tensorboard>=2.10"],
+    "train": ["pycolmap>=3.11", "scipy>=1.8", "tensorboard>=2.10"],
     "evaluate": [
         "evo>=1.30",
         "h5py>=3",

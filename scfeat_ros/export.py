@@ -21,7 +21,7 @@ from scfeat_ros.errors import InputError, ScfeatError
 from scfeat_ros.extractor import Extractor
 from scfeat_ros.features import Features, Matches
 from scfeat_ros.images import read_file
-from scfeat_ros.matcher import epipolar_inliers, match
+from scfeat_ros.matcher import match_with
 from scfeat_ros.parameters import MatcherOptions
 from scfeat_ros.sources import list_images
 from scfeat_ros.staging import staged_file
@@ -190,23 +190,11 @@ def _matched(
     disable: bool | None,
 ) -> Iterator[tuple[str, str, Matches]]:
     for first, second in tqdm(pairs, "matches", unit=" pairs", disable=disable, file=sys.stderr):
-        yield first, second, match_images(features[first], features[second], matching, extractor)
-
-
-def match_images(
-    first: Features, second: Features, matching: MatcherOptions, extractor: Extractor
-) -> Matches:
-    """Matches of two images with all of the matcher's options."""
-    matches = match(
-        first, second, matching.ratio or None, matching.min_similarity, extractor.device
-    )
-    if matching.epipolar_threshold:
-        points = (
-            first.keypoints[matches.indices[:, 0]],
-            second.keypoints[matches.indices[:, 1]],
+        yield (
+            first,
+            second,
+            match_with(matching, features[first], features[second], extractor.device),
         )
-        matches = matches.select(epipolar_inliers(*points, matching.epipolar_threshold)[0])
-    return matches
 
 
 def _write_npz(path: Path, features: dict[str, Features], pairs: MatchedPairs) -> None:

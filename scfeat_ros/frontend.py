@@ -9,7 +9,7 @@ import numpy as np
 
 from scfeat_ros.extractor import Extractor
 from scfeat_ros.features import FrameResult, Matches
-from scfeat_ros.matcher import epipolar_inliers, match
+from scfeat_ros.matcher import match_with
 from scfeat_ros.parameters import MatcherOptions, validate
 from scfeat_ros.tracker import Tracker
 
@@ -74,21 +74,8 @@ class FrontEnd:
         matches = Matches.empty()
         previous_keypoints = np.zeros((0, 2), np.float32)
         if previous is not None:
-            matches = match(
-                previous.features,
-                features,
-                self.matching.ratio or None,
-                self.matching.min_similarity,
-                self.extractor.device,
-            )
+            matches = match_with(self.matching, previous.features, features, self.extractor.device)
             previous_keypoints = previous.features.keypoints[matches.indices[:, 0]]
-            if self.matching.epipolar_threshold:
-                inliers, _ = epipolar_inliers(
-                    previous_keypoints,
-                    features.keypoints[matches.indices[:, 1]],
-                    self.matching.epipolar_threshold,
-                )
-                matches, previous_keypoints = matches.select(inliers), previous_keypoints[inliers]
         matched = time.perf_counter()
         track_ids, track_lengths = self.tracker.update(features, matches, stamp, frame_id)
         return FrameResult(

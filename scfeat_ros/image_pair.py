@@ -9,10 +9,9 @@ import cv2
 import numpy as np
 
 from scfeat_ros.errors import InputError
-from scfeat_ros.export import match_images
 from scfeat_ros.extractor import Extractor
 from scfeat_ros.images import read_file
-from scfeat_ros.matcher import epipolar_inliers
+from scfeat_ros.matcher import epipolar_inliers, match_with
 from scfeat_ros.overlay import draw_matches
 from scfeat_ros.parameters import MatcherOptions
 from scfeat_ros.staging import staged_file
@@ -50,7 +49,7 @@ def match_pair(
     with staged_file(output, overwrite) as partial:
         images = [read_file(first), read_file(second)]
         features = [extractor(image) for image in images]
-        matches = match_images(*features, matching, extractor)
+        matches = match_with(matching, *features, extractor.device)
         inliers, _ = epipolar_inliers(
             features[0].keypoints[matches.indices[:, 0]],
             features[1].keypoints[matches.indices[:, 1]],

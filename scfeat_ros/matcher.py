@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from scfeat_ros.features import Features, Matches
+from scfeat_ros.parameters import MatcherOptions
 
 PAPER_RATIO = 0.80
 """Ratio-test threshold of the paper's reconstruction experiments (Sec. IV-D)."""
@@ -116,3 +117,20 @@ def epipolar_inliers(
     if matrix is None or matrix.shape != (3, 3):
         return none
     return mask.ravel().astype(bool), matrix
+
+
+def match_with(
+    options: MatcherOptions,
+    first: Features,
+    second: Features,
+    device: str | torch.device = "cpu",
+) -> Matches:
+    """`match`, then `epipolar_inliers`, as far as the options ask for them."""
+    matches = match(first, second, options.ratio or None, options.min_similarity, device)
+    if options.epipolar_threshold:
+        one, other = matches.indices.T
+        inliers, _ = epipolar_inliers(
+            first.keypoints[one], second.keypoints[other], options.epipolar_threshold
+        )
+        matches = matches.select(inliers)
+    return matches

@@ -10,6 +10,7 @@ import numpy as np
 from scfeat_ros.extractor import Extractor
 from scfeat_ros.features import Features
 from scfeat_ros.matcher import match
+from scfeat_training.evaluation.metrics import mma_score
 from scfeat_training.geometry import epipolar_distance, transform_points
 from scfeat_training.scenes import Scene
 from scfeat_training.trained import load_trained
@@ -22,12 +23,6 @@ VARIANTS = {
     "fusion normalization (Eq. 25)": {"descriptor_norm": "fusion"},
 }
 """Options of the extractor that make the rows of one run."""
-
-
-def mma_score(accuracies: Sequence[float]) -> float:
-    """MMAScore (Eq. 24) of the mean matching accuracies at 1, 2 ... 10 px."""
-    weights = [2 - 0.1 * threshold for threshold in THRESHOLDS]
-    return float(np.average(accuracies, weights=weights))
 
 
 def measure(extractor: Extractor, pairs: Sequence[dict]) -> dict[str, float]:

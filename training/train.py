@@ -9,7 +9,6 @@ from pathlib import Path
 
 from scfeat_ros.errors import InputError, OutputExistsError, ScfeatError
 from scfeat_ros.model.scfeat import save_model
-from scfeat_training.ablation import table
 from scfeat_training.config import STAGES, read_config
 from scfeat_training.scenes import read_scenes, split_scenes
 from scfeat_training.trained import load_trained
@@ -114,6 +113,9 @@ def _train(args: argparse.Namespace, argv: list[str]) -> int:
 
 
 def _ablation(args: argparse.Namespace) -> int:
+    # here, since training itself needs nothing of the evaluation
+    from scfeat_training.ablation import table
+
     runs = {}
     for text in args.runs:
         name, equals, run = text.partition("=")
