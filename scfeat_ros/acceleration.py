@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from scfeat_ros.errors import ScfeatError
+from scfeat_ros.memory import keep_freed_memory
 from scfeat_ros.model import native
 from scfeat_ros.model.fused import FusedSCFeat
 from scfeat_ros.model.sampling import sample
@@ -118,7 +119,7 @@ def _make(model: SCFeat, device: torch.device, precision: str, compile: str) -> 
     if device.type == "cpu" and dtype in native.SUFFIX:
         try:
             network = FusedSCFeat(model, dtype, compiled=True)
-            native.keep_freed_memory()
+            keep_freed_memory()
             return Network(network, precision, "fused, compiled kernels")
         except native.CompilerError as error:
             if compile == "on":

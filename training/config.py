@@ -18,6 +18,7 @@ class TrainConfig:
     Attributes:
         stage: warmup, descriptor or detector.
         model: a key of `scfeat_ros.model.scfeat.CONFIGS`.
+        network: fields of `SCFeatConfig` that differ from that model's, to try other sizes.
         encoder_weights: a torchvision ResNet state dict to start the encoder from.
         data: folder of scenes as `datasets.read_scenes` takes it.
         scenes: names of the scenes to use; empty for all.
@@ -40,6 +41,7 @@ class TrainConfig:
 
     stage: str
     model: str = "scfeat-s"
+    network: dict[str, Any] = field(default_factory=dict)
     encoder_weights: str | None = None
     data: str = "data/train"
     scenes: list[str] = field(default_factory=list)

@@ -9,7 +9,7 @@ themselves compute in bf16 (with fp32 sums inside). Which way back is faster dep
   fp32 forward but 2 to 8 times slower backward. There `bfloat16_conv2d` differentiates a stride-1
   convolution with forward convolutions and matrix products alone: the gradient for the input is a
   convolution with the flipped and transposed kernel, the gradient for the weights is one matrix
-  product of the output's gradient with the unfolded input.
+  product per tap of the kernel.
 """
 
 from __future__ import annotations
@@ -66,17 +66,21 @@ class _BFloat16Conv2d(torch.autograd.Function):
 def _weight_gradient(
     x: torch.Tensor, gradient: torch.Tensor, kernel: int, padding: int
 ) -> torch.Tensor:
-    """(out, in, kernel, kernel) fp32 from channels-last bf16 maps of input and gradient."""
-    height, width = gradient.shape[-2:]
-    rows = gradient.permute(0, 2, 3, 1).reshape(-1, gradient.shape[1])
-    channels = x.shape[1]
-    if padding:
-        x = F.pad(x, (padding,) * 4)
-    x = x.permute(0, 2, 3, 1)
-    shifted = [x[:, i : i + height, j : j + width] for i in range(kernel) for j in range(kernel)]
-    unfolded = torch.cat(shifted, dim=-1).view(-1, kernel * kernel * channels)
-    product = (rows.t() @ unfolded).float()
-    return product.view(-1, kernel, kernel, channels).permute(0, 3, 1, 2)
+    """(out, in, kernel, kernel) fp32 from channels-last bf16 maps of input and gradient.
+
+    Both are laid out as rows of one grid, the padded input's; the gradient is zero where that grid
+    has no output. Then the input as one tap sees it is the same rows, begun some rows later, and
+    each tap's gradient is one matrix product without a copy.
+    """
+    width = x.shape[-1] + 2 * padding
+    rows = F.pad(x.permute(0, 2, 3, 1), (0, 0) + (padding,) * 4).view(-1, x.shape[1])
+    more = kernel - 1
+    out = F.pad(gradient.permute(0, 2, 3, 1), (0, 0, 0, more, 0, more)).view(-1, gradient.shape[1])
+    count = len(rows) - more * (width + 1)
+    out = out[:count].t()
+    starts = [i * width + j for i in range(kernel) for j in range(kernel)]
+    taps = torch.stack([out @ rows[start : start + count] for start in starts]).float()
+    return taps.view(kernel, kernel, *taps.shape[1:]).permute(2, 3, 0, 1)
 
 
 def bfloat16_conv2d(

@@ -26,18 +26,21 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from scfeat_ros.errors import InputError, ScfeatError
-from scfeat_ros.model.scfeat import CONFIGS, SCFeat, load_model, read_metadata
+from scfeat_ros.memory import keep_freed_memory
+from scfeat_ros.model.scfeat import CONFIGS, SCFeat, SCFeatConfig, load_model, read_metadata
 from scfeat_training.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
 from scfeat_training.config import TrainConfig
 from scfeat_training.ema import Ema
 from scfeat_training.fast_conv import accelerate, cpu_has_bfloat16
 from scfeat_training.sampling_order import Numbered, StepSampler
 from scfeat_training.scenes import Scene, read_scenes, split_scenes
-from scfeat_training.stages import STAGE_CLASSES
+from scfeat_training.stages import STAGE_CLASSES, options_of
 from scfeat_training.validation import Validation
 
 LOG = "log.jsonl"
 MAX_SKIPPED_IN_A_ROW = 50
+KEPT_MEMORY = 2**31 - 1
+"""Bytes of freed memory that a run on the CPU keeps for the next step."""
 
 
 def make_model(config: TrainConfig) -> SCFeat:
@@ -49,7 +52,8 @@ def make_model(config: TrainConfig) -> SCFeat:
     if config.model not in CONFIGS:
         raise InputError(f"model '{config.model}' is none of {', '.join(CONFIGS)}")
     torch.manual_seed(config.seed)
-    model = SCFeat(CONFIGS[config.model])
+    network = options_of(SCFeatConfig, asdict(CONFIGS[config.model]) | config.network, "network")
+    model = SCFeat(network)
     if config.encoder_weights:
         path = Path(config.encoder_weights)
         try:
@@ -145,8 +149,10 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, weight_decay=config.weight_decay)
         if state is not None:
             self._restore(state)
-        if self.device.type == "cpu" and cpu_has_bfloat16():
-            accelerate(self.model)
+        if self.device.type == "cpu":
+            keep_freed_memory(KEPT_MEMORY, map_large=False)
+            if cpu_has_bfloat16():
+                accelerate(self.model)
         network: nn.Module = self.stage.network
         if config.compile:
             network = torch.compile(network)

@@ -80,22 +80,6 @@ def load() -> ctypes.CDLL:
         raise CompilerError(f"{library} cannot be loaded ({error}): delete it") from error
 
 
-@functools.cache
-def keep_freed_memory() -> None:
-    """Let the process keep up to 256 MiB that it has freed, where the C library is glibc.
-
-    By default large maps are handed back to the system after every frame and come back as pages
-    to be cleared: some 5,000 page faults and a tenth of the time of a frame.
-    """
-    trim_threshold, mmap_threshold = -1, -3  # of malloc.h
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return
-    mallopt(mmap_threshold, 32 << 20)  # the largest that glibc takes
-    mallopt(trim_threshold, 256 << 20)
-
-
 def _cpu() -> str:
     """What decides which instructions the compiler may use."""
     info = Path("/proc/cpuinfo")
