@@ -278,9 +278,12 @@ def test_validation_pairs_are_fixed_and_plain(scene):
 # --- homography pairs ---------------------------------------------------------------------------
 
 
-def test_homography_maps_the_first_view_to_the_second(scene_folder):
+@pytest.mark.parametrize("mirror", [0.0, 1.0])
+def test_homography_maps_the_first_view_to_the_second(scene_folder, mirror):
     photos = photo_paths([read_scene(scene_folder)])
-    config = HomographyPairsConfig(size=(96, 64), rotation=(90, 90), photometric=None)
+    config = HomographyPairsConfig(
+        size=(96, 64), rotation=(90, 90), mirror=mirror, photometric=None
+    )
     pairs = HomographyPairs(photos, config)
     x, y = np.meshgrid(np.arange(4, 92, 8.0), np.arange(4, 60, 8.0))
     grid = np.stack([x.ravel(), y.ravel()], -1)
@@ -301,6 +304,8 @@ def test_homography_maps_the_first_view_to_the_second(scene_folder):
             for view, p in zip(views, (grid, mapped), strict=True)
         ]
         assert abs(shown[0] - shown[1]).max() < 2.5  # the coordinate in the photo, in its pixels
+        across = views[0][32, 90, 0] - views[0][32, 5, 0]  # of the first view, which is not turned
+        assert across < 0 if mirror else across > 0
 
 
 def test_homography_views_overlap(scene_folder):

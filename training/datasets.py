@@ -460,7 +460,8 @@ class HomographyPairsConfig:
     size: (width, height). rotation: largest in-plane rotation in degrees at the first sample and
     after `curriculum` samples. scale: range of the scale between the two views. perspective: how
     far corners move, as a share of the side. crop_scale: range of the first view's resize
-    factor. overlap: least share of one view that the other shows.
+    factor. overlap: least share of one view that the other shows. mirror: probability that the
+    photo is mirrored first, which both views show then.
     """
 
     size: tuple[int, int] = (320, 240)
@@ -474,6 +475,7 @@ class HomographyPairsConfig:
     crop_scale: tuple[float, float] = (0.5, 1.2)
     overlap: float = 0.4
     filled: float = 0.85
+    mirror: float = 0.0
     photometric: Photometric | None = field(default_factory=Photometric)
 
 
@@ -525,6 +527,8 @@ class HomographyPairs(Dataset):
                 self.bad[path] = str(error)
         else:
             raise InputError("100 photos in a row cannot be read")
+        if config.mirror and rng.random() < config.mirror:
+            photo = photo[:, ::-1]
         first, H = self._draw(photo.shape[1::-1], self.max_rotation(index), rng)
         fill = [int(rng.integers(0, 256))] * 3
         views = [warp(photo, first, config.size), warp(photo, H @ first, config.size, fill)]
