@@ -181,7 +181,9 @@ def test_contrastive_loss_by_hand():
     descriptors2 = torch.tensor([[[0.8, 0.6], [0.0, 1.0]]])
     points = torch.tensor([[[0.0, 0.0], [100.0, 0.0]]])
     valid = torch.tensor([[True, False]])
-    loss = contrastive_loss(descriptors1, descriptors2, points, points, valid, 1.0, 6.0)
+    loss = contrastive_loss(
+        descriptors1, descriptors2, points, points, valid, WarmupOptions(temperature=1.0)
+    )
     forward = torch.tensor([0.8, 0.0, 0.0]).exp().sum().log() - 0.8
     back = torch.tensor([0.8, 0.6, 0.6]).exp().sum().log() - 0.8
     assert float(loss) == pytest.approx(0.5 * float(forward + back), abs=1e-6)
@@ -194,9 +196,26 @@ def test_near_candidates_are_no_negatives():
     valid = torch.tensor([[True, True, True]])
     far = torch.tensor([[[0.0, 0.0], [50.0, 0.0], [90.0, 0.0]]])
     near = torch.tensor([[[0.0, 0.0], [3.0, 0.0], [90.0, 0.0]]])
-    with_all = contrastive_loss(descriptors, descriptors, far, far, valid, 0.1, 6.0)
-    without = contrastive_loss(descriptors, descriptors, near, near, valid, 0.1, 6.0)
+    options = WarmupOptions(temperature=0.1)
+    with_all = contrastive_loss(descriptors, descriptors, far, far, valid, options)
+    without = contrastive_loss(descriptors, descriptors, near, near, valid, options)
     assert without < with_all
+
+
+def test_anchors_are_the_valid_points():
+    """Fewer anchors than points: the loss is theirs alone, all points stay candidates."""
+    generator = torch.Generator().manual_seed(6)
+    descriptors1, descriptors2 = (
+        F.normalize(torch.randn(1, 12, 8, generator=generator), dim=2) for _ in range(2)
+    )
+    points = torch.arange(12.0)[None, :, None] * torch.tensor([40.0, 0.0])
+    valid = torch.zeros(1, 12, dtype=torch.bool)
+    valid[:, [3, 7, 8]] = True
+    inputs = descriptors1, descriptors2, points, points, valid
+    few, all_points = (
+        contrastive_loss(*inputs, WarmupOptions(anchors=count)) for count in (3, 100)
+    )
+    assert float(few) == pytest.approx(float(all_points), abs=1e-6)
 
 
 def test_place_loss_is_small_only_for_the_right_descriptor(stereo):

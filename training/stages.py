@@ -48,7 +48,7 @@ from scfeat_training.scenes import Scene, photo_paths
 from scfeat_training.synthetic import SyntheticPairs, SyntheticPairsConfig, WithSynthetic
 from scfeat_training.warmup_loss import WarmupOptions, warmup_loss
 
-POINTS = 512
+POINTS = 1024
 """Corresponding points a pair, of which up to a half come from sparse 3D points."""
 
 T = TypeVar("T")

@@ -20,6 +20,7 @@ class WarmupOptions:
 
     Attributes:
         temperature: of the softmax over cosine similarities.
+        anchors: points a pair and direction whose partner is looked for.
         near: candidates closer than this to the true place are no negatives, pixels.
         window: half side of the window of the place term, pixels; 0 leaves the term out.
         grid: samples along a side of that window.
@@ -31,14 +32,25 @@ class WarmupOptions:
     """
 
     temperature: float = 0.05
+    anchors: int = 256
     near: float = 6.0
     window: float = 6.0
     grid: int = 7
-    place_points: int = 192
+    place_points: int = 128
     place_weight: float = 0.2
     place_sharpness: float = 60.0
     bridged_weight: float = 0.5
-    bridged_points: int = 256
+    bridged_points: int = 128
+
+
+def valid_first(valid: torch.Tensor, count: int) -> torch.Tensor:
+    """Indices (B, at most count) of rows, the valid ones first and else in their order."""
+    return valid.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :count]
+
+
+def take_rows(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """(B, M, ...) rows of (B, N, ...) by (B, M) indices."""
+    return torch.take_along_dim(x, rows[(...,) + (None,) * (x.ndim - 2)], dim=1)
 
 
 def contrastive_loss(
@@ -47,47 +59,41 @@ def contrastive_loss(
     points1: torch.Tensor,
     points2: torch.Tensor,
     valid: torch.Tensor,
-    temperature: float,
-    near: float,
+    options: WarmupOptions,
 ) -> torch.Tensor:
     """Symmetric InfoNCE with negatives from both images.
 
-    For a point of image 1 the candidates are all points of image 2 (one of them right) and all
-    other points of image 1 itself, where repeated texture gives the hardest ones; likewise for
-    image 2.
+    For an anchor, a point of image 1, the candidates are all points of image 2 (one of them
+    right) and all other points of image 1 itself, where repeated texture gives the hardest ones;
+    likewise for image 2. Anchors are fewer than points: what matters is the number of candidates.
 
     Args:
         descriptors1, descriptors2: (B, N, D) of unit norm.
         points1, points2: (B, N, 2) pixels.
         valid: (B, N) bool: row i of points2 is the true place of row i of points1. The other rows
             are candidates only.
-        temperature: divides the cosine similarity.
-        near: candidates closer than this to the true place, other than itself, are left out.
+        options: temperature, anchors and near.
 
     Returns:
-        (B,) the mean over the valid points of both directions; 0 for a pair without any.
+        (B,) the mean over the anchors of both directions; 0 for a pair without any.
     """
-    count = points1.shape[1]
-    same = torch.eye(count, dtype=torch.bool, device=points1.device)
-    near1 = torch.cdist(points1, points1) < near
-    near2 = torch.cdist(points2, points2) < near
-    cross = descriptors1 @ descriptors2.transpose(1, 2) / temperature
+    anchors = valid_first(valid, options.anchors)
+    itself = anchors[..., None] == torch.arange(points1.shape[1], device=points1.device)
+    first, second = (descriptors1, points1), (descriptors2, points2)
     total = 0.0
-    for logits, descriptors, close_cross, close_own in (
-        (cross, descriptors1, near2, near1),
-        (cross.transpose(1, 2), descriptors2, near1, near2),
-    ):
-        own = descriptors @ descriptors.transpose(1, 2) / temperature
-        candidates = torch.cat(
-            [
-                logits.masked_fill(close_cross & ~same, -torch.inf),
-                own.masked_fill(close_own | same, -torch.inf),
-            ],
-            dim=2,
-        )
-        right = logits.diagonal(dim1=1, dim2=2)
-        total = total + torch.logsumexp(candidates, dim=2) - right
-    weight = valid.to(total.dtype)
+    for (own, own_points), (other, other_points) in ((first, second), (second, first)):
+        queries = take_rows(own, anchors)
+        in_own = queries @ own.transpose(1, 2) / options.temperature
+        in_other = queries @ other.transpose(1, 2) / options.temperature
+        right = torch.take_along_dim(in_other, anchors[..., None], dim=2)[..., 0]
+        near_own = torch.cdist(take_rows(own_points, anchors), own_points) < options.near
+        near_other = torch.cdist(take_rows(other_points, anchors), other_points) < options.near
+        candidates = [
+            in_other.masked_fill(near_other & ~itself, -torch.inf),
+            in_own.masked_fill(near_own | itself, -torch.inf),
+        ]
+        total = total + torch.logsumexp(torch.cat(candidates, dim=2), dim=2) - right
+    weight = take_rows(valid, anchors).to(total.dtype)
     return 0.5 * (total * weight).sum(1) / weight.sum(1).clamp_min(1)
 
 
@@ -150,23 +156,18 @@ def warmup_loss(
     """
     found1 = F.normalize(sample(maps1, points1), dim=-1)
     found2 = F.normalize(sample(maps2, points2), dim=-1)
-    contrast = contrastive_loss(
-        found1, found2, points1, points2, valid, options.temperature, options.near
-    )
+    contrast = contrastive_loss(found1, found2, points1, points2, valid, options)
     terms = {"contrast": contrast.detach().mean()}
     loss = contrast
     if options.window > 0 and options.place_weight > 0:
-        # valid rows first, so that posed pairs with few of them use them all
-        order = valid.to(torch.int8).argsort(dim=1, descending=True, stable=True)
-        order = order[:, : options.place_points]
-
-        def pick(x: torch.Tensor) -> torch.Tensor:
-            return torch.take_along_dim(x, order[..., None], dim=1)
-
-        used = torch.take_along_dim(valid, order, dim=1)
+        rows = valid_first(valid, options.place_points)
+        points1, points2, used, noise = (
+            take_rows(x, rows) for x in (points1, points2, valid, noise)
+        )
+        found1, found2 = take_rows(found1, rows), take_rows(found2, rows)
         place = 0.5 * (
-            place_loss(pick(found1), maps2, pick(points2), used, pick(noise)[..., :2], options)
-            + place_loss(pick(found2), maps1, pick(points1), used, pick(noise)[..., 2:], options)
+            place_loss(found1, maps2, points2, used, noise[..., :2], options)
+            + place_loss(found2, maps1, points1, used, noise[..., 2:], options)
         )
         terms["place"] = place.detach().mean()
         loss = loss + options.place_weight * place
