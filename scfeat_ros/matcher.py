@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import cv2
 import numpy as np
 import torch
@@ -11,6 +13,8 @@ from scfeat_ros.parameters import MatcherOptions
 
 PAPER_RATIO = 0.80
 """Ratio-test threshold of the paper's reconstruction experiments (Sec. IV-D)."""
+BLOCK_ROWS = 128
+"""Of the similarity matrix, at a time on the CPU: with 2,048 columns 1 MiB."""
 
 
 def match(
@@ -27,7 +31,7 @@ def match(
         ratio: if given, keep a match only where the distance to the nearest neighbour is
             below `ratio` times that to the second nearest, both ways (paper: 0.80).
         min_similarity: smallest cosine similarity of a match.
-        device: torch device for the similarity matrix.
+        device: torch device for the similarities.
 
     Returns:
         Matches sorted by the index in `first`; empty where either side is empty.
@@ -47,36 +51,70 @@ def match(
     with torch.inference_mode():
         a = torch.from_numpy(first.descriptors).to(device)
         b = torch.from_numpy(second.descriptors).to(device)
-        similarity = a @ b.T
-        rows, columns = _mutual_nearest(similarity)
-        best = similarity[rows, columns]
+        rows, columns, best = _mutual_nearest(a, b)
         keep = best >= min_similarity
         if ratio is not None:
-            # what remains without the pairs themselves is the second nearest, both ways
-            similarity[rows, columns] = -torch.inf
-            second = torch.maximum(similarity.amax(dim=1)[rows], similarity.amax(dim=0)[columns])
+            second_best = _second_best(a, b, rows, columns)
             # |a - b|^2 = 2 - 2 cos for unit vectors; a single candidate has nothing to confuse it
-            keep &= (2 - 2 * best).clamp_min(0) < ratio**2 * (2 - 2 * second).clamp_min(0)
+            keep &= (2 - 2 * best).clamp_min(0) < ratio**2 * (2 - 2 * second_best).clamp_min(0)
         indices = torch.stack([rows[keep], columns[keep]], dim=1).cpu().numpy()
         return Matches(indices, best[keep].float().cpu().numpy())
 
 
-def _mutual_nearest(similarity: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows and columns of a (N, M) matrix that are each other's first maximum, by row.
+def _similarities(a: torch.Tensor, b: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+    """The (N, M) matrix a b^T by blocks of rows: which rows, and the block.
 
-    Only values are taken along the columns: their positions would cost more than the matrix.
+    On the CPU a block is used up while it lies in the cache, and the next one overwrites it; the
+    whole matrix would go through memory several times.
     """
-    if similarity.device.type == "cpu":  # NumPy's argmax is ten times faster than PyTorch's
-        forward = torch.from_numpy(similarity.numpy().argmax(axis=1))
-    else:
-        forward = similarity.argmax(dim=1)
-    rows = torch.arange(len(similarity), device=similarity.device)
-    rows = rows[similarity[rows, forward] == similarity.amax(dim=0)[forward]]
+    height = BLOCK_ROWS if a.device.type == "cpu" else len(a)
+    block = a.new_empty(min(height, len(a)), len(b))
+    for start in range(0, len(a), height):
+        rows = slice(start, min(start + height, len(a)))
+        yield rows, torch.mm(a[rows], b.T, out=block[: rows.stop - start])
+
+
+def _mutual_nearest(
+    a: torch.Tensor, b: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rows and columns of a b^T that are each other's first maximum, by row, and that maximum.
+
+    Only values are taken along the columns: their positions would cost more than the product.
+    """
+    forward = torch.empty(len(a), dtype=torch.long, device=a.device)
+    best = a.new_empty(len(a))
+    best_of_column = a.new_full((len(b),), -torch.inf)
+    for rows, block in _similarities(a, b):
+        if block.device.type == "cpu":  # NumPy's argmax is ten times faster than PyTorch's
+            forward[rows] = torch.from_numpy(block.numpy().argmax(axis=1))
+        else:
+            forward[rows] = block.argmax(dim=1)
+        best[rows] = block.gather(1, forward[rows, None])[:, 0]
+        torch.maximum(best_of_column, block.amax(dim=0), out=best_of_column)
+    rows = torch.nonzero(best == best_of_column[forward])[:, 0]
     # of rows with the same value in the same column, the first
-    first = torch.full_like(similarity[0], len(similarity), dtype=torch.long)
+    first = torch.full_like(best_of_column, len(a), dtype=torch.long)
     first.scatter_reduce_(0, forward[rows], rows, "amin")
     rows = rows[first[forward[rows]] == rows]
-    return rows, forward[rows]
+    return rows, forward[rows], best[rows]
+
+
+def _second_best(
+    a: torch.Tensor, b: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor
+) -> torch.Tensor:
+    """For mutual pairs: the largest similarity of either with anything but the other.
+
+    The similarities are computed again: keeping them all is slower from 4,096 features on.
+    """
+    of_row = a.new_empty(len(rows))
+    of_column = a.new_full((len(b),), -torch.inf)
+    for span, block in _similarities(a, b):
+        inside = (rows >= span.start) & (rows < span.stop)
+        own = rows[inside] - span.start
+        block[own, columns[inside]] = -torch.inf
+        of_row[inside] = block.amax(dim=1)[own]
+        torch.maximum(of_column, block.amax(dim=0), out=of_column)
+    return torch.maximum(of_row, of_column[columns])
 
 
 def epipolar_inliers(

@@ -44,9 +44,10 @@ def slow_match(first, second, ratio=None):
 
 @pytest.mark.parametrize("ratio", [None, 0.95, 0.8])
 def test_matches_are_the_mutual_nearest_neighbours(ratio):
-    first, second = random_features(80, seed=1), random_features(60, seed=2)
+    # more than one block of rows
+    first, second = random_features(300, seed=1), random_features(60, seed=2)
     # some true matches, so that the ratio test has what to keep
-    second.descriptors[:30] = first.descriptors[10:40] + 0.05 * second.descriptors[:30]
+    second.descriptors[:30] = first.descriptors[110:140] + 0.05 * second.descriptors[:30]
     second.descriptors[:] /= np.linalg.norm(second.descriptors, axis=1, keepdims=True)
     expected = slow_match(first, second, ratio)
     assert len(expected) >= 25
@@ -80,6 +81,13 @@ def test_a_repeated_pattern_fails_the_ratio_test():
     second = features([[1, 0.01, 0], [1, 0, 0.01], [0, 1, 0]])
     assert len(match(first, second)) == 2
     assert match(first, second, 0.8).indices.tolist() == [[1, 2]]
+
+
+def test_of_equal_descriptors_the_first_matches():
+    first, second = random_features(300, seed=7), random_features(1, seed=8)
+    first.descriptors[[40, 41, 200]] = second.descriptors[0]
+    assert match(first, second).indices.tolist() == [[40, 0]]
+    assert match(second, first).indices.tolist() == [[0, 40]]
 
 
 def test_a_single_candidate_passes_the_ratio_test():
