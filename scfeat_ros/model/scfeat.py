@@ -50,7 +50,7 @@ class SCFeatConfig:
 
 CONFIGS = {
     "scfeat": SCFeatConfig("scfeat", "resnet50", (512, 256), 128, (192, 64, 128)),
-    "scfeat-s": SCFeatConfig("scfeat-s", "resnet10", (96, 64), 64, (16, 8, 8)),
+    "scfeat-s": SCFeatConfig("scfeat-s", "resnet18", (64, 64), 64, (16, 8, 8)),
 }
 """The paper's network and the robot size."""
 
