@@ -29,6 +29,7 @@ from scfeat_ros.messages import encode_features, encode_matches, rosbags_types
 from scfeat_ros.model import kernels
 from scfeat_ros.model.fused import Conv, FusedSCFeat
 from scfeat_ros.model.scfeat import STRIDE
+from scfeat_ros.staging import staged_file
 
 SCALING_SIZES = "320x240,640x480,960x720,1280x960,1920x1080"
 SCALING_TOP_K = "512,1024,2048,4096,8192"
@@ -114,9 +115,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     print(table(report))
     if arguments.json:
-        partial = arguments.json.with_name(arguments.json.name + ".partial")
-        partial.write_text(json.dumps(report, indent=1) + "\n")
-        os.replace(partial, arguments.json)
+        with staged_file(arguments.json, overwrite=True) as partial:
+            partial.write_text(json.dumps(report, indent=1) + "\n")
     if arguments.plot:
         plot_scaling(report, arguments.plot)
     return 0
@@ -496,10 +496,9 @@ def plot_scaling(report: dict[str, Any], path: Path) -> None:
             axes.legend(fontsize="small")
     left.set_title("extraction")
     right.set_title("matching")
-    partial = path.with_name(path.name + ".partial")
-    figure.savefig(partial, format=path.suffix.lstrip(".") or "png", dpi=110)
+    with staged_file(path, overwrite=True) as partial:
+        figure.savefig(partial, format=path.suffix.lstrip(".") or "png", dpi=110)
     pyplot.close(figure)
-    os.replace(partial, path)
 
 
 def _pixels(size: str) -> int:

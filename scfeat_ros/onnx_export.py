@@ -19,9 +19,10 @@ import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from scfeat_ros.errors import ModelError, OutputExistsError, ScfeatError
+from scfeat_ros.errors import ModelError, ScfeatError
 from scfeat_ros.model.resnet import BasicBlock, Bottleneck
 from scfeat_ros.model.scfeat import STRIDE, SCFeat, SCFeatConfig, SCFeatOutput, load_model
+from scfeat_ros.staging import staged_file
 
 OPSET = 17
 OUTPUTS = SCFeatOutput._fields
@@ -56,7 +57,7 @@ def export_onnx(
 
     Raises:
         ModelError: the weights cannot be read.
-        OutputExistsError: the file exists.
+        OutputExistsError, InputError: see `staging.staged_file`.
         ScfeatError: the `onnx` package is missing.
         ValueError: another precision, or another file name extension.
     """
@@ -65,15 +66,12 @@ def export_onnx(
         raise ValueError(f"{path}: the file's name must end in .onnx")
     if precision not in ("fp32", "fp16"):
         raise ValueError(f"an ONNX file is of precision fp32 or fp16, not '{precision}'")
-    if path.exists() and not overwrite:
-        raise OutputExistsError(f"{path} exists: choose another name, or --overwrite")
-    onnx = _import("onnx")
-    model = load_model(weights)
-    network = _fold(model)
-    if precision == "fp16":
-        _use_half(network)
-    partial = path.with_name(path.name + ".partial")
-    try:
+    with staged_file(path, overwrite) as partial:
+        onnx = _import("onnx")
+        model = load_model(weights)
+        network = _fold(model)
+        if precision == "fp16":
+            _use_half(network)
         _write(network, partial)
         written = onnx.load(partial)
         metadata = {"format": "scfeat", "precision": precision}
@@ -81,9 +79,6 @@ def export_onnx(
         onnx.helper.set_model_props(written, metadata)
         onnx.checker.check_model(written)
         onnx.save(written, partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
     return path
 
 

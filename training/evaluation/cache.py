@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 import zipfile
 from collections import OrderedDict
@@ -23,6 +22,7 @@ from scfeat_ros import __version__
 from scfeat_ros.errors import InputError
 from scfeat_ros.features import Features
 from scfeat_ros.images import UnreadableImageError, decode
+from scfeat_ros.staging import staged_file
 from scfeat_training.evaluation.methods import Method
 
 
@@ -71,10 +71,8 @@ def shrink(image: np.ndarray, max_size: int) -> np.ndarray:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON beside the final name and rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    with staged_file(path, overwrite=True) as partial:
+        partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
 class Cache:
@@ -142,18 +140,15 @@ class Cache:
         factors = np.float32(size) / np.float32(working.shape[1::-1])
         keypoints = (found.keypoints + np.float32(0.5)) * factors - np.float32(0.5)
         features = Features(keypoints, found.scores, found.descriptors, size)
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(file.name + ".partial")
-        with partial.open("wb") as stream:
+        with staged_file(file, overwrite=True) as partial:
             np.savez(
-                stream,
+                partial,
                 keypoints=features.keypoints,
                 scores=features.scores,
                 image_size=np.int64(size),
                 seconds=seconds,
                 **_pack(features.descriptors),
             )
-        os.replace(partial, file)
         return Extracted(features, seconds, digest)
 
     def result(self, key: dict[str, Any], compute: Callable[[], Any]) -> Any:
