@@ -68,10 +68,10 @@ setup(
         "torch>=2.1",
         "tqdm>=4.60",
     ],
-    # colcon runs pytest because of the name "test"; Ray is large, its test is skipped without it
+    # colcon runs pytest because of the name "test"
     extras_require={
         **EXTRAS,
-        "test": [*TEST, *(p for group in EXTRAS if group != "ray" for p in EXTRAS[group])],
+        "test": [*TEST, *(package for group in EXTRAS.values() for package in group)],
     },
     entry_points={
         "console_scripts": [
