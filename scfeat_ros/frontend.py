@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from scfeat_ros.extractor import Extractor
-from scfeat_ros.features import FrameResult, Matches
+from scfeat_ros.features import Features, FrameResult, Matches
 from scfeat_ros.matcher import match_with
 from scfeat_ros.parameters import MatcherOptions, validate
 from scfeat_ros.tracker import Tracker
@@ -66,7 +66,22 @@ class FrontEnd:
         """
         started = time.perf_counter()
         features = self.extractor(image, mask=mask)
-        extracted = time.perf_counter()
+        return self.follow(features, stamp, frame_id, time.perf_counter() - started)
+
+    def follow(
+        self, features: Features, stamp: int, frame_id: str = "", extract_seconds: float = 0.0
+    ) -> FrameResult:
+        """Match features of the stream's next image to those of the previous one.
+
+        `process` without the extraction, which can then be done ahead and for several images at
+        the same time: only the matching goes by the images' order.
+
+        Args:
+            features: of the image.
+            stamp, frame_id: see `process`.
+            extract_seconds: how long the extraction took, for the timings.
+        """
+        started = time.perf_counter()
         reset = self.tracker.reset_reason(features, stamp, frame_id)
         if reset:
             self.tracker.reset()
@@ -89,8 +104,8 @@ class FrontEnd:
             previous_keypoints=previous_keypoints,
             reset=reset,
             timings={
-                "extract": extracted - started,
-                "match": matched - extracted,
+                "extract": extract_seconds,
+                "match": matched - started,
                 "track": time.perf_counter() - matched,
             },
         )

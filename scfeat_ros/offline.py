@@ -5,20 +5,24 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Generator, Iterable, Iterator
-from contextlib import ExitStack, suppress
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from scfeat_ros import __version__
 from scfeat_ros.errors import InputError
 from scfeat_ros.extractor import Extractor
 from scfeat_ros.feature_bag import FeatureBagWriter
-from scfeat_ros.features import FrameResult
+from scfeat_ros.features import Features, FrameResult
 from scfeat_ros.frontend import FrontEnd
 from scfeat_ros.ground_truth import RIGHT_WITHIN, right_matches
 from scfeat_ros.matcher import epipolar_inliers
@@ -26,7 +30,7 @@ from scfeat_ros.overlay import Overlay
 from scfeat_ros.parameters import MatcherOptions
 from scfeat_ros.pipeline import background
 from scfeat_ros.recovery import RawMessage
-from scfeat_ros.report import SampleFrames, render
+from scfeat_ros.report import SAMPLES, SampleFrames, render
 from scfeat_ros.run_statistics import RunStatistics
 from scfeat_ros.sources import Frame, Source
 from scfeat_ros.staging import SUMMARY, check_apart, check_output, staged_folder
@@ -36,6 +40,10 @@ BAG, REPORT = "features", "report/index.html"
 """Names in the output folder, beside the summary and the video."""
 INLIER_THRESHOLD = 1.0
 """Of the epipolar inlier ratio in the report, pixels."""
+FRAMES_AT_ONCE = 2
+"""In the network, on a CPU."""
+GROUP_BYTES = 8 << 20
+"""Of messages that wait for the frame after them."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +85,10 @@ def run(
 ) -> dict[str, Any]:
     """Process a source and write the output folder.
 
-    Reading and decoding, the network, and writing run on three threads with short queues in
-    between, so that memory does not depend on the length of the input.
+    Reading and decoding, the network, matching, and writing run on threads of their own with short
+    queues in between, so that memory does not depend on the length of the input. On a CPU two
+    frames are in the network at the same time, each with half of the threads: cores that share one
+    frame would wait for that which also reads or writes.
 
     Args:
         source: where frames come from.
@@ -109,8 +119,8 @@ def run(
         writer = _Writer(folder, options, source)
         began = time.perf_counter()
         try:
-            frames = stack.enter_context(background(source.frames()))
-            results = stack.enter_context(background(_process(frames, front_end, mask)))
+            groups = stack.enter_context(background(_grouped(source.frames())))
+            results = stack.enter_context(background(_process(groups, front_end, mask)))
             bar = stack.enter_context(_progress_bar(len(source), progress))
             for item in results:
                 if isinstance(item, RawMessage):
@@ -135,19 +145,85 @@ def run(
         return writer.finish(seconds, model, settings)
 
 
-def _process(
-    items: Iterable[Frame | RawMessage], front_end: FrontEnd, mask: np.ndarray | None
-) -> Generator[tuple[Frame, FrameResult] | RawMessage, None, None]:
+@dataclass
+class _Group:
+    """A frame, and the messages that are passed through before it."""
+
+    messages: list[RawMessage]
+    frame: Frame | None = None
+    features: Features | None = None
+    extract_seconds: float = 0.0
+
+
+def _grouped(items: Iterable[Frame | RawMessage]) -> Generator[_Group, None, None]:
+    """Every frame with the messages before it; many messages come without a frame."""
+    group, size = _Group([]), 0
     for item in items:
         if isinstance(item, RawMessage):
-            yield item
-            continue
-        if mask is not None and mask.shape != item.image.shape[:2]:
-            raise InputError(
-                f"the mask is {mask.shape[1]}x{mask.shape[0]} pixels, the images are "
-                f"{item.image.shape[1]}x{item.image.shape[0]}"
-            )
-        yield item, front_end.process(item.image, item.stamp, item.frame_id, mask)
+            group.messages.append(item)
+            size += len(item.data)
+            if size < GROUP_BYTES:
+                continue
+        else:
+            group.frame = item
+        yield group
+        group, size = _Group([]), 0
+    yield group
+
+
+def _process(
+    groups: Iterable[_Group], front_end: FrontEnd, mask: np.ndarray | None
+) -> Generator[tuple[Frame, FrameResult] | RawMessage, None, None]:
+    extractor = front_end.extractor
+
+    def extract(group: _Group) -> _Group:
+        frame = group.frame
+        if frame is not None:
+            if mask is not None and mask.shape != frame.image.shape[:2]:
+                raise InputError(
+                    f"the mask is {mask.shape[1]}x{mask.shape[0]} pixels, the images are "
+                    f"{frame.image.shape[1]}x{frame.image.shape[0]}"
+                )
+            began = time.perf_counter()
+            group.features = extractor(frame.image, mask=mask)
+            group.extract_seconds = time.perf_counter() - began
+        return group
+
+    if extractor.device.type == "cpu" and torch.get_num_threads() >= FRAMES_AT_ONCE:
+        extracted = _on_threads(extract, groups, FRAMES_AT_ONCE)
+    else:
+        extracted = (extract(group) for group in groups)
+    with closing(extracted):
+        for group in extracted:
+            yield from group.messages
+            frame = group.frame
+            if frame is not None:
+                result = front_end.follow(
+                    group.features, frame.stamp, frame.frame_id, group.extract_seconds
+                )
+                yield frame, result
+
+
+def _on_threads(
+    function: Callable[[_Group], _Group], groups: Iterable[_Group], workers: int
+) -> Generator[_Group, None, None]:
+    """Call a function on several threads, which share PyTorch's; results come in order."""
+    threads = torch.get_num_threads()
+    waiting: deque[Future[_Group]] = deque()
+    # PyTorch keeps the number for every thread that calls it
+    share_threads = partial(torch.set_num_threads, threads // workers)
+    pool = ThreadPoolExecutor(workers, "scfeat-frame", share_threads)
+    share_threads()
+    try:
+        for group in groups:
+            waiting.append(pool.submit(function, group))
+            if len(waiting) > workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)
 
 
 def _progress_bar(total: int, show: bool | None) -> tqdm:
@@ -183,6 +259,8 @@ class _Writer:
         self._video: VideoWriter | None = None
         self._overlay = Overlay()
         self._samples = SampleFrames()
+        # where the length is known, pictures are not drawn to be thrown away
+        self._sample_stride = max(1, len(source) // (2 * SAMPLES))
         self._previous: Frame | None = None
 
     def pass_through(self, message: RawMessage) -> None:
@@ -214,10 +292,12 @@ class _Writer:
 
     def _draw(self, frame: Frame, result: FrameResult, inliers: np.ndarray | None) -> None:
         """The overlay, where the video, the bag or the report wants it."""
-        sample = self._samples.wants_next()
+        candidate = self.statistics.frames % self._sample_stride == 0
+        sample = candidate and self._samples.wants_next()
+        if candidate and not sample:
+            self._samples.skip()
         if not (sample or self.options.video or self.options.overlay):
             self._overlay.follow(result)
-            self._samples.skip()
             return
         picture = self._overlay.draw(frame.image, result)
         if self.options.video:
@@ -233,8 +313,6 @@ class _Writer:
             if result.reset is None:
                 caption += f", {len(result.matches)} matches, {int(inliers.sum())} inliers"
             self._samples.add(picture, caption)
-        else:
-            self._samples.skip()
 
     def finish(
         self, seconds: float, model: dict[str, Any], settings: dict[str, Any]

@@ -16,6 +16,7 @@ import cv2
 import numpy as np
 import pytest
 import sample_bags
+import torch
 from rosbags.highlevel import AnyReader
 from sample_bags import IMAGE_TOPIC, INFO_TOPIC, POSE_TOPIC, ROS1
 
@@ -101,6 +102,35 @@ def test_the_input_is_passed_through_as_it_was(full_output, camera_bag):
             ]
 
     assert raw(path / "features") == raw(camera_bag)
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_frames_in_the_network_at_the_same_time_change_nothing(
+    tmp_path, full_output, camera_bag, tiny_extractor, two_threads
+):
+    source = BagSource(camera_bag, passthrough=True)
+    run(source, tiny_extractor, tmp_path / "out", overlay=True, passthrough=True)
+    assert torch.get_num_threads() == 2
+
+    def raw(folder):
+        with AnyReader([folder / "features"]) as reader:
+            return [(c.topic, when, bytes(data)) for c, when, data in reader.messages()]
+
+    assert raw(tmp_path / "out") == raw(full_output[0])
+
+
+def test_an_error_in_the_network_leaves_nothing(tmp_path, camera_bag, tiny_extractor, two_threads):
+    with pytest.raises(InputError, match="the mask is 3x2 pixels, the images are 160x120"):
+        run(BagSource(camera_bag), tiny_extractor, tmp_path / "out", mask=np.ones((2, 3)))
+    assert list(tmp_path.iterdir()) == []
+    assert torch.get_num_threads() == 2
 
 
 def test_the_overlay_is_in_the_bag_and_in_the_video(full_output, images):
