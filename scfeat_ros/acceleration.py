@@ -82,6 +82,8 @@ def choose(
     if isinstance(model, OnnxSCFeat):
         model.prepare(device)
         return Network(model, model.precision, "onnxruntime")
+    if device.type == "cpu":
+        keep_freed_memory()
     if precision == "auto":
         half = "bf16" if has_bfloat16(device) else "fp16" if device.type == "cuda" else None
         precisions = [half, "fp32"] if half else ["fp32"]
@@ -119,7 +121,6 @@ def _make(model: SCFeat, device: torch.device, precision: str, compile: str) -> 
     if device.type == "cpu" and dtype in native.SUFFIX:
         try:
             network = FusedSCFeat(model, dtype, compiled=True)
-            keep_freed_memory()
             return Network(network, precision, "fused, compiled kernels")
         except native.CompilerError as error:
             if compile == "on":

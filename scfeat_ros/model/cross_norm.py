@@ -35,12 +35,13 @@ class CrossNorm(nn.Module):
     def forward(self, descriptors: torch.Tensor) -> torch.Tensor:
         """(B, C, h, w) descriptor map D -> F_cn of the same shape."""
         mean = descriptors.mean(dim=1, keepdim=True)
-        spatial = (descriptors - mean) * (
-            descriptors.var(dim=1, keepdim=True, unbiased=False) + EPSILON
-        ).rsqrt()
+        centred = descriptors - mean
+        variance = centred.square().mean(dim=1, keepdim=True)
+        spatial = centred * (variance + EPSILON).rsqrt()
         spatial = spatial * self.spatial_scale(mean) + self.spatial_shift(mean)
-        channel = nn.functional.instance_norm(
-            descriptors, weight=self.channel_scale, bias=self.channel_shift, eps=EPSILON
+        # a group per channel is instance normalization, which PyTorch does not do channels-last
+        channel = nn.functional.group_norm(
+            descriptors, len(self.channel_scale), self.channel_scale, self.channel_shift, EPSILON
         )
         w_s, w_c = self.weights / self.weights.sum()
         return w_s * spatial + w_c * channel

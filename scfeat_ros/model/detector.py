@@ -31,6 +31,14 @@ def peakiness(x: torch.Tensor) -> torch.Tensor:
     return (channel_score * local_score).amax(dim=1, keepdim=True)
 
 
+def instance_norm(channels: int) -> nn.GroupNorm:
+    """InstanceNorm with scale and shift, as a group per channel.
+
+    The parameters are those of `nn.InstanceNorm2d`, which copies channels-last maps twice.
+    """
+    return nn.GroupNorm(channels, channels)
+
+
 class ConvInstanceNorm(nn.Module):
     """CONV-I of Fig. 4 (c): convolution, InstanceNorm, PReLU."""
 
@@ -38,7 +46,7 @@ class ConvInstanceNorm(nn.Module):
         super().__init__()
         # no bias: the normalization would take it away again
         self.conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False)
-        self.norm = nn.InstanceNorm2d(outputs, affine=True)
+        self.norm = instance_norm(outputs)
         self.activation = nn.PReLU()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
