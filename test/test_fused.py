@@ -119,16 +119,40 @@ def test_normalization_into_a_part_of_a_larger_map(slope, dtype):
 
 
 @needs_compiler
-@pytest.mark.parametrize("inputs", [3, 8])
-@pytest.mark.parametrize("size", [(1, 1), (2, 9), (5, 10), (3, 40)])
-def test_convolution_to_few_channels(inputs, size):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [(1, 1), (2, 4), (7, 10)])
+def test_pooling(dtype, size):
     torch.manual_seed(0)
-    conv = Conv(torch.randn(8, inputs, 3, 3))
-    x = torch.randn(1, inputs, *size)
-    expected = F.conv2d(x, conv.weight, padding=1)
-    found, totals = native.convolution(x, conv)
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(totals, kernels.statistics(expected), atol=1e-3, rtol=1e-4)
+    x = torch.randn(1, 6, *size).to(dtype)
+    assert torch.equal(native.pool(x), F.max_pool2d(x, 3, stride=2, padding=1).relu())
+    assert not native.pool(-x.abs()).any()
+
+
+@needs_compiler
+@pytest.mark.parametrize("channels", [8, 12])
+@pytest.mark.parametrize("size", [(2, 1), (3, 5), (4, 40)])
+@torch.no_grad()
+def test_head_at_the_resolution_of_the_image(size, channels):
+    torch.manual_seed(0)
+    height, width = size
+    image = torch.rand(1, 3, 4 * height, 4 * width)
+    mean = deviation = torch.full((3,), 0.4)
+    left = torch.randn(1, 5, height, width)
+    first, second = (
+        Conv(torch.randn(channels, 3, 3, 3)),
+        Conv(torch.randn(channels, channels, 3, 3)),
+    )
+    left_taps = taps(torch.randn(channels, 5, 3, 3), torch.float32)
+    norm = kernels.Norm(torch.rand(channels), torch.randn(channels), channels)
+    results = []
+    for k in (kernels, native):
+        normalized = k.normalize_image(image, mean, deviation, torch.float32)
+        peaks, right, totals = k.image_branch(normalized, first)
+        hidden, sums = k.hidden(right, totals, norm, 0.2, second, left, left_taps)
+        response, last = k.response(hidden, sums, norm, 0.3, torch.linspace(-1, 1, channels))
+        results.append((peaks, right, totals, hidden, sums, response, last))
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-4)
 
 
 @needs_compiler

@@ -36,6 +36,7 @@ from scfeat_ros.model.resnet import BasicBlock, Bottleneck
 from scfeat_ros.model.scfeat import SCFeat, SCFeatOutput
 
 _ONEDNN = getattr(torch.ops.mkldnn, "_convolution_pointwise", None)
+_ONEDNN_PACK = getattr(torch.ops.mkldnn, "_reorder_convolution_weight", None)
 
 
 class Conv(nn.Module):
@@ -61,11 +62,12 @@ class Conv(nn.Module):
         self.register_buffer("bias", None if bias is None else bias.detach().to(dtype))
         self.stride = stride
         self.padding = weight.shape[-1] // 2
+        self._packed: dict[torch.Size, torch.Tensor] = {}
 
     def forward(
         self, x: torch.Tensor, relu: bool = False, plus: torch.Tensor | None = None
     ) -> torch.Tensor:
-        if x.device.type == "cpu" and (relu or plus is not None) and _ONEDNN is not None:
+        if x.device.type == "cpu" and _ONEDNN is not None and _ONEDNN_PACK is not None:
             return self._onednn(x, relu, plus)
         y = F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
         if plus is not None:
@@ -73,13 +75,16 @@ class Conv(nn.Module):
         return y.relu_() if relu else y
 
     def _onednn(self, x: torch.Tensor, relu: bool, plus: torch.Tensor | None) -> torch.Tensor:
-        """Sum and ReLU inside the convolution."""
+        """Sum and ReLU inside the convolution, and weights in the order that it wants."""
         place = [self.padding] * 2, [self.stride] * 2, [1, 1], 1
+        if x.shape not in self._packed:  # the order depends on the size; one is kept
+            self._packed = {x.shape: _ONEDNN_PACK(self.weight, *place, list(x.shape))}
+        weight = self._packed[x.shape]
         after = "relu" if relu else "none"
         if plus is None:
-            return _ONEDNN(x, self.weight, self.bias, *place, after, [], "")
+            return _ONEDNN(x, weight, self.bias, *place, after, [], "")
         return _ONEDNN.binary(
-            x, plus, self.weight, self.bias, *place, "add", None, after if relu else None, [], None
+            x, plus, weight, self.bias, *place, "add", None, after if relu else None, [], None
         )
 
 
@@ -205,7 +210,7 @@ class FusedSCFeat(nn.Module):
     def _forward(self, image: torch.Tensor) -> SCFeatOutput:
         k = self.kernels
         normalized = k.normalize_image(image, self.mean, self.deviation, self.dtype)
-        stem = F.max_pool2d(self.stem(normalized.rounded), 3, stride=2, padding=1).relu_()
+        stem = k.pool(self.stem(normalized.rounded))
         descriptors = self._describe(stem)
         maps = k.bridge_and_stem(descriptors, stem, self.spatial, self.norms["bridge"])
         scores = self._detect(normalized, maps)
@@ -251,22 +256,19 @@ class FusedSCFeat(nn.Module):
         """Score map from the normalized image, F_cn and F_0 (Eq. 7-13)."""
         k = self.kernels
         left_peaks, left = k.weigh_by_peakiness(maps, self.dtype)
-        right_peaks, right = k.weigh_by_peakiness(image, torch.float32)
-        left = self._norm_prelu("layer0_left", self.layer0_left, left)
-        right = self._norm_prelu("layer0_right", self.layer0_right, right)
-        right, _ = k.convolution(right, self.layer1_right)
-        factor = right.shape[-1] // left.shape[-1]
-        left = self.layer1_left(left.float())
-        hidden, totals = k.upsampled_sum(left, factor, right)
+        left, totals = k.convolution(left, self.layer0_left)
+        left = k.normalize_activate(
+            left, totals, self.norms["layer0_left"], self.slopes["layer0_left"]
+        )
+        right_peaks, right, totals = k.image_branch(image, self.layer0_right)
+        hidden, totals = k.hidden(
+            *(right, totals, self.norms["layer0_right"], self.slopes["layer0_right"]),
+            *(self.layer1_right, left, self.layer1_left),
+        )
         value, totals = k.response(
             hidden, totals, self.norms["layer1"], self.slopes["layer1"], self.layer2
         )
         return k.score(value, totals, self.norms["layer2"], left_peaks, right_peaks)
-
-    def _norm_prelu(self, name: str, conv: Conv, x: torch.Tensor) -> torch.Tensor:
-        """CONV-I of Fig. 4 (c): convolution, InstanceNorm, PReLU."""
-        x, totals = self.kernels.convolution(x, conv)
-        return self.kernels.normalize_activate(x, totals, self.norms[name], self.slopes[name])
 
 
 def _space(like: torch.Tensor, channels: int) -> torch.Tensor:

@@ -3,7 +3,9 @@
 // native.py compiles this file for the machine it runs on and calls it through the C functions at
 // the end; kernels.py says the same in PyTorch and is what the tests compare against.
 //
-// Maps are channels-last: (rows, columns, channels).
+// Maps are channels-last, (rows, columns, channels), but for the few-channel maps at the image's
+// resolution: there every row holds one line per channel, (rows, channels, columns), so that vectors
+// run along the line.
 // T is float or bfloat16; sums are accumulated in float along a row and in double over rows.
 
 #include <omp.h>
@@ -12,13 +14,14 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <type_traits>
+#include <utility>
 #include <vector>
 
 namespace {
 
-// The robot size has few channels at full resolution: loops over them are fixed then.
+// The robot size has few channels at the image's resolution: kernels of their own are for these.
 constexpr int FEW = 8;
+constexpr int FACTOR = 4;  // between the detector's two resolutions
 
 constexpr double EPSILON = 1e-5;  // of every normalization in the network
 
@@ -75,6 +78,19 @@ inline float softplus(float x) {
   return std::max(x, 0.0f) + 2.0f * t * s;
 }
 
+// The same for |x| <= 2: x / 2 + log(2 cosh(x / 2)), a Chebyshev fit in x^2, error below 2e-8.
+inline float softplus_near_zero(float x) {
+  float t = x * x;
+  float s = -6.188382273e-08f;
+  s = s * t + 1.622502991e-06f;
+  s = s * t - 2.510604315e-05f;
+  s = s * t + 3.455863666e-04f;
+  s = s * t - 5.207281378e-03f;
+  s = s * t + 1.249997417e-01f;
+  s = s * t + 6.931471911e-01f;
+  return 0.5f * x + s;
+}
+
 inline float elu(float x) { return x > 0 ? x : exponential(x) - 1.0f; }
 
 // Sums of x and x^2 of every channel. Threads keep their own and are added up in their order, so
@@ -114,6 +130,39 @@ inline Position locate(int pixel, int factor, int size) {
   return {first, std::min(first + 1, size - 1), at - first};
 }
 
+inline float larger(float x, float y) { return std::max(x, y); }
+
+// As whole numbers, which is right unless both are negative: then the result is negative, at least.
+inline bfloat16 larger(bfloat16 x, bfloat16 y) { return int16_t(x) > int16_t(y) ? x : y; }
+
+// ReLU of the maximum over 3x3 at every second place, padded by one.
+template <typename T>
+void pool(const T *x, int height, int width, int channels, T *out, int threads) {
+  const int H = (height + 1) / 2, W = (width + 1) / 2, C = channels;
+  const long row = long(width) * C;
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<T> columns(row);
+#pragma omp for schedule(static)
+    for (int y = 0; y < H; y++) {
+      const T *above = x + std::max(2 * y - 1, 0) * row, *here = x + 2 * y * row;
+      const T *below = x + std::min(2 * y + 1, height - 1) * row;
+      T *__restrict line = columns.data();
+#pragma omp simd
+      for (long k = 0; k < row; k++)
+        line[k] = larger(larger(above[k], below[k]), larger(here[k], T(0)));
+      for (int column = 0; column < W; column++) {
+        const T *left = line + std::max(2 * column - 1, 0) * long(C);
+        const T *middle = line + 2 * column * long(C);
+        const T *right = line + std::min(2 * column + 1, width - 1) * long(C);
+        T *__restrict to = out + (long(y) * W + column) * C;
+#pragma omp simd
+        for (int c = 0; c < C; c++) to[c] = larger(larger(left[c], right[c]), middle[c]);
+      }
+    }
+  }
+}
+
 template <typename T>
 void channel_sums(const T *x, long rows, int columns, int channels, double *totals, int threads) {
   Totals all(channels, threads);
@@ -138,10 +187,10 @@ void channel_sums(const T *x, long rows, int columns, int channels, double *tota
   all.write(totals);
 }
 
-template <int FIXED, typename T>
+template <typename T>
 void upsampled_sum(const T *z, int height, int width, int factor, int channels,
                    const T *plus, T *out, double *totals, int threads) {
-  const int H = height * factor, W = width * factor, C = FIXED ? FIXED : channels;
+  const int H = height * factor, W = width * factor, C = channels;
   const long stride = 9 * C;
   std::vector<Position> across(W);
   for (int x = 0; x < W; x++) across[x] = locate(x, factor, width);
@@ -334,7 +383,9 @@ void weigh_by_peakiness(const float *maps, const float *mean, float scale, int h
 #pragma omp simd
         for (int c = 0; c < C; c++) {
           float local = (left[c] + middle[c] + right[c]) * (1.0f / 9);
-          products[c] = softplus((value[c] - centre) * scale) * softplus((value[c] - local) * scale);
+          // |value| * scale <= 1, and so for every mean
+          products[c] = softplus_near_zero((value[c] - centre) * scale) *
+                        softplus_near_zero((value[c] - local) * scale);
         }
         float best = 0;
         for (int c = 0; c < C; c++) best = std::max(best, products[c]);
@@ -371,98 +422,336 @@ float normalize_image(const float *image, long pixels, const float *mean, const 
   return largest;
 }
 
+// One row of the image: its peakiness to `peaks`, and the three lines times it to `out`, `pitch`
+// apart. `sums` is space for three lines.
+void weigh_row(const float *planes, float scale, int y, int height, int width, float *sums,
+               float *__restrict peaks, float *out, int pitch) {
+  const long pixels = long(height) * width;
+  const float *here[3];
+  for (int c = 0; c < 3; c++) {
+    const float *plane = planes + c * pixels;
+    const float *above = plane + reflect(y - 1, height) * long(width);
+    const float *below = plane + reflect(y + 1, height) * long(width);
+    here[c] = plane + long(y) * width;
+    float *__restrict sum = sums + size_t(c) * (width + 2);
+    for (int x = 0; x < width; x++) sum[x + 1] = above[x] + here[c][x] + below[x];
+    sum[0] = sum[2];
+    sum[width + 1] = sum[width - 1];
+  }
+  const float *r = here[0], *g = here[1], *b = here[2];
+  const float *sr = sums, *sg = sr + width + 2, *sb = sg + width + 2;
+#pragma omp simd
+  for (int x = 0; x < width; x++) {
+    float mean = (r[x] + g[x] + b[x]) * (1.0f / 3);
+    float lr = (sr[x] + sr[x + 1] + sr[x + 2]) * (1.0f / 9);
+    float lg = (sg[x] + sg[x + 1] + sg[x + 2]) * (1.0f / 9);
+    float lb = (sb[x] + sb[x + 1] + sb[x + 2]) * (1.0f / 9);
+    // |value| * scale <= 1, and so for every mean
+    float pr = softplus_near_zero((r[x] - mean) * scale) * softplus_near_zero((r[x] - lr) * scale);
+    float pg = softplus_near_zero((g[x] - mean) * scale) * softplus_near_zero((g[x] - lg) * scale);
+    float pb = softplus_near_zero((b[x] - mean) * scale) * softplus_near_zero((b[x] - lb) * scale);
+    peaks[x] = std::max(pr, std::max(pg, pb));
+  }
+  for (int c = 0; c < 3; c++) {
+    const float *from = here[c];
+    float *__restrict to = out + c * pitch;
+    for (int x = 0; x < width; x++) to[x] = peaks[x] * from[x];
+  }
+}
+
 template <typename T>
 void weigh_image_by_peakiness(const float *planes, float scale, int height, int width,
                               float *peaks, T *out, int threads) {
-  const long pixels = long(height) * width;
 #pragma omp parallel num_threads(threads)
   {
-    std::vector<float> padded(3 * size_t(width + 2));
+    std::vector<float> sums(3 * size_t(width + 2)), weighted(3 * size_t(width));
 #pragma omp for schedule(static)
     for (int y = 0; y < height; y++) {
-      const float *here[3];
-      for (int c = 0; c < 3; c++) {
-        const float *plane = planes + c * pixels;
-        const float *above = plane + reflect(y - 1, height) * long(width);
-        const float *below = plane + reflect(y + 1, height) * long(width);
-        here[c] = plane + long(y) * width;
-        float *__restrict sums = padded.data() + size_t(c) * (width + 2);
-        for (int x = 0; x < width; x++) sums[x + 1] = above[x] + here[c][x] + below[x];
-        sums[0] = sums[2];
-        sums[width + 1] = sums[width - 1];
-      }
-      float *__restrict best = peaks + long(y) * width;
-      const float *r = here[0], *g = here[1], *b = here[2];
-      const float *sr = padded.data(), *sg = sr + width + 2, *sb = sg + width + 2;
-#pragma omp simd
-      for (int x = 0; x < width; x++) {
-        float mean = (r[x] + g[x] + b[x]) * (1.0f / 3);
-        float lr = (sr[x] + sr[x + 1] + sr[x + 2]) * (1.0f / 9);
-        float lg = (sg[x] + sg[x + 1] + sg[x + 2]) * (1.0f / 9);
-        float lb = (sb[x] + sb[x + 1] + sb[x + 2]) * (1.0f / 9);
-        float pr = softplus((r[x] - mean) * scale) * softplus((r[x] - lr) * scale);
-        float pg = softplus((g[x] - mean) * scale) * softplus((g[x] - lg) * scale);
-        float pb = softplus((b[x] - mean) * scale) * softplus((b[x] - lb) * scale);
-        best[x] = std::max(pr, std::max(pg, pb));
-      }
+      weigh_row(planes, scale, y, height, width, sums.data(), peaks + long(y) * width,
+                weighted.data(), width);
       T *to = out + 3 * long(y) * width;
       for (int x = 0; x < width; x++)
-        for (int c = 0; c < 3; c++) write(to[3 * x + c], best[x] * here[c][x]);
+        for (int c = 0; c < 3; c++) write(to[3 * x + c], weighted[c * width + x]);
     }
   }
 }
 
-typedef float Few __attribute__((vector_size(FEW * sizeof(float))));
+// The rows of a thread, and three rows of lines around the one that is worked on, with zeros at
+// both ends: what a 3x3 convolution reads.
+template <int LINES>
+struct Window {
+  static constexpr int SLACK = 64;  // floats that vectors may read beyond a line
+  const int height, width, pitch;
+  std::vector<float> space;
 
-// 3x3 convolution to few channels at full resolution, where libraries leave most of the vector
-// units idle. Weights are (3, 3, INPUTS, FEW).
-template <int INPUTS>
-void convolution_to_few(const float *x, int height, int width, const float *weights, float *out,
-                        double *totals, int threads) {
-  constexpr int TOGETHER = 8;  // pixels whose sums stay in registers
-  const long row = long(width) * INPUTS;
-  const std::vector<float> nothing(row, 0.0f);
+  Window(int height, int width)
+      : height(height), width(width), pitch(width + 1 + SLACK), space(3 * LINES * pitch) {}
+
+  // The place of a row's first line; one column of zeros lies before it.
+  float *row(int y) { return space.data() + long((y + 3) % 3) * LINES * pitch + 1; }
+
+  // Calls fill(y, row) for each row as it comes into the window, outside of the image zeros do.
+  // Then calls use(y) for every row from `begin` to `end`.
+  template <typename Fill, typename Use>
+  void slide(int begin, int end, Fill fill, Use use) {
+    auto enter = [&](int y) {
+      if (y >= 0 && y < height) return fill(y, row(y));
+      for (int c = 0; c < LINES; c++) std::fill_n(row(y) + c * pitch, width, 0.0f);
+    };
+    if (begin >= end) return;
+    enter(begin - 1);
+    enter(begin);
+    for (int y = begin; y < end; y++) {
+      enter(y + 1);
+      use(y);
+    }
+  }
+};
+
+#ifdef __AVX512F__
+constexpr int LANES = 16, VECTORS = 2;
+#else
+constexpr int LANES = 8, VECTORS = 1;
+#endif
+typedef float Lanes __attribute__((vector_size(LANES * sizeof(float))));
+
+// 3x3 convolution of a window's middle row to few channels, added to the lines of `out`, `width`
+// apart; libraries leave most of the vector units idle here. Weights are (LINES, 3, 3, FEW).
+template <int LINES>
+void convolve_row(Window<LINES> &window, int y, const float *weights, float *out) {
+  constexpr int STEP = LANES * VECTORS;
+  const int width = window.width;
+  const float *rows[3] = {window.row(y - 1) - 1, window.row(y) - 1, window.row(y + 1) - 1};
+  for (int x = 0; x < width; x += STEP) {
+    Lanes sum[FEW][VECTORS] = {};
+    for (int c = 0; c < LINES; c++)
+      for (int dy = 0; dy < 3; dy++)
+        for (int dx = 0; dx < 3; dx++) {
+          const float *from = rows[dy] + c * window.pitch + x + dx;
+          const float *weight = weights + ((c * 3 + dy) * 3 + dx) * FEW;
+          for (int v = 0; v < VECTORS; v++) {
+            Lanes value;
+            std::memcpy(&value, from + v * LANES, sizeof value);
+            for (int o = 0; o < FEW; o++) sum[o][v] += weight[o] * value;
+          }
+        }
+    for (int o = 0; o < FEW; o++)
+      for (int v = 0; v < VECTORS; v++) {
+        float found[LANES];
+        std::memcpy(found, &sum[o][v], sizeof found);
+        float *to = out + long(o) * width + x + v * LANES;
+        for (int k = 0; k < std::min(LANES, width - x - v * LANES); k++) to[k] += found[k];
+      }
+  }
+}
+
+inline void add_lines(const float *lines, int width, std::vector<float> &sums,
+                      std::vector<float> &squares) {
+  for (int c = 0; c < FEW; c++) {
+    const float *line = lines + long(c) * width;
+    float sum = 0, square = 0;
+#pragma omp simd reduction(+ : sum, square)
+    for (int x = 0; x < width; x++) {
+      sum += line[x];
+      square += line[x] * line[x];
+    }
+    sums[c] += sum;
+    squares[c] += square;
+  }
+}
+
+// The first and the last row of this thread.
+inline std::pair<int, int> share(int rows) {
+  const long thread = omp_get_thread_num(), threads = omp_get_num_threads();
+  return {int(rows * thread / threads), int(rows * (thread + 1) / threads)};
+}
+
+// Peakiness of the image, and Layer_0 of the image times it, without its normalization.
+void weigh_and_convolve(const float *planes, float scale, int height, int width,
+                        const float *weights, float *peaks, float *out, double *totals,
+                        int threads) {
+  Totals all(FEW, threads);
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<float> sums(FEW), squares(FEW), space(3 * size_t(width + 2)), beside(width);
+    Window<3> window(height, width);
+    const auto [begin, end] = share(height);
+    window.slide(
+        begin, end,
+        [&, begin = begin, end = end](int y, float *row) {
+          // neighbours of this thread's rows are another thread's to write
+          float *to = y >= begin && y < end ? peaks + long(y) * width : beside.data();
+          weigh_row(planes, scale, y, height, width, space.data(), to, row, window.pitch);
+        },
+        [&](int y) {
+          float *to = out + long(y) * FEW * width;
+          std::fill_n(to, FEW * width, 0.0f);
+          convolve_row(window, y, weights, to);
+          add_lines(to, width, sums, squares);
+          all.add(sums, squares);
+        });
+  }
+  all.write(totals);
+}
+
+// The nine taps of a 3x3 convolution of the small map, as lines: see `upsampled_sum`.
+template <typename T>
+struct TapRows {
+  static constexpr int KEPT = 4;  // rows of the small map around a row of the large one: 3 at most
+  const T *const left;
+  const float *const weights;  // (channels, 9, FEW)
+  const int width, channels;
+  int rows[KEPT] = {-1, -1, -1, -1};
+  std::vector<float> space, lines;
+
+  TapRows(const T *left, const float *weights, int width, int channels)
+      : left(left), weights(weights), width(width), channels(channels),
+        space(KEPT * 9 * FEW * size_t(width)), lines(channels * size_t(width)) {}
+
+  // (9 * FEW) lines of a row, `width` apart.
+  const float *row(int y) {
+    float *to = space.data() + long(y % KEPT) * 9 * FEW * width;
+    if (rows[y % KEPT] == y) return to;
+    rows[y % KEPT] = y;
+    for (int k = 0; k < channels; k++)
+      for (int x = 0; x < width; x++)
+        lines[k * width + x] = read(left[(long(y) * width + x) * channels + k]);
+    std::fill_n(to, 9 * FEW * width, 0.0f);
+    for (int tap = 0; tap < 9 * FEW; tap++) {
+      float *__restrict sum = to + tap * width;
+      for (int k = 0; k < channels; k++) {
+        const float weight = weights[k * 9 * FEW + tap];
+        const float *line = lines.data() + k * width;
+        for (int x = 0; x < width; x++) sum[x] += weight * line[x];
+      }
+    }
+    return to;
+  }
+};
+
+// Shares of the cells i - 1 ... i + 2 in the four pixels between the cells i and i + 1, as the taps
+// with dx = -1, 0, 1 read them.
+struct Shares {
+  float of[FACTOR][3][4];
+
+  Shares() {
+    for (int pixel = 0; pixel < FACTOR; pixel++)
+      for (int dx = 0; dx < 3; dx++)
+        for (int cell = 0; cell < 4; cell++) {
+          const float at = 1 + (pixel + dx - 0.5f) / FACTOR;  // from cell i - 1 on
+          of[pixel][dx][cell] = std::max(1.0f - std::fabs(at - cell), 0.0f);
+        }
+  }
+};
+
+// Layer_1 of the head without its normalization: the image branch, normalized and activated while
+// it is read, convolved, plus the convolution of the upsampled left branch from its taps.
+template <typename T>
+void hidden(const float *right, const float *scale, const float *shift, float slope,
+            const float *weights, const T *left, int height, int width, int channels,
+            const float *left_weights, float *out, double *totals, int threads) {
+  const int H = height * FACTOR, W = width * FACTOR;
+  const Shares shares;
   Totals all(FEW, threads);
 #pragma omp parallel num_threads(threads)
   {
     std::vector<float> sums(FEW), squares(FEW);
+    Window<FEW> window(H, W);
+    TapRows<T> taps(left, left_weights, width, channels);
+    std::vector<float> cells(3 * size_t(width + 4)), parts(FACTOR * size_t(width + 1)), wide(W + FACTOR);
+    auto activate = [&](int y, float *row) {
+      for (int c = 0; c < FEW; c++) {
+        const float *from = right + (long(y) * FEW + c) * W;
+        float *__restrict to = row + c * window.pitch;
+        const float factor = scale[c], offset = shift[c], negative = slope;
+#pragma omp simd
+        for (int x = 0; x < W; x++) {
+          float v = from[x] * factor + offset;
+          to[x] = v > 0 ? v : negative * v;
+        }
+      }
+    };
+    auto upsample = [&](int y, float *to) {
+      const float *from[6];
+      float weight[6];
+      for (int dy = 0; dy < 3; dy++) {
+        const bool inside = y + dy - 1 >= 0 && y + dy - 1 < H;  // zero padding of the convolution
+        const Position p = locate(std::clamp(y + dy - 1, 0, H - 1), FACTOR, height);
+        from[2 * dy] = taps.row(p.first) + long(3 * dy) * FEW * width;
+        from[2 * dy + 1] = taps.row(p.second) + long(3 * dy) * FEW * width;
+        weight[2 * dy] = inside ? 1.0f - p.weight : 0.0f;
+        weight[2 * dy + 1] = inside ? p.weight : 0.0f;
+      }
+      for (int c = 0; c < FEW; c++) {
+        // three lines of cells, one per dx, with the outer cells repeated at both ends
+        float *line[3];
+        for (int dx = 0; dx < 3; dx++) {
+          float *__restrict sum = line[dx] = cells.data() + dx * (width + 4) + 2;
+          const long tap = long(dx * FEW + c) * width;
+          for (int x = 0; x < width; x++)
+            sum[x] = weight[0] * from[0][tap + x] + weight[1] * from[1][tap + x] +
+                     weight[2] * from[2][tap + x] + weight[3] * from[3][tap + x] +
+                     weight[4] * from[4][tap + x] + weight[5] * from[5][tap + x];
+          sum[-2] = sum[-1] = sum[0];
+          sum[width] = sum[width + 1] = sum[width - 1];
+        }
+        const float *l = line[0] - 2, *m = line[1] - 2, *r = line[2] - 2;
+        for (int pixel = 0; pixel < FACTOR; pixel++) {
+          const float(&of)[3][4] = shares.of[pixel];
+          float *__restrict part = parts.data() + pixel * (width + 1);
+#pragma omp simd
+          for (int i = 0; i <= width; i++)
+            part[i] = of[0][0] * l[i] + of[0][1] * l[i + 1] + of[0][2] * l[i + 2] +
+                      of[1][1] * m[i + 1] + of[1][2] * m[i + 2] +
+                      of[2][1] * r[i + 1] + of[2][2] * r[i + 2] + of[2][3] * r[i + 3];
+        }
+        for (int i = 0; i <= width; i++)
+          for (int pixel = 0; pixel < FACTOR; pixel++)
+            wide[i * FACTOR + pixel] = parts[pixel * (width + 1) + i];
+        float *row = wide.data() + FACTOR / 2;  // two pixels lie before the first whole cell's
+        // outside of the image are zeros, not the border's value
+        row[0] -= line[0][0];
+        row[W - 1] -= line[2][width - 1];
+        std::memcpy(to + long(c) * W, row, W * sizeof(float));
+      }
+    };
+    const auto [begin, end] = share(H);
+    window.slide(begin, end, activate, [&](int y) {
+      float *to = out + long(y) * FEW * W;
+      upsample(y, to);
+      convolve_row(window, y, weights, to);
+      add_lines(to, W, sums, squares);
+      all.add(sums, squares);
+    });
+  }
+  all.write(totals);
+}
+
+// `response` for maps of few channels, which are lines.
+void lines_response(const float *x, int height, int width, const float *scale, const float *shift,
+                    float slope, const float *weight, float *out, double *totals, int threads) {
+  Totals all(1, threads);
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<float> sums(1), squares(1);
 #pragma omp for schedule(static)
     for (int y = 0; y < height; y++) {
-      const float *rows[3];
-      for (int dy = 0; dy < 3; dy++) {
-        int at = y + dy - 1;
-        rows[dy] = at >= 0 && at < height ? x + at * row : nothing.data();
-      }
-      Few sum = {}, square = {};
-      float *to = out + long(y) * width * FEW;
-      auto pixels = [&](int begin, auto count, bool edge) {
-        Few value[count.value] = {};
-        for (int dy = 0; dy < 3; dy++)
-          for (int dx = 0; dx < 3; dx++) {
-            int at = begin + dx - 1;
-            if (edge && (at < 0 || at >= width)) continue;
-            const float *from = rows[dy] + at * INPUTS;
-            const float *tap = weights + (dy * 3 + dx) * INPUTS * FEW;
-            for (int c = 0; c < INPUTS; c++) {
-              Few weight;
-              std::memcpy(&weight, tap + c * FEW, sizeof weight);
-              for (int p = 0; p < count.value; p++) value[p] += weight * from[p * INPUTS + c];
-            }
-          }
-        for (int p = 0; p < count.value; p++) {
-          std::memcpy(to + (begin + p) * FEW, &value[p], sizeof value[p]);
-          sum += value[p];
-          square += value[p] * value[p];
+      const float *lines = x + long(y) * FEW * width;
+      float *__restrict to = out + long(y) * width;
+      float sum = 0, square = 0;
+#pragma omp simd reduction(+ : sum, square)
+      for (int column = 0; column < width; column++) {
+        float total = 0;
+        for (int c = 0; c < FEW; c++) {
+          float v = lines[c * width + column] * scale[c] + shift[c];
+          total += (v > 0 ? v : slope * v) * weight[c];
         }
-      };
-      const std::integral_constant<int, 1> one{};
-      const std::integral_constant<int, TOGETHER> many{};
-      pixels(0, one, true);
-      int begin = 1;
-      for (; begin + TOGETHER < width; begin += TOGETHER) pixels(begin, many, false);
-      for (; begin < width; begin++) pixels(begin, one, true);
-      std::memcpy(sums.data(), &sum, sizeof sum);
-      std::memcpy(squares.data(), &square, sizeof square);
+        to[column] = total;
+        sum += total;
+        square += total * total;
+      }
+      sums[0] = sum;
+      squares[0] = square;
       all.add(sums, squares);
     }
   }
@@ -470,11 +759,11 @@ void convolution_to_few(const float *x, int height, int width, const float *weig
 }
 
 // InstanceNorm, PReLU and the 1x1 convolution to one channel; sums of the result for what follows.
-template <int FIXED, typename T>
+template <typename T>
 void response(const T *x, long rows, int columns, int channels, const float *scale,
               const float *shift, float slope, const float *weight, float *out, double *totals,
               int threads) {
-  const int C = FIXED ? FIXED : channels;
+  const int C = channels;
   Totals all(1, threads);
 #pragma omp parallel num_threads(threads)
   {
@@ -535,14 +824,22 @@ void score_map(float *values, float scale, float shift, const float *left, const
 
 // One C function per kernel and type: NAME_float and NAME_bfloat16.
 #define EXPORT(T)                                                                                  \
+  void pool_##T(const T *x, int height, int width, int channels, T *out, int threads) {            \
+    pool(x, height, width, channels, out, threads);                                                \
+  }                                                                                                \
+  void hidden_##T(const float *right, const float *scale, const float *shift, float slope,         \
+                  const float *weights, const T *left, int height, int width, int channels,        \
+                  const float *left_weights, float *out, double *totals, int threads) {            \
+    hidden(right, scale, shift, slope, weights, left, height, width, channels, left_weights, out,  \
+           totals, threads);                                                                       \
+  }                                                                                                \
   void channel_sums_##T(const T *x, long rows, int columns, int channels, double *totals,          \
                         int threads) {                                                             \
     channel_sums(x, rows, columns, channels, totals, threads);                                     \
   }                                                                                                \
   void upsampled_sum_##T(const T *z, int height, int width, int factor, int channels,              \
                          const T *plus, T *out, double *totals, int threads) {                     \
-    (channels == FEW ? upsampled_sum<FEW, T> : upsampled_sum<0, T>)(                               \
-        z, height, width, factor, channels, plus, out, totals, threads);                           \
+    upsampled_sum(z, height, width, factor, channels, plus, out, totals, threads);                 \
   }                                                                                                \
   void scale_activate_##T(const T *x, long pixels, int channels, const float *scale,               \
                           const float *shift, float slope, T *out, long stride, int threads) {     \
@@ -574,8 +871,7 @@ void score_map(float *values, float scale, float shift, const float *left, const
   void response_##T(const T *x, long rows, int columns, int channels, const float *scale,          \
                     const float *shift, float slope, const float *weight, float *out,              \
                     double *totals, int threads) {                                                 \
-    (channels == FEW ? response<FEW, T> : response<0, T>)(                                         \
-        x, rows, columns, channels, scale, shift, slope, weight, out, totals, threads);            \
+    response(x, rows, columns, channels, scale, shift, slope, weight, out, totals, threads);       \
   }
 
 extern "C" {
@@ -601,10 +897,15 @@ void normalization(const double *totals, long pixels, int channels, int groups,
   }
 }
 
-void convolution_to_few(const float *x, int height, int width, int inputs, const float *weights,
-                        float *out, double *totals, int threads) {
-  (inputs == 3 ? convolution_to_few<3> : convolution_to_few<FEW>)(x, height, width, weights, out,
-                                                                  totals, threads);
+void image_branch(const float *planes, float scale, int height, int width, const float *weights,
+                  float *peaks, float *out, double *totals, int threads) {
+  weigh_and_convolve(planes, scale, height, width, weights, peaks, out, totals, threads);
+}
+
+void response_of_lines(const float *x, int height, int width, const float *scale,
+                       const float *shift, float slope, const float *weight, float *out,
+                       double *totals, int threads) {
+  lines_response(x, height, width, scale, shift, slope, weight, out, totals, threads);
 }
 
 void score(float *values, float scale, float shift, const float *left, const float *right,

@@ -59,6 +59,11 @@ def normalize_image(
     return Image(values, values.to(dtype, memory_format=torch.channels_last))
 
 
+def pool(x: torch.Tensor) -> torch.Tensor:
+    """The stem's max pooling, and the ReLU before it: (B, C, H, W) -> (B, C, H / 2, W / 2)."""
+    return F.max_pool2d(x, 3, stride=2, padding=1).relu_()
+
+
 def statistics(x: torch.Tensor) -> torch.Tensor:
     """(B, C, h, w) -> (B, 2, C) sums and sums of squares."""
     x = x.float().flatten(2)
@@ -172,6 +177,44 @@ def weigh_by_peakiness(maps: Maps | Image, dtype: torch.dtype) -> tuple[torch.Te
     peaks = peakiness(maps.values)
     weighted = (peaks * maps.values).to(dtype, memory_format=torch.channels_last)
     return peaks, weighted
+
+
+def image_branch(
+    image: Image, conv: Callable[[torch.Tensor], torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The head's Layer_0 on the image, without its normalization; in fp32.
+
+    Returns:
+        Peakiness (B, 1, H, W), the convolution of the image times it, and that one's statistics.
+    """
+    peaks, weighted = weigh_by_peakiness(image, torch.float32)
+    return peaks, *convolution(weighted, conv)
+
+
+def hidden(
+    right: torch.Tensor,
+    totals: torch.Tensor,
+    norm: Norm,
+    slope: float,
+    conv: Callable[[torch.Tensor], torch.Tensor],
+    left: torch.Tensor,
+    left_taps: Callable[[torch.Tensor], torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The head's Layer_1, without its normalization: the sum of its parts; in fp32.
+
+    Args:
+        right, totals: the image branch and its statistics, see `image_branch`.
+        norm, slope: its normalization and PReLU.
+        conv: 3x3 convolution of what that gives.
+        left: (B, C, h, w), the branch on the small maps, activated.
+        left_taps: 1x1 convolution to the nine taps of its convolution, see `upsampled_sum`.
+
+    Returns:
+        (B, C, H, W) and its statistics.
+    """
+    right = conv(normalize_activate(right, totals, norm, slope))
+    factor = right.shape[-1] // left.shape[-1]
+    return upsampled_sum(left_taps(left.float()), factor, right)
 
 
 def response(

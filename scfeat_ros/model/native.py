@@ -37,7 +37,12 @@ FLAGS = (
     "-fno-math-errno -fno-trapping-math -fno-signed-zeros -ffinite-math-only -ffp-contract=fast"
 )
 FEW = 8
-"""Channels at full resolution for which there are kernels of their own, as in kernels.cpp."""
+"""Channels at the image's resolution for which there are kernels of their own, as in kernels.cpp.
+
+Such maps are (1, FEW, height, width) with a line of each channel in every row, see `_lines`.
+"""
+FACTOR = 4
+"""Between the detector's two resolutions, as in kernels.cpp."""
 
 COMPILE_TIMEOUT = 120
 """Seconds."""
@@ -120,6 +125,7 @@ def _compile(command: list[str], library: Path) -> None:
 
 
 ARGUMENTS = {
+    "pool": "piiipi",
     "channel_sums": "pliipi",
     "upsampled_sum": "piiiipppi",
     "scale_activate": "plippfpli",
@@ -130,12 +136,14 @@ ARGUMENTS = {
     "weigh_image_by_peakiness": "pfiippi",
     "response": "pliippfpppi",
     "normalization": "pliipppp",
-    "convolution_to_few": "piiipppi",
+    "image_branch": "pfiippppi",
+    "hidden": "pppfppiiipppi",
+    "response_of_lines": "piippfpppi",
     "score": "pffppiiii",
 }
 """Types of the C functions' arguments: pointer, long, int, float."""
 
-UNTYPED = ("normalization", "convolution_to_few", "score")
+UNTYPED = ("normalization", "image_branch", "response_of_lines", "score")
 RETURNS_FLOAT = ("bridge_and_stem", "normalize_image")
 TYPES = {"p": ctypes.c_void_p, "l": ctypes.c_long, "i": ctypes.c_int, "f": ctypes.c_float}
 SUFFIX = {torch.float32: "float", torch.bfloat16: "bfloat16"}
@@ -165,6 +173,15 @@ def _empty(channels: int, height: int, width: int, dtype: torch.dtype) -> torch.
     return torch.empty((1, channels, height, width), dtype=dtype, memory_format=torch.channels_last)
 
 
+def _lines(height: int, width: int) -> torch.Tensor:
+    return torch.empty((height, FEW, width)).permute(1, 0, 2)[None]
+
+
+def _is_lines(x: torch.Tensor) -> bool:
+    _, channels, _, width = x.shape
+    return channels == FEW and x.stride()[1:] == (width, FEW * width, 1)
+
+
 def _totals(channels: int) -> torch.Tensor:
     return torch.empty((1, 2, channels), dtype=torch.float64)
 
@@ -182,6 +199,14 @@ def normalize_image(
     return Image(values, rounded, largest)
 
 
+def pool(x: torch.Tensor) -> torch.Tensor:
+    x = _last(x)
+    _, channels, height, width = x.shape
+    out = _empty(channels, (height + 1) // 2, (width + 1) // 2, x.dtype)
+    _call("pool", x.dtype, x, height, width, channels, out)
+    return out
+
+
 def statistics(x: torch.Tensor) -> torch.Tensor:
     x = _last(x)
     _, channels, height, width = x.shape
@@ -191,16 +216,8 @@ def statistics(x: torch.Tensor) -> torch.Tensor:
 
 
 def convolution(x: torch.Tensor, conv: Conv) -> tuple[torch.Tensor, torch.Tensor]:
-    outputs, inputs = conv.weight.shape[:2]
-    if x.dtype is not torch.float32 or outputs != FEW or inputs not in (3, FEW):
-        y = conv(x)
-        return y, statistics(y)
-    x = _last(x)
-    _, _, height, width = x.shape
-    out, totals = _empty(outputs, height, width, x.dtype), _totals(outputs)
-    weights = conv.weight.permute(2, 3, 1, 0).contiguous()
-    _call("convolution_to_few", None, x, height, width, inputs, weights, out, totals)
-    return out, totals
+    y = conv(x)
+    return y, statistics(y)
 
 
 def scale_and_shift(
@@ -301,14 +318,64 @@ def weigh_by_peakiness(maps: Maps | Image, dtype: torch.dtype) -> tuple[torch.Te
     return peaks, weighted
 
 
+def image_branch(image: Image, conv: Conv) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    if conv.weight.shape[0] != FEW:
+        peaks, weighted = weigh_by_peakiness(image, torch.float32)
+        return peaks, *convolution(weighted, conv)
+    _, _, height, width = image.values.shape
+    peaks, out, totals = torch.empty((1, 1, height, width)), _lines(height, width), _totals(FEW)
+    scale = 1.0 / max(image.largest, 1e-6)
+    weights = conv.weight.permute(1, 2, 3, 0).contiguous()
+    _call(
+        "image_branch",
+        None,
+        *(image.values, scale, height, width, weights, peaks, out, totals),
+    )
+    return peaks, out, totals
+
+
+def hidden(
+    right: torch.Tensor,
+    totals: torch.Tensor,
+    norm: Norm,
+    slope: float,
+    conv: Conv,
+    left: torch.Tensor,
+    left_taps: Conv,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    left = _last(left)
+    _, channels, height, width = left.shape
+    factor = right.shape[3] // width
+    if not _is_lines(right) or conv.weight.shape[0] != FEW or factor != FACTOR:
+        right = conv(normalize_activate(right, totals, norm, slope))
+        return upsampled_sum(left_taps(left.float()), factor, right)
+    scale, shift = scale_and_shift(totals, norm, right.shape[2] * right.shape[3])
+    weights = conv.weight.permute(1, 2, 3, 0).contiguous()
+    left_weights = left_taps.weight.view(9, FEW, channels).permute(2, 0, 1).contiguous()
+    out, totals = _lines(height * FACTOR, width * FACTOR), _totals(FEW)
+    _call(
+        "hidden",
+        left.dtype,
+        *(right, scale, shift, slope, weights),
+        *(left, height, width, channels, left_weights, out, totals),
+    )
+    return out, totals
+
+
 def response(
     x: torch.Tensor, totals: torch.Tensor, norm: Norm, slope: float, weight: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    x = _last(x)
     _, channels, height, width = x.shape
     scale, shift = scale_and_shift(totals, norm, height * width)
-    out = torch.empty((1, 1, height, width))
-    sums = _totals(1)
+    out, sums = torch.empty((1, 1, height, width)), _totals(1)
+    if _is_lines(x):
+        _call(
+            "response_of_lines",
+            None,
+            *(x, height, width, scale, shift, slope, weight, out, sums),
+        )
+        return out, sums
+    x = _last(x)
     _call(
         "response",
         x.dtype,
