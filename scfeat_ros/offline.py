@@ -10,7 +10,6 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +86,8 @@ def run(
 
     Reading and decoding, the network, matching, and writing run on threads of their own with short
     queues in between, so that memory does not depend on the length of the input. On a CPU two
-    frames are in the network at the same time, each with half of the threads: cores that share one
-    frame would wait for that which also reads or writes.
+    frames are in the network at the same time: where one waits for a core that reads or writes, the
+    other goes on. Each has all threads: the last bits of PyTorch's sums depend on their number.
 
     Args:
         source: where frames come from.
@@ -207,13 +206,9 @@ def _process(
 def _on_threads(
     function: Callable[[_Group], _Group], groups: Iterable[_Group], workers: int
 ) -> Generator[_Group, None, None]:
-    """Call a function on several threads, which share PyTorch's; results come in order."""
-    threads = torch.get_num_threads()
+    """Call a function on several threads; results come in order."""
     waiting: deque[Future[_Group]] = deque()
-    # PyTorch keeps the number for every thread that calls it
-    share_threads = partial(torch.set_num_threads, threads // workers)
-    pool = ThreadPoolExecutor(workers, "scfeat-frame", share_threads)
-    share_threads()
+    pool = ThreadPoolExecutor(workers, "scfeat-frame")
     try:
         for group in groups:
             waiting.append(pool.submit(function, group))
@@ -223,7 +218,6 @@ def _on_threads(
             yield waiting.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads)
 
 
 def _progress_bar(total: int, show: bool | None) -> tqdm:
