@@ -45,9 +45,9 @@ def slow_match(first, second, ratio=None):
 @pytest.mark.parametrize("ratio", [None, 0.95, 0.8])
 def test_matches_are_the_mutual_nearest_neighbours(ratio):
     # more than one block of rows
-    first, second = random_features(300, seed=1), random_features(60, seed=2)
+    first, second = random_features(700, seed=1), random_features(60, seed=2)
     # some true matches, so that the ratio test has what to keep
-    second.descriptors[:30] = first.descriptors[110:140] + 0.05 * second.descriptors[:30]
+    second.descriptors[:30] = first.descriptors[500:530] + 0.05 * second.descriptors[:30]
     second.descriptors[:] /= np.linalg.norm(second.descriptors, axis=1, keepdims=True)
     expected = slow_match(first, second, ratio)
     assert len(expected) >= 25
@@ -84,8 +84,8 @@ def test_a_repeated_pattern_fails_the_ratio_test():
 
 
 def test_of_equal_descriptors_the_first_matches():
-    first, second = random_features(300, seed=7), random_features(1, seed=8)
-    first.descriptors[[40, 41, 200]] = second.descriptors[0]
+    first, second = random_features(700, seed=7), random_features(1, seed=8)
+    first.descriptors[[40, 41, 600]] = second.descriptors[0]
     assert match(first, second).indices.tolist() == [[40, 0]]
     assert match(second, first).indices.tolist() == [[0, 40]]
 
