@@ -45,6 +45,7 @@ class Network(NamedTuple):
     """A network that is ready to run."""
 
     run: Callable[[torch.Tensor], SCFeatOutput]
+    """Takes images (B, 3, H, W) as uint8 RGB, or as float in [0, 1]."""
     precision: str
     """"fp32", "bf16" or "fp16"."""
     way: str
@@ -81,7 +82,7 @@ def choose(
     """
     if isinstance(model, OnnxSCFeat):
         model.prepare(device)
-        return Network(model, model.precision, "onnxruntime")
+        return Network(_from_bytes(model), model.precision, "onnxruntime")
     if device.type == "cpu":
         keep_freed_memory()
     if precision == "auto":
@@ -98,17 +99,25 @@ def choose(
         if problem is None:
             return network
         LOG.warning("%s was not taken: %s", network, problem)
-    return Network(model, "fp32", "plain")
+    return Network(_from_bytes(model), "fp32", "plain")
+
+
+def _from_bytes(model: SCFeat | OnnxSCFeat) -> Callable[[torch.Tensor], SCFeatOutput]:
+    def run(image: torch.Tensor) -> SCFeatOutput:
+        return model(image / 255 if image.dtype == torch.uint8 else image)
+
+    return run
 
 
 def _plain(model: SCFeat, precision: str) -> Network:
     device = next(model.parameters()).device.type
+    run = _from_bytes(model)
 
-    def run(image: torch.Tensor) -> SCFeatOutput:
+    def run_in_precision(image: torch.Tensor) -> SCFeatOutput:
         with torch.autocast(device, DTYPES[precision]):
-            return model(image)
+            return run(image)
 
-    return Network(run, precision, "plain")
+    return Network(run_in_precision, precision, "plain")
 
 
 def _make(model: SCFeat, device: torch.device, precision: str, compile: str) -> Network:

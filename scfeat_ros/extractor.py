@@ -164,7 +164,8 @@ class Extractor:
             self._select(
                 output.scores[i : i + 1, :, :height, :width],
                 source[i : i + 1],
-                _allowed(working[i], masks[i], size, self.options.border),
+                working[i],
+                _check_mask(masks[i], size),
                 size,
                 scale,
             )
@@ -172,52 +173,54 @@ class Extractor:
         ]
 
     def _to_tensor(self, images: Sequence[np.ndarray]) -> torch.Tensor:
-        """(B, 3, H', W') in [0, 1], padded at right and bottom to multiples of the stride."""
-        batch = torch.from_numpy(np.stack(images)).to(self.device).permute(0, 3, 1, 2)
-        height, width = batch.shape[-2:]
-        batch = batch.to(torch.float32).div_(255)
+        """(B, 3, H', W') uint8, padded at right and bottom to multiples of the stride."""
+        height, width = images[0].shape[:2]
         if width % STRIDE or height % STRIDE:
-            batch = F.pad(batch, (0, -width % STRIDE, 0, -height % STRIDE), mode="replicate")
-        return batch.contiguous(memory_format=torch.channels_last)
+            padding = (0, -height % STRIDE, 0, -width % STRIDE)
+            images = [cv2.copyMakeBorder(i, *padding, cv2.BORDER_REPLICATE) for i in images]
+        batch = np.stack(images) if len(images) > 1 else np.ascontiguousarray(images[0])[None]
+        return torch.from_numpy(batch).to(self.device).permute(0, 3, 1, 2)
 
     def _select(
         self,
         scores: torch.Tensor,
         descriptors: torch.Tensor,
-        allowed: np.ndarray,
+        image: np.ndarray,
+        mask: np.ndarray | None,
         size: tuple[int, int],
         scale: tuple[float, float],
     ) -> Features:
         """Score map (1, 1, h, w) and descriptor map of one working image -> Features."""
         options = self.options
         scores = scores.contiguous()
-        keep = torch.from_numpy(allowed).to(self.device)[None, None]
-        keep &= is_local_maximum(scores, options.nms_radius)
-        places = keep.flatten().nonzero()[:, 0]
-        values = scores.flatten()[places]
-        strong = (values > options.score_threshold) & values.isfinite()
-        places, values = places[strong], values[strong]
-        if len(values) > options.max_keypoints:
-            # only what can be among the best is put in order
-            enough = values >= values.topk(options.max_keypoints, sorted=False).values.amin()
-            places, values = places[enough], values[enough]
-        # stable, so that equal scores come in image order on every device
-        order = values.sort(descending=True, stable=True).indices[: options.max_keypoints]
-        places, values = places[order], values[order]
-        rows, columns = places // scores.shape[-1], places % scores.shape[-1]
+        places = is_local_maximum(scores, options.nms_radius).flatten().nonzero()[:, 0]
+        values = scores.flatten()[places].float().cpu().numpy()
+        places = places.cpu().numpy()
+        keep = (values > options.score_threshold) & np.isfinite(values)
+        keep &= _allowed(image, mask, options.border, places)
+        places, values = places[keep], values[keep]
         if not len(values):
             return Features.empty(self.descriptor_dim, size)
+        if len(values) > options.max_keypoints:
+            # only what can be among the best is put in order
+            least = len(values) - options.max_keypoints
+            enough = values >= np.partition(values, least)[least]
+            places, values = places[enough], values[enough]
+        # stable, so that equal scores come in image order on every device
+        order = np.argsort(-values, kind="stable")[: options.max_keypoints]
+        best = torch.from_numpy(places[order]).to(self.device)
+        rows, columns = best // scores.shape[-1], best % scores.shape[-1]
         points = torch.stack([columns, rows], dim=1).float()
         if options.subpixel:
             points += subpixel_offsets(scores[0, 0], rows, columns)
-        sampled = sample(descriptors.float(), points[None], DESCRIPTOR_STRIDE)[0]
+        sampled = sample(descriptors.float(), points[None], DESCRIPTOR_STRIDE)[0].contiguous()
         normalize = l2_normalize if options.descriptor_norm == "l2" else fusion_normalize
         # working pixel x covers [x - 0.5, x + 0.5]; the same holds in the original
         factors = torch.tensor(scale, device=self.device)
         points = (points + 0.5) * factors - 0.5
         return Features(
             keypoints=points.cpu().numpy(),
-            scores=values.float().cpu().numpy(),
+            scores=values[order],
             descriptors=normalize(sampled).cpu().numpy(),
             image_size=size,
         )
@@ -234,10 +237,11 @@ def is_local_maximum(scores: torch.Tensor, radius: int) -> torch.Tensor:
     window = 2 * radius + 1
     if scores.device.type == "cpu":  # OpenCV's filters are many times faster than max_pool2d
         kernel = np.ones((window, window), np.uint8)
-        maps = [one.numpy() for one in scores[:, 0]]
-        largest = torch.from_numpy(np.stack([cv2.dilate(one, kernel) for one in maps])[:, None])
-        smallest = torch.from_numpy(np.stack([cv2.erode(one, kernel) for one in maps])[:, None])
-        return (scores == largest) & (scores > smallest)
+        found = np.empty(scores.shape, bool)
+        for one, keep in zip(scores[:, 0].numpy(), found[:, 0], strict=True):
+            np.equal(one, cv2.dilate(one, kernel), out=keep)
+            keep &= one > cv2.erode(one, kernel)
+        return torch.from_numpy(found)
     largest = F.max_pool2d(scores, window, stride=1, padding=radius)
     smallest = -F.max_pool2d(-scores, window, stride=1, padding=radius)
     return (scores == largest) & (scores > smallest)
@@ -312,32 +316,39 @@ def _resize(
     return resized, (width / new[0], height / new[1])
 
 
-def _allowed(
-    image: np.ndarray, mask: np.ndarray | None, size: tuple[int, int], border: int
-) -> np.ndarray:
-    """(h, w) bool: where keypoints of a working image may lie.
-
-    Not in the border, not where the mask says no, and not where the 5x5 neighbourhood has a
-    single value: black or saturated areas have nothing to localize.
+def _check_mask(mask: np.ndarray | None, size: tuple[int, int]) -> np.ndarray | None:
+    """(H, W) uint8 from a valid mask of an image of (width, height) `size`.
 
     Raises:
-        ValueError: a mask of another size than the original image.
+        ValueError: the mask has another size.
+    """
+    if mask is None:
+        return None
+    mask = np.asarray(mask)
+    if mask.shape != (size[1], size[0]):
+        raise ValueError(
+            f"mask must be of the image's shape {(size[1], size[0])}, got {mask.shape}"
+        )
+    return (mask != 0).astype(np.uint8)
+
+
+def _allowed(
+    image: np.ndarray, mask: np.ndarray | None, border: int, places: np.ndarray
+) -> np.ndarray:
+    """(N,) bool: at which places (row * width + column) of a working image keypoints may lie.
+
+    Not in the border, not where the mask (of the original image) is 0, and not where the 5x5
+    neighbourhood has a single value: black or saturated areas have nothing to localize.
     """
     height, width = image.shape[:2]
-    kernel = np.ones((5, 5), np.uint8)
-    textured = cv2.dilate(image, kernel) != cv2.erode(image, kernel)
-    allowed = textured[..., 0] | textured[..., 1] | textured[..., 2]
+    textured = cv2.morphologyEx(image, cv2.MORPH_GRADIENT, np.ones((5, 5), np.uint8))
+    allowed = textured.reshape(-1, 3)[places].any(axis=1)
     if mask is not None:
-        mask = np.asarray(mask)
-        if mask.shape != (size[1], size[0]):
-            raise ValueError(
-                f"mask must be of the image's shape {(size[1], size[0])}, got {mask.shape}"
-            )
-        mask = (mask != 0).astype(np.uint8)
-        if (width, height) != size:
+        if mask.shape != (height, width):
             mask = cv2.resize(mask, (width, height), interpolation=cv2.INTER_NEAREST)
-        allowed &= mask != 0
+        allowed &= mask.reshape(-1)[places] != 0
     if border:
-        allowed[:border] = allowed[max(height - border, 0) :] = False
-        allowed[:, :border] = allowed[:, max(width - border, 0) :] = False
+        rows, columns = np.divmod(places, width)
+        allowed &= (rows >= border) & (rows < height - border)
+        allowed &= (columns >= border) & (columns < width - border)
     return allowed

@@ -59,7 +59,7 @@ def test_a_way_that_finds_other_features_is_not_taken(model, monkeypatch, caplog
         fused.FusedSCFeat, "_describe", lambda self, stem: right(self, stem).roll(3, dims=3)
     )
     network = acceleration.choose(model, CPU, "fp32", "auto")
-    assert network.way == "plain" and network.run is model
+    assert str(network) == "fp32, plain"
     assert "was not taken" in caplog.text
 
 

@@ -77,9 +77,10 @@ class Conv(nn.Module):
     def _onednn(self, x: torch.Tensor, relu: bool, plus: torch.Tensor | None) -> torch.Tensor:
         """Sum and ReLU inside the convolution, and weights in the order that it wants."""
         place = [self.padding] * 2, [self.stride] * 2, [1, 1], 1
-        if x.shape not in self._packed:  # the order depends on the size; one is kept
-            self._packed = {x.shape: _ONEDNN_PACK(self.weight, *place, list(x.shape))}
-        weight = self._packed[x.shape]
+        weight = self._packed.get(x.shape)
+        if weight is None:  # the order depends on the size; one is kept
+            weight = _ONEDNN_PACK(self.weight, *place, list(x.shape))
+            self._packed = {x.shape: weight}
         after = "relu" if relu else "none"
         if plus is None:
             return _ONEDNN(x, weight, self.bias, *place, after, [], "")

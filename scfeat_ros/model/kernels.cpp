@@ -398,9 +398,9 @@ void weigh_by_peakiness(const float *maps, const float *mean, float scale, int h
   }
 }
 
-// RGB in [0, 1] -> normalized, as planes for the peakiness and channels-last for the stem.
-template <typename T>
-float normalize_image(const float *image, long pixels, const float *mean, const float *deviation,
+// RGB -> normalized, as planes for the peakiness and channels-last for the stem.
+template <typename S, typename T>
+float normalize_image(const S *image, long pixels, const float *mean, const float *deviation,
                       float *planes, T *out, int threads) {
   float largest = 0;
 #pragma omp parallel for num_threads(threads) schedule(static) reduction(max : largest)
@@ -824,6 +824,10 @@ void score_map(float *values, float scale, float shift, const float *left, const
 
 // One C function per kernel and type: NAME_float and NAME_bfloat16.
 #define EXPORT(T)                                                                                  \
+  float normalize_bytes_##T(const uint8_t *image, long pixels, const float *mean,                  \
+                            const float *deviation, float *planes, T *out, int threads) {          \
+    return normalize_image(image, pixels, mean, deviation, planes, out, threads);                  \
+  }                                                                                                \
   void pool_##T(const T *x, int height, int width, int channels, T *out, int threads) {            \
     pool(x, height, width, channels, out, threads);                                                \
   }                                                                                                \

@@ -54,7 +54,8 @@ class Image(NamedTuple):
 def normalize_image(
     image: torch.Tensor, mean: torch.Tensor, deviation: torch.Tensor, dtype: torch.dtype
 ) -> Image:
-    """(B, 3, H, W) RGB in [0, 1] -> normalized image."""
+    """(B, 3, H, W) RGB, uint8 or float in [0, 1] -> normalized image."""
+    image = image / 255 if image.dtype == torch.uint8 else image
     values = (image - mean.view(3, 1, 1)) / deviation.view(3, 1, 1)
     return Image(values, values.to(dtype, memory_format=torch.channels_last))
 

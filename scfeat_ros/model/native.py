@@ -132,6 +132,7 @@ ARGUMENTS = {
     "pixel_statistics": "pliipppi",
     "bridge_and_stem": "ppliippppppppi",
     "weigh_by_peakiness": "ppfiiippi",
+    "normalize_bytes": "plppppi",
     "normalize_image": "plppppi",
     "weigh_image_by_peakiness": "pfiippi",
     "response": "pliippfpppi",
@@ -144,7 +145,7 @@ ARGUMENTS = {
 """Types of the C functions' arguments: pointer, long, int, float."""
 
 UNTYPED = ("normalization", "image_branch", "response_of_lines", "score")
-RETURNS_FLOAT = ("bridge_and_stem", "normalize_image")
+RETURNS_FLOAT = ("bridge_and_stem", "normalize_bytes", "normalize_image")
 TYPES = {"p": ctypes.c_void_p, "l": ctypes.c_long, "i": ctypes.c_int, "f": ctypes.c_float}
 SUFFIX = {torch.float32: "float", torch.bfloat16: "bfloat16"}
 
@@ -189,12 +190,18 @@ def _totals(channels: int) -> torch.Tensor:
 def normalize_image(
     image: torch.Tensor, mean: torch.Tensor, deviation: torch.Tensor, dtype: torch.dtype
 ) -> Image:
+    if image.dtype == torch.uint8:  # normalized by whole numbers
+        mean, deviation = 255 * mean, 255 * deviation
+    else:
+        image = image.float()
     image = _last(image)
     _, _, height, width = image.shape
     values = torch.empty((1, 3, height, width))
     rounded = _empty(3, height, width, dtype)
     largest = _call(
-        "normalize_image", dtype, image, height * width, mean, deviation, values, rounded
+        "normalize_bytes" if image.dtype == torch.uint8 else "normalize_image",
+        dtype,
+        *(image, height * width, mean, deviation, values, rounded),
     )
     return Image(values, rounded, largest)
 
