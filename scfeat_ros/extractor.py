@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from scfeat_ros.acceleration import Network, choose
 from scfeat_ros.errors import ScfeatError
 from scfeat_ros.features import Features
-from scfeat_ros.model.sampling import sample
+from scfeat_ros.model.sampling import sample_few
 from scfeat_ros.model.scfeat import DESCRIPTOR_STRIDE, STRIDE, SCFeat, load_model
 from scfeat_ros.onnx_export import OnnxSCFeat
 from scfeat_ros.parameters import ExtractorOptions, validate
@@ -213,7 +213,7 @@ class Extractor:
         points = torch.stack([columns, rows], dim=1).float()
         if options.subpixel:
             points += subpixel_offsets(scores[0, 0], rows, columns)
-        sampled = sample(descriptors.float(), points[None], DESCRIPTOR_STRIDE)[0].contiguous()
+        sampled = sample_few(descriptors[0], points, DESCRIPTOR_STRIDE)
         normalize = l2_normalize if options.descriptor_norm == "l2" else fusion_normalize
         # working pixel x covers [x - 0.5, x + 0.5]; the same holds in the original
         factors = torch.tensor(scale, device=self.device)
@@ -342,7 +342,8 @@ def _allowed(
     """
     height, width = image.shape[:2]
     textured = cv2.morphologyEx(image, cv2.MORPH_GRADIENT, np.ones((5, 5), np.uint8))
-    allowed = textured.reshape(-1, 3)[places].any(axis=1)
+    red, green, blue = textured.reshape(-1, 3)[places].T
+    allowed = (red | green | blue) != 0
     if mask is not None:
         if mask.shape != (height, width):
             mask = cv2.resize(mask, (width, height), interpolation=cv2.INTER_NEAREST)

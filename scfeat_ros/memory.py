@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 
 
-def keep_freed_memory(limit: int = 256 << 20, map_large: bool = True) -> None:
+def keep_freed_memory(limit: int = 1 << 30, map_large: bool = True) -> None:
     """Let the process keep memory that it has freed, where the C library is glibc.
 
     By default large maps are handed back to the system after every frame and come back as pages

@@ -14,7 +14,7 @@ from scfeat_ros.model.backbone import ConvBlock, F2RBackbone
 from scfeat_ros.model.cross_norm import CrossNorm
 from scfeat_ros.model.detector import Detector, peakiness
 from scfeat_ros.model.resnet import ResNetEncoder
-from scfeat_ros.model.sampling import sample, upsample
+from scfeat_ros.model.sampling import sample, sample_few, upsample
 from scfeat_ros.model.scfeat import CONFIGS, SCFeat, load_model, read_metadata, save_model
 
 
@@ -104,6 +104,7 @@ def test_sampling_agrees_with_upsampling_at_pixel_centres():
     maps = torch.rand(1, 3, 5, 6)
     points = torch.tensor([[[0.0, 0.0], [7.0, 3.0], [23.0, 19.0], [10.0, 11.0]]])
     values = sample(maps, points, stride=4)[0]
+    torch.testing.assert_close(sample_few(maps[0], points[0], stride=4), values)
     large = upsample(maps, 4)[0]
     for value, (x, y) in zip(values, points[0].long(), strict=True):
         torch.testing.assert_close(value, large[:, y, x])

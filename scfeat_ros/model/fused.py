@@ -62,7 +62,7 @@ class Conv(nn.Module):
         self.register_buffer("bias", None if bias is None else bias.detach().to(dtype))
         self.stride = stride
         self.padding = weight.shape[-1] // 2
-        self._packed: dict[torch.Size, torch.Tensor] = {}
+        self._packed: dict[tuple[torch.Size, int], torch.Tensor] = {}
 
     def forward(
         self, x: torch.Tensor, relu: bool = False, plus: torch.Tensor | None = None
@@ -77,10 +77,12 @@ class Conv(nn.Module):
     def _onednn(self, x: torch.Tensor, relu: bool, plus: torch.Tensor | None) -> torch.Tensor:
         """Sum and ReLU inside the convolution, and weights in the order that it wants."""
         place = [self.padding] * 2, [self.stride] * 2, [1, 1], 1
-        weight = self._packed.get(x.shape)
-        if weight is None:  # the order depends on the size; one is kept
+        # the order depends on the size and the number of threads; one is kept
+        key = x.shape, torch.get_num_threads()
+        weight = self._packed.get(key)
+        if weight is None:
             weight = _ONEDNN_PACK(self.weight, *place, list(x.shape))
-            self._packed = {x.shape: weight}
+            self._packed = {key: weight}
         after = "relu" if relu else "none"
         if plus is None:
             return _ONEDNN(x, weight, self.bias, *place, after, [], "")

@@ -32,6 +32,32 @@ def sample(feature_map: torch.Tensor, points: torch.Tensor, stride: int = 4) -> 
     return samples[..., 0].transpose(1, 2)
 
 
+def sample_few(feature_map: torch.Tensor, points: torch.Tensor, stride: int = 4) -> torch.Tensor:
+    """As `sample` for one image, in fp32, converting only the cells around the points.
+
+    Args:
+        feature_map: (C, h, w) in any precision.
+        points: (N, 2) float32.
+        stride: image pixels per cell of the map.
+
+    Returns:
+        (N, C) float32.
+    """
+    _, height, width = feature_map.shape
+    cells = feature_map.permute(1, 2, 0).flatten(0, 1)
+    x, y = ((points + 0.5) / stride - 0.5).unbind(dim=1)
+    x, y = x.clamp(0, width - 1), y.clamp(0, height - 1)
+    left, top = x.floor(), y.floor()
+    columns = torch.stack([left, (left + 1).clamp_max(width - 1)])
+    rows = torch.stack([top, (top + 1).clamp_max(height - 1)])
+    horizontal, vertical = (
+        torch.stack([left + 1 - x, x - left]),
+        torch.stack([top + 1 - y, y - top]),
+    )
+    corners = cells[(rows[:, None] * width + columns[None]).long()].float()  # (2, 2, N, C)
+    return ((vertical[:, None] * horizontal[None])[..., None] * corners).sum(dim=(0, 1))
+
+
 def upsample(x: torch.Tensor, factor: int) -> torch.Tensor:
     """Bilinear upsampling of a (B, C, h, w) map by a whole factor."""
     if factor == 1:
