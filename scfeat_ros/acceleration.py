@@ -84,7 +84,7 @@ def choose(
         model.prepare(device)
         return Network(_from_bytes(model), model.precision, "onnxruntime")
     if device.type == "cpu":
-        keep_freed_memory()
+        keep_freed_memory(map_large=False)
     if precision == "auto":
         half = "bf16" if has_bfloat16(device) else "fp16" if device.type == "cuda" else None
         precisions = [half, "fp32"] if half else ["fp32"]
