@@ -74,8 +74,9 @@ def choose(
         model: the plain network, fp32, on the device; or an exported one, which is run as it is.
         device: CPU or CUDA.
         precision: "auto", or the precision of the convolutions.
-        compile: "auto": the fast network, with compiled kernels where there is a compiler;
-            "on": an error where kernels cannot be compiled; "off": the plain network.
+        compile: "auto": the fast network, on the CPU where kernels can be compiled (without
+            them it is slower than the plain one); "on": an error where kernels cannot be
+            compiled; "off": the plain network.
 
     Raises:
         ScfeatError: `compile` is "on" and kernels cannot be compiled.
@@ -85,6 +86,8 @@ def choose(
         return Network(_from_bytes(model), model.precision, "onnxruntime")
     if device.type == "cpu":
         keep_freed_memory(map_large=False)
+        if compile != "off" and not _can_compile(compile):
+            compile = "off"
     if precision == "auto":
         half = "bf16" if has_bfloat16(device) else "fp16" if device.type == "cuda" else None
         precisions = [half, "fp32"] if half else ["fp32"]
@@ -128,16 +131,27 @@ def _make(model: SCFeat, device: torch.device, precision: str, compile: str) -> 
         run = torch.compile(network, dynamic=False)
         return Network(run, precision, "fused, torch.compile")
     if device.type == "cpu" and dtype in native.SUFFIX:
-        try:
-            network = FusedSCFeat(model, dtype, compiled=True)
-            return Network(network, precision, "fused, compiled kernels")
-        except native.CompilerError as error:
-            if compile == "on":
-                raise ScfeatError(
-                    f"compile 'on': {error}; compile 'auto' runs without compiled kernels"
-                ) from error
-            LOG.warning("PyTorch's operators are used, which is slower: %s", error)
+        network = FusedSCFeat(model, dtype, compiled=True)
+        return Network(network, precision, "fused, compiled kernels")
     return Network(FusedSCFeat(model, dtype), precision, "fused")
+
+
+def _can_compile(compile: str) -> bool:
+    """Whether there are kernels for the CPU; a warning says why not.
+
+    Raises:
+        ScfeatError: there are none, and `compile` is "on".
+    """
+    try:
+        native.load()
+    except native.CompilerError as error:
+        if compile == "on":
+            raise ScfeatError(
+                f"compile 'on': {error}; compile 'auto' runs without compiled kernels"
+            ) from error
+        LOG.warning("the plain network is used, which is slower: %s", error)
+        return False
+    return True
 
 
 def check(

@@ -79,7 +79,7 @@ def test_without_a_compiler(model, monkeypatch, caplog):
 
     monkeypatch.setattr(native, "load", fail)
     caplog.set_level(logging.WARNING)
-    assert acceleration.choose(model, CPU, "fp32", "auto").way == "fused"
+    assert acceleration.choose(model, CPU, "fp32", "auto").way == "plain"
     assert "no C++ compiler was found" in caplog.text
     with pytest.raises(ScfeatError, match="compile 'on': no C"):
         acceleration.choose(model, CPU, "fp32", "on")
