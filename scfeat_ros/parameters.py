@@ -96,8 +96,8 @@ class ExtractorOptions:
     )
     compile: str = option(
         "auto",
-        "'auto': the fast network, with kernels compiled on first use where a C++ compiler is "
-        "there; 'on': an error where they cannot be compiled; 'off': the plain network",
+        "'auto': the fast network; on the CPU its kernels are compiled on first use, and without a "
+        "C++ compiler the plain network runs; 'on': an error instead; 'off': the plain network",
         choices=("auto", "on", "off"),
     )
     threads: int = option(0, "CPU threads of the network; 0 leaves it to PyTorch", 0, 1024)
