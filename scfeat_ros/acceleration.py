@@ -85,7 +85,7 @@ def choose(
         model.prepare(device)
         return Network(_from_bytes(model), model.precision, "onnxruntime")
     if device.type == "cpu":
-        keep_freed_memory(map_large=False)
+        keep_freed_memory()
         if compile != "off" and not _can_compile(compile):
             compile = "off"
     if precision == "auto":

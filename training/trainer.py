@@ -150,7 +150,7 @@ class Trainer:
         if state is not None:
             self._restore(state)
         if self.device.type == "cpu":
-            keep_freed_memory(KEPT_MEMORY, map_large=False)
+            keep_freed_memory(KEPT_MEMORY)
             if cpu_has_bfloat16():
                 accelerate(self.model)
         network: nn.Module = self.stage.network
