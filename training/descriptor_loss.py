@@ -33,8 +33,6 @@ class DescriptorOptions:
         temperature: factor on the cosine similarity in the softmax.
         max_cost: queries with a distance above this share of the image's shorter side are left
             out: their search has failed.
-        backbone_weight: weight of the same loss on D_desc, where descriptors for use are taken,
-            beside the one on F_cn; the paper has none.
         contrast_weight: weight of the warm-up loss on known correspondences beside the epipolar
             loss; 0 trains from poses alone.
     """
@@ -45,7 +43,6 @@ class DescriptorOptions:
     jitter: float = 0.5
     temperature: float = 60.0
     max_cost: float = 0.1
-    backbone_weight: float = 0.0
     contrast_weight: float = 0.0
 
 

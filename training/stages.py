@@ -244,6 +244,7 @@ class DescriptorStage(Stage):
 
     def losses(self, network: Callable, batch: Batch) -> tuple[torch.Tensor, Terms]:
         before, after = network(images_of(batch))
+        map1, map2 = after.float().chunk(2)
         seed, indices = self.config.seed, batch["index"]
         count = query_count(size_of(self.config), self.options.cell)
         cameras = (
@@ -252,12 +253,10 @@ class DescriptorStage(Stage):
             batch["R"],
             batch["t"],
         )
-        noise = uniform(seed, indices, (count, 8)).to(after.device)
-        known = batch["geometry"], noise, self.options, cameras
-        epipolar, used = descriptor_loss(*after.float().chunk(2), *known)
-        if self.options.backbone_weight:
-            of_backbone, _ = descriptor_loss(*before.float().chunk(2), *known)
-            epipolar = epipolar + self.options.backbone_weight * of_backbone
+        noise = uniform(seed, indices, (count, 8)).to(map1)
+        epipolar, used = descriptor_loss(
+            map1, map2, batch["geometry"], noise, self.options, cameras
+        )
         posed = (~batch["planar"]).to(epipolar)
         # a homography is no fundamental matrix: where() also keeps its values out of the gradient
         total = torch.where(posed > 0, epipolar, torch.zeros_like(epipolar))
