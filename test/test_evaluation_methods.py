@@ -65,6 +65,7 @@ def test_scfeat_by_path_with_options(weights, image):
     assert (keypoints == keypoints.round()).all()
     assert len(plain.extract(image)) <= 200
     # a protocol's values give way to those that the user named
+    assert create_methods(f"{weights}:compile=off", 200)[0].extractor.options.compile == "off"
     changed = sparse.with_options(nms_radius=2, score_threshold=1.0)
     assert changed.extractor.options.nms_radius == 4
     assert changed.extractor.options.score_threshold == 1.0

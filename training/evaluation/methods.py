@@ -368,7 +368,9 @@ def _create(specification: str, max_keypoints: int, device: str) -> Method:
                 f"method '{specification}': '{assignment}' is no option=value; "
                 "for example scfeat-s:nms_radius=2"
             )
-        options[key.strip().replace("-", "_")] = yaml.safe_load(value)
+        # YAML 1.1 takes on and off for truth values; here they are words, as in compile=off
+        word = value.strip().lower() in ("on", "off")
+        options[key.strip().replace("-", "_")] = value.strip() if word else yaml.safe_load(value)
     if name in REGISTRY:
         return REGISTRY[name](specification, max_keypoints, device, **options)
     if name.endswith(".safetensors") or name in CONFIGS:
