@@ -69,10 +69,12 @@ def background(items: Iterable[T], depth: int = 4) -> Generator[Iterator[T], Non
                 return
             yield item
 
-    thread = threading.Thread(target=run, daemon=True, name="scfeat-stage")
-    thread.start()
+    # no daemon: one that works in compiled code while the interpreter ends aborts the process
+    thread = threading.Thread(target=run, name="scfeat-stage")
     try:
+        thread.start()  # a signal's exception may come up in here
         yield read()
     finally:
         stop.set()
-        thread.join()
+        if thread.is_alive():
+            thread.join()
