@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,7 +25,7 @@ from scfeat_ros.ground_truth import RIGHT_WITHIN, right_matches
 from scfeat_ros.matcher import epipolar_inliers
 from scfeat_ros.overlay import Overlay
 from scfeat_ros.parameters import MatcherOptions
-from scfeat_ros.pipeline import background
+from scfeat_ros.pipeline import background, on_threads
 from scfeat_ros.recovery import RawMessage
 from scfeat_ros.report import SAMPLES, SampleFrames, render
 from scfeat_ros.run_statistics import RunStatistics
@@ -189,7 +187,7 @@ def _process(
         return group
 
     if extractor.device.type == "cpu" and torch.get_num_threads() >= FRAMES_AT_ONCE:
-        extracted = _on_threads(extract, groups, FRAMES_AT_ONCE)
+        extracted = on_threads(extract, groups, FRAMES_AT_ONCE)
     else:
         extracted = (extract(group) for group in groups)
     with closing(extracted):
@@ -201,23 +199,6 @@ def _process(
                     group.features, frame.stamp, frame.frame_id, group.extract_seconds
                 )
                 yield frame, result
-
-
-def _on_threads(
-    function: Callable[[_Group], _Group], groups: Iterable[_Group], workers: int
-) -> Generator[_Group, None, None]:
-    """Call a function on several threads; results come in order."""
-    waiting: deque[Future[_Group]] = deque()
-    pool = ThreadPoolExecutor(workers, "scfeat-frame")
-    try:
-        for group in groups:
-            waiting.append(pool.submit(function, group))
-            if len(waiting) > workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _progress_bar(total: int, show: bool | None) -> tqdm:

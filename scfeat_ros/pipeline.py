@@ -1,14 +1,17 @@
-"""Stages that overlap: run a generator on a thread of its own."""
+"""Stages that overlap: a generator on a thread of its own, a function on several."""
 
 from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Generator, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 _POLL = 0.1  # seconds between looks at the stop flag
 
@@ -78,3 +81,29 @@ def background(items: Iterable[T], depth: int = 4) -> Generator[Iterator[T], Non
         stop.set()
         if thread.is_alive():
             thread.join()
+
+
+def on_threads(
+    function: Callable[[T], R], items: Iterable[T], workers: int
+) -> Generator[R, None, None]:
+    """Call a function on several threads, at most `workers` items ahead of who reads.
+
+    Args:
+        function: called with each item.
+        items: what it is called with.
+        workers: threads.
+
+    Yields:
+        Results in the order of the items. What the function raises comes out in its place.
+    """
+    waiting: deque[Future[R]] = deque()
+    pool = ThreadPoolExecutor(workers, "scfeat-frame")
+    try:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)

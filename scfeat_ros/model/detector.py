@@ -68,6 +68,7 @@ class Detector(nn.Module):
         self.layer0_right = ConvInstanceNorm(3, right)
         self.layer1 = ConvInstanceNorm(left + right, hidden)
         self.layer2 = nn.Conv2d(hidden, 1, 1, bias=False)
+        # of one channel, where both layouts are the same, and GroupNorm is slower
         self.layer2_norm = nn.InstanceNorm2d(1, affine=True)
 
     def forward(
