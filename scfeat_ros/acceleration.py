@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from scfeat_ros.cuda_graphs import CudaGraphs
 from scfeat_ros.errors import ScfeatError
 from scfeat_ros.memory import keep_freed_memory
 from scfeat_ros.model import native
@@ -49,7 +50,8 @@ class Network(NamedTuple):
     precision: str
     """"fp32", "bf16" or "fp16"."""
     way: str
-    """"plain", "fused" (PyTorch's operators), "fused, compiled kernels" or "onnxruntime"."""
+    """"plain", "fused" (PyTorch's operators), "fused, compiled kernels", "fused, CUDA graphs" or
+    "onnxruntime"."""
 
     def __str__(self) -> str:
         return f"{self.precision}, {self.way}"
@@ -75,8 +77,8 @@ def choose(
         device: CPU or CUDA.
         precision: "auto", or the precision of the convolutions.
         compile: "auto": the fast network, on the CPU where kernels can be compiled (without
-            them it is slower than the plain one); "on": an error where kernels cannot be
-            compiled; "off": the plain network.
+            them it is slower than the plain one), on a GPU through CUDA graphs; "on": an error
+            where kernels cannot be compiled; "off": the plain network.
 
     Raises:
         ScfeatError: `compile` is "on" and kernels cannot be compiled.
@@ -127,11 +129,9 @@ def _plain(model: SCFeat, precision: str) -> Network:
 
 def _make(model: SCFeat, device: torch.device, precision: str, compile: str) -> Network:
     dtype = DTYPES[precision]
-    if device.type == "cuda" and compile == "on":
+    if device.type == "cuda":
         network = FusedSCFeat(model, dtype)
-        # by size of the image; several are kept
-        run = torch.compile(network, dynamic=False)
-        return Network(run, precision, "fused, torch.compile")
+        return Network(CudaGraphs(network), precision, "fused, CUDA graphs")
     if device.type == "cpu" and dtype in native.SUFFIX:
         network = FusedSCFeat(model, dtype, compiled=True)
         return Network(network, precision, "fused, compiled kernels")
@@ -169,6 +169,7 @@ def check(
     with torch.inference_mode():
         expected = model(image)
         try:
+            run(image.flip(3))  # another first: what is kept of a picture must not come back
             found = run(image)
         except (RuntimeError, TypeError) as error:  # an operator that the device lacks
             return f"it does not run here ({str(error).splitlines()[0]})"

@@ -1,4 +1,4 @@
-"""Image -> Features: the network, then NMS, threshold, top-K, sub-pixel (Sec. III-E)."""
+"""Image -> Features: the network, the selection of keypoints, their descriptors (Sec. III-E)."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from scfeat_ros import preprocessing, selection
 from scfeat_ros.acceleration import Network, choose
 from scfeat_ros.errors import ScfeatError
 from scfeat_ros.features import Features
 from scfeat_ros.model.sampling import sample_few
-from scfeat_ros.model.scfeat import DESCRIPTOR_STRIDE, STRIDE, SCFeat, load_model
+from scfeat_ros.model.scfeat import DESCRIPTOR_STRIDE, SCFeat, load_model
 from scfeat_ros.onnx_export import OnnxSCFeat
 from scfeat_ros.parameters import ExtractorOptions, validate
+from scfeat_ros.selection import Selected
 
 LOG = logging.getLogger(__name__)
 
@@ -153,118 +155,53 @@ class Extractor:
         size = images[0].shape[1::-1]
         if min(size) == 0:
             return [Features.empty(self.descriptor_dim, size) for _ in images]
-        working, scale = _resize(images, self.options.max_size)
-        tensor = self._to_tensor(working)
+        new = preprocessing.working_size(size, self.options.max_size)
+        on_cpu = self.device.type == "cpu"
+        if on_cpu:
+            tensor = preprocessing.on_cpu(images, new)
+        else:
+            tensor = preprocessing.on_device(images, new, self.device)
         output = self.network.run(tensor)
-        height, width = working[0].shape[:2]
-        source = (
+        maps = (
             output.descriptors if self.options.descriptor_source == "backbone" else output.bridged
         )
-        return [
-            self._select(
-                output.scores[i : i + 1, :, :height, :width],
-                source[i : i + 1],
-                working[i],
-                _check_mask(masks[i], size),
-                size,
-                scale,
-            )
-            for i in range(len(images))
-        ]
+        width, height = new
+        scores, pixels = output.scores[:, 0, :height, :width], tensor[:, :, :height, :width]
+        features = []
+        for i, mask in enumerate(masks):
+            mask = _working_mask(mask, size, new)
+            if on_cpu:
+                image = pixels[i].permute(1, 2, 0).numpy()
+                selected = selection.on_cpu(scores[i], image, mask, self.options)
+            else:
+                mask = None if mask is None else torch.from_numpy(mask).to(self.device) != 0
+                selected = selection.on_device(scores[i], pixels[i], mask, self.options)
+            features.append(self._describe(selected, maps[i], size, new))
+        return features
 
-    def _to_tensor(self, images: Sequence[np.ndarray]) -> torch.Tensor:
-        """(B, 3, H', W') uint8, padded at right and bottom to multiples of the stride."""
-        height, width = images[0].shape[:2]
-        if width % STRIDE or height % STRIDE:
-            padding = (0, -height % STRIDE, 0, -width % STRIDE)
-            images = [cv2.copyMakeBorder(i, *padding, cv2.BORDER_REPLICATE) for i in images]
-        batch = np.stack(images) if len(images) > 1 else np.ascontiguousarray(images[0])[None]
-        return torch.from_numpy(batch).to(self.device).permute(0, 3, 1, 2)
-
-    def _select(
+    def _describe(
         self,
-        scores: torch.Tensor,
-        descriptors: torch.Tensor,
-        image: np.ndarray,
-        mask: np.ndarray | None,
+        selected: Selected,
+        feature_map: torch.Tensor,
         size: tuple[int, int],
-        scale: tuple[float, float],
+        working: tuple[int, int],
     ) -> Features:
-        """Score map (1, 1, h, w) and descriptor map of one working image -> Features."""
-        options = self.options
-        scores = scores.contiguous()
-        places = is_local_maximum(scores, options.nms_radius).flatten().nonzero()[:, 0]
-        values = scores.flatten()[places].float().cpu().numpy()
-        places = places.cpu().numpy()
-        keep = (values > options.score_threshold) & np.isfinite(values)
-        keep &= _allowed(image, mask, options.border, places)
-        places, values = places[keep], values[keep]
-        if not len(values):
-            return Features.empty(self.descriptor_dim, size)
-        if len(values) > options.max_keypoints:
-            # only what can be among the best is put in order
-            least = len(values) - options.max_keypoints
-            enough = values >= np.partition(values, least)[least]
-            places, values = places[enough], values[enough]
-        # stable, so that equal scores come in image order on every device
-        order = np.argsort(-values, kind="stable")[: options.max_keypoints]
-        best = torch.from_numpy(places[order]).to(self.device)
-        rows, columns = best // scores.shape[-1], best % scores.shape[-1]
-        points = torch.stack([columns, rows], dim=1).float()
-        if options.subpixel:
-            points += subpixel_offsets(scores[0, 0], rows, columns)
-        sampled = sample_few(descriptors[0], points, DESCRIPTOR_STRIDE)
-        normalize = l2_normalize if options.descriptor_norm == "l2" else fusion_normalize
+        """Keypoints of an image of `size` that was shrunk to `working`, with descriptors."""
+        points, scores = selected
+        sampled = sample_few(feature_map, points, DESCRIPTOR_STRIDE)
+        normalize = l2_normalize if self.options.descriptor_norm == "l2" else fusion_normalize
         # working pixel x covers [x - 0.5, x + 0.5]; the same holds in the original
-        factors = torch.tensor(scale, device=self.device)
-        points = (points + 0.5) * factors - 0.5
+        scale = points.new_tensor([size[0] / working[0], size[1] / working[1]])
+        points = (points + 0.5) * scale - 0.5
+        # one copy back from a device
+        rows = torch.cat([points, scores[:, None], normalize(sampled)], dim=1).cpu().numpy()
+        rows = rows[np.isfinite(rows[:, 2])]
         return Features(
-            keypoints=points.cpu().numpy(),
-            scores=values[order],
-            descriptors=normalize(sampled).cpu().numpy(),
+            keypoints=np.ascontiguousarray(rows[:, :2]),
+            scores=np.ascontiguousarray(rows[:, 2]),
+            descriptors=np.ascontiguousarray(rows[:, 3:]),
             image_size=size,
         )
-
-
-def is_local_maximum(scores: torch.Tensor, radius: int) -> torch.Tensor:
-    """Non-maximum suppression in a (2 * radius + 1)^2 window: (B, 1, H, W) scores -> bool.
-
-    A pixel survives if none in its window is larger and at least one is smaller, so a plateau
-    gives nothing. Radius 0 keeps all.
-    """
-    if radius == 0:
-        return torch.ones_like(scores, dtype=torch.bool)
-    window = 2 * radius + 1
-    if scores.device.type == "cpu":  # OpenCV's filters are many times faster than max_pool2d
-        kernel = np.ones((window, window), np.uint8)
-        found = np.empty(scores.shape, bool)
-        for one, keep in zip(scores[:, 0].numpy(), found[:, 0], strict=True):
-            np.equal(one, cv2.dilate(one, kernel), out=keep)
-            keep &= one > cv2.erode(one, kernel)
-        return torch.from_numpy(found)
-    largest = F.max_pool2d(scores, window, stride=1, padding=radius)
-    smallest = -F.max_pool2d(-scores, window, stride=1, padding=radius)
-    return (scores == largest) & (scores > smallest)
-
-
-def subpixel_offsets(
-    scores: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor
-) -> torch.Tensor:
-    """(N, 2) x, y offsets: the score-weighted mean position of each 3x3 neighbourhood.
-
-    The neighbourhood's smallest score is subtracted first; else the weights of a flat
-    neighbourhood would pull every keypoint to its pixel's centre.
-    """
-    height, width = scores.shape
-    steps = torch.tensor([-1, 0, 1], device=scores.device)
-    y = (rows[:, None, None] + steps[None, :, None]).clamp(0, height - 1)
-    x = (columns[:, None, None] + steps[None, None, :]).clamp(0, width - 1)
-    weights = scores[y, x].float()
-    weights = weights - weights.amin(dim=(1, 2), keepdim=True)
-    weights = weights / weights.sum(dim=(1, 2), keepdim=True).clamp_min(1e-12)
-    offset_x = (weights * (x - columns[:, None, None])).sum(dim=(1, 2))
-    offset_y = (weights * (y - rows[:, None, None])).sum(dim=(1, 2))
-    return torch.stack([offset_x, offset_y], dim=1)
 
 
 def l2_normalize(descriptors: torch.Tensor) -> torch.Tensor:
@@ -303,21 +240,10 @@ def _check_image(image: np.ndarray) -> np.ndarray:
     return image
 
 
-def _resize(
-    images: Sequence[np.ndarray], max_size: int
-) -> tuple[list[np.ndarray], tuple[float, float]]:
-    """Images shrunk to a longer side of at most `max_size`, and original / working size."""
-    height, width = images[0].shape[:2]
-    if not max_size or max(height, width) <= max_size:
-        return list(images), (1.0, 1.0)
-    factor = max_size / max(height, width)
-    new = max(1, round(width * factor)), max(1, round(height * factor))
-    resized = [cv2.resize(image, new, interpolation=cv2.INTER_AREA) for image in images]
-    return resized, (width / new[0], height / new[1])
-
-
-def _check_mask(mask: np.ndarray | None, size: tuple[int, int]) -> np.ndarray | None:
-    """(H, W) uint8 from a valid mask of an image of (width, height) `size`.
+def _working_mask(
+    mask: np.ndarray | None, size: tuple[int, int], working: tuple[int, int]
+) -> np.ndarray | None:
+    """(h, w) uint8 of the `working` (width, height) from a mask of an image of `size`.
 
     Raises:
         ValueError: the mask has another size.
@@ -329,27 +255,7 @@ def _check_mask(mask: np.ndarray | None, size: tuple[int, int]) -> np.ndarray | 
         raise ValueError(
             f"mask must be of the image's shape {(size[1], size[0])}, got {mask.shape}"
         )
-    return (mask != 0).astype(np.uint8)
-
-
-def _allowed(
-    image: np.ndarray, mask: np.ndarray | None, border: int, places: np.ndarray
-) -> np.ndarray:
-    """(N,) bool: at which places (row * width + column) of a working image keypoints may lie.
-
-    Not in the border, not where the mask (of the original image) is 0, and not where the 5x5
-    neighbourhood has a single value: black or saturated areas have nothing to localize.
-    """
-    height, width = image.shape[:2]
-    textured = cv2.morphologyEx(image, cv2.MORPH_GRADIENT, np.ones((5, 5), np.uint8))
-    red, green, blue = textured.reshape(-1, 3)[places].T
-    allowed = (red | green | blue) != 0
-    if mask is not None:
-        if mask.shape != (height, width):
-            mask = cv2.resize(mask, (width, height), interpolation=cv2.INTER_NEAREST)
-        allowed &= mask.reshape(-1)[places] != 0
-    if border:
-        rows, columns = np.divmod(places, width)
-        allowed &= (rows >= border) & (rows < height - border)
-        allowed &= (columns >= border) & (columns < width - border)
-    return allowed
+    mask = (mask != 0).astype(np.uint8)
+    if size != working:
+        mask = cv2.resize(mask, working, interpolation=cv2.INTER_NEAREST)
+    return mask

@@ -6,13 +6,9 @@ import pytest
 import torch
 
 from scfeat_ros.errors import ScfeatError
-from scfeat_ros.extractor import (
-    Extractor,
-    fusion_normalize,
-    is_local_maximum,
-    subpixel_offsets,
-)
+from scfeat_ros.extractor import Extractor, fusion_normalize
 from scfeat_ros.matcher import match
+from scfeat_ros.selection import is_local_maximum, subpixel_offsets
 
 
 def textured_image(width, height, seed=0):

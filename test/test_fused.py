@@ -14,6 +14,7 @@ from scfeat_ros.model.scfeat import CONFIGS, SCFeat, SCFeatConfig
 
 SMALL = SCFeatConfig("small", "resnet10", (64, 32), 32, (8, 8, 8))
 WIDE = SCFeatConfig("wide", "resnet50", (64, 32), 24, (12, 5, 20))
+ONE_TAP = SCFeatConfig("one-tap", "resnet10", (32, 32), 16, (8, 8, 8), side_kernel=1)
 
 
 def compiler_is_there():
@@ -48,7 +49,9 @@ def random_model(config, seed=0):
     return model
 
 
-@pytest.mark.parametrize("config", [SMALL, WIDE, CONFIGS["scfeat-s"]], ids=lambda c: c.name)
+@pytest.mark.parametrize(
+    "config", [SMALL, WIDE, ONE_TAP, CONFIGS["scfeat-s"]], ids=lambda c: c.name
+)
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_compiler)])
 @pytest.mark.parametrize("size", [(16, 16), (48, 80)])
 @torch.no_grad()
@@ -100,6 +103,17 @@ def test_convolution_after_upsampling_is_exact_at_every_border(k, factor, channe
     torch.testing.assert_close(totals, kernels.statistics(expected), atol=1e-2, rtol=1e-4)
     found, _ = k.upsampled_sum(z, factor, plus)
     torch.testing.assert_close(found, expected + plus, atol=1e-4, rtol=1e-4)
+
+
+@BOTH
+@pytest.mark.parametrize("factor", [2, 4])
+def test_upsampled_map_and_its_statistics(k, factor):
+    torch.manual_seed(0)
+    x = torch.randn(1, 5, 3, 4)
+    expected = F.interpolate(x, scale_factor=factor, mode="bilinear", align_corners=False)
+    found, totals = k.upsampled(x, factor)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(totals, kernels.statistics(expected), atol=1e-4, rtol=1e-5)
 
 
 @needs_compiler

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from scfeat_ros.extractor import is_local_maximum, subpixel_offsets
 from scfeat_ros.model.sampling import sample
 from scfeat_ros.model.scfeat import SCFeat
+from scfeat_ros.selection import is_local_maximum, subpixel_offsets
 from scfeat_training.datasets import (
     HomographyPairs,
     HomographyPairsConfig,

@@ -28,7 +28,11 @@ class ConvBlock(nn.Module):
         self.activation = nn.ELU(inplace=True)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.activation(self.norm(self.conv(upsample(x, self.factor))))
+        if self.conv.kernel_size == (1, 1):  # commutes with the upsampling, and is cheaper before
+            x = upsample(self.conv(x), self.factor)
+        else:
+            x = self.conv(upsample(x, self.factor))
+        return self.activation(self.norm(x))
 
 
 class Decoder(nn.Module):
@@ -50,10 +54,15 @@ class F2RBackbone(nn.Module):
         encoder: name of the ResNet.
         decoder_channels: channels of the decoders at 1/8 and at 1/4.
         descriptor_dim: channels of the side maps and of the result.
+        side_kernel: size of the kernels of the upsampled side maps.
     """
 
     def __init__(
-        self, encoder: str, decoder_channels: tuple[int, int], descriptor_dim: int
+        self,
+        encoder: str,
+        decoder_channels: tuple[int, int],
+        descriptor_dim: int,
+        side_kernel: int = 3,
     ) -> None:
         super().__init__()
         self.encoder = ResNetEncoder(encoder)
@@ -61,8 +70,8 @@ class F2RBackbone(nn.Module):
         eighth, quarter = decoder_channels
         self.decoder_0 = Decoder(layer3, layer2, eighth)
         self.decoder_1 = Decoder(eighth, layer1, quarter)
-        self.side_0 = ConvBlock(layer3, descriptor_dim, factor=4)
-        self.side_1 = ConvBlock(eighth, descriptor_dim, factor=2)
+        self.side_0 = ConvBlock(layer3, descriptor_dim, side_kernel, factor=4)
+        self.side_1 = ConvBlock(eighth, descriptor_dim, side_kernel, factor=2)
         self.side_2 = ConvBlock(quarter, descriptor_dim, kernel=1)
         self.fuse = nn.Conv2d(3 * descriptor_dim, descriptor_dim, 1)
 

@@ -9,6 +9,12 @@ from torch import nn
 from scfeat_ros.model.sampling import upsample
 
 
+def mean_of_3x3(x: torch.Tensor) -> torch.Tensor:
+    """(B, C, H + 2, W + 2) -> (B, C, H, W): several times faster on the CPU than `avg_pool2d`."""
+    columns = x[..., :-2] + x[..., 1:-1] + x[..., 2:]
+    return (columns[..., :-2, :] + columns[..., 1:-1, :] + columns[..., 2:, :]) / 9
+
+
 def peakiness(x: torch.Tensor) -> torch.Tensor:
     """Peakiness score map (Eq. 4-6).
 
@@ -25,7 +31,7 @@ def peakiness(x: torch.Tensor) -> torch.Tensor:
         border reflected).
     """
     x = x / x.abs().amax(dim=(1, 2, 3), keepdim=True).clamp_min(1e-6)
-    local_mean = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), 3, stride=1)
+    local_mean = mean_of_3x3(F.pad(x, (1, 1, 1, 1), mode="reflect"))
     channel_score = F.softplus(x - x.mean(dim=1, keepdim=True))
     local_score = F.softplus(x - local_mean)
     return (channel_score * local_score).amax(dim=1, keepdim=True)

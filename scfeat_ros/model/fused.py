@@ -99,7 +99,7 @@ def fold(conv: nn.Conv2d, norm: nn.BatchNorm2d, dtype: torch.dtype) -> Conv:
 
 
 def taps(weight: torch.Tensor, dtype: torch.dtype) -> Conv:
-    """The nine taps of a (C_out, C_in, 3, 3) weight, row by row, as one 1x1 convolution."""
+    """The taps of a (C_out, C_in, k, k) weight, row by row, as one 1x1 convolution."""
     return Conv(weight.permute(2, 3, 0, 1).flatten(0, 2)[..., None, None], dtype=dtype)
 
 
@@ -243,8 +243,9 @@ class FusedSCFeat(nn.Module):
         return self.fuse(sides)
 
     def _up_conv(self, name: str, z: torch.Tensor, factor: int, out: torch.Tensor) -> None:
-        """UP-CONV of Fig. 4 (b) from its taps, written to `out`."""
-        x, totals = self.kernels.upsampled_sum(z, factor)
+        """UP-CONV of Fig. 4 (b) from its nine taps, or one, written to `out`."""
+        one = z.shape[1] == out.shape[1]
+        x, totals = (self.kernels.upsampled if one else self.kernels.upsampled_sum)(z, factor)
         self.kernels.normalize_activate(x, totals, self.norms[name], out=out)
 
     def _norm_elu(

@@ -256,6 +256,45 @@ void upsampled_sum(const T *z, int height, int width, int factor, int channels,
   all.write(totals);
 }
 
+// A map upsampled by a whole factor.
+template <typename T>
+void upsampled(const T *x, int height, int width, int factor, int channels, T *out, double *totals,
+               int threads) {
+  const int H = height * factor, W = width * factor, C = channels;
+  const long row = long(width) * C;
+  std::vector<Position> across(W);
+  for (int column = 0; column < W; column++) across[column] = locate(column, factor, width);
+  Totals all(C, threads);
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<float> sums(C), squares(C), line(row);
+    float *__restrict sum = sums.data(), *__restrict square = squares.data();
+#pragma omp for schedule(static)
+    for (int y = 0; y < H; y++) {
+      const Position down = locate(y, factor, height);
+      const T *above = x + down.first * row, *below = x + down.second * row;
+      float *__restrict between = line.data();
+#pragma omp simd
+      for (long k = 0; k < row; k++)
+        between[k] = (1.0f - down.weight) * read(above[k]) + down.weight * read(below[k]);
+      for (int column = 0; column < W; column++) {
+        const Position p = across[column];
+        const float *left = between + long(p.first) * C, *right = between + long(p.second) * C;
+        T *__restrict to = out + (long(y) * W + column) * C;
+#pragma omp simd
+        for (int c = 0; c < C; c++) {
+          const float value = (1.0f - p.weight) * left[c] + p.weight * right[c];
+          sum[c] += value;
+          square[c] += value * value;
+          write(to[c], value);
+        }
+      }
+      all.add(sums, squares);
+    }
+  }
+  all.write(totals);
+}
+
 // y = activation(x * scale + shift); slope < 0 stands for ELU, else PReLU.
 template <typename T>
 void scale_activate(const T *x, long count, const float *scale, const float *shift, float slope,
@@ -844,6 +883,10 @@ void score_map(float *values, float scale, float shift, const float *left, const
   void upsampled_sum_##T(const T *z, int height, int width, int factor, int channels,              \
                          const T *plus, T *out, double *totals, int threads) {                     \
     upsampled_sum(z, height, width, factor, channels, plus, out, totals, threads);                 \
+  }                                                                                                \
+  void upsampled_##T(const T *x, int height, int width, int factor, int channels, T *out,            \
+                     double *totals, int threads) {                                                \
+    upsampled(x, height, width, factor, channels, out, totals, threads);                           \
   }                                                                                                \
   void scale_activate_##T(const T *x, long pixels, int channels, const float *scale,               \
                           const float *shift, float slope, T *out, long stride, int threads) {     \

@@ -114,6 +114,12 @@ def normalize_activate(
     return y if out is None else out.copy_(y)
 
 
+def upsampled(x: torch.Tensor, factor: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A map upsampled by a whole factor, and its statistics."""
+    y = upsample(x, factor)
+    return y, statistics(y)
+
+
 def upsampled_sum(
     taps: torch.Tensor, factor: int, plus: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:

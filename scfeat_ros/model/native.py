@@ -129,6 +129,7 @@ def _compile(command: list[str], library: Path) -> None:
 ARGUMENTS = {
     "pool": "piiipi",
     "channel_sums": "pliipi",
+    "upsampled": "piiiippi",
     "upsampled_sum": "piiiipppi",
     "scale_activate": "plippfpli",
     "pixel_statistics": "pliipppi",
@@ -260,6 +261,15 @@ def normalize_activate(
         *(x, height * width, channels, scale, shift, slope, out, out.stride(3)),
     )
     return out
+
+
+def upsampled(x: torch.Tensor, factor: int) -> tuple[torch.Tensor, torch.Tensor]:
+    x = _last(x)
+    _, channels, height, width = x.shape
+    out = _empty(channels, height * factor, width * factor, x.dtype)
+    totals = _totals(channels)
+    _call("upsampled", x.dtype, x, height, width, factor, channels, out, totals)
+    return out, totals
 
 
 def upsampled_sum(

@@ -11,6 +11,7 @@ STEM_CHANNELS = 64
 
 RESNETS: dict[str, tuple[str, tuple[int, int, int]]] = {
     "resnet10": ("basic", (1, 1, 1)),
+    "resnet16": ("basic", (1, 2, 2)),
     "resnet18": ("basic", (2, 2, 2)),
     "resnet34": ("basic", (3, 4, 6)),
     "resnet50": ("bottleneck", (3, 4, 6)),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
@@ -39,6 +39,7 @@ class SCFeatConfig:
         descriptor_dim: length of a descriptor.
         head_channels: channels of the head's Layer_0 on the quarter-resolution branch, of
             Layer_0 on the image branch, and of Layer_1.
+        side_kernel: size of the kernels of the two upsampled side maps.
     """
 
     name: str
@@ -46,6 +47,7 @@ class SCFeatConfig:
     decoder_channels: tuple[int, int]
     descriptor_dim: int
     head_channels: tuple[int, int, int]
+    side_kernel: int = 3
 
 
 CONFIGS = {
@@ -88,7 +90,9 @@ class SCFeat(nn.Module):
     def __init__(self, config: SCFeatConfig) -> None:
         super().__init__()
         self.config = config
-        self.backbone = F2RBackbone(config.encoder, config.decoder_channels, config.descriptor_dim)
+        self.backbone = F2RBackbone(
+            config.encoder, config.decoder_channels, config.descriptor_dim, config.side_kernel
+        )
         self.bridge = CrossNorm(config.descriptor_dim)
         self.detector = Detector(config.descriptor_dim + STEM_CHANNELS, *config.head_channels)
         mean = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
@@ -192,7 +196,7 @@ def read_metadata(path: str | os.PathLike) -> dict:
 def _read_config(path: Path) -> SCFeatConfig:
     values = read_metadata(path)["config"]
     for field in fields(SCFeatConfig):
-        if field.name not in values:
+        if field.name not in values and field.default is MISSING:
             raise ModelError(f"{path}: config field '{field.name}' is missing")
     unknown = sorted(set(values) - {field.name for field in fields(SCFeatConfig)})
     if unknown:

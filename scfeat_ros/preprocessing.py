@@ -1,0 +1,79 @@
+"""Images -> what the network takes: shrunk, padded, on the device.
+
+As for the selection of keypoints there is a way for the CPU and one for a GPU, where the upload
+does not wait and the device does the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+import torch
+
+from scfeat_ros.model.scfeat import STRIDE
+
+
+def working_size(size: tuple[int, int], max_size: int) -> tuple[int, int]:
+    """(width, height) shrunk to a longer side of at most `max_size`; 0 never shrinks."""
+    width, height = size
+    if not max_size or max(size) <= max_size:
+        return size
+    factor = max_size / max(size)
+    return max(1, round(width * factor)), max(1, round(height * factor))
+
+
+def on_cpu(images: Sequence[np.ndarray], size: tuple[int, int]) -> torch.Tensor:
+    """Shrink and pad images.
+
+    Args:
+        images: (H, W, 3) uint8, all of one size.
+        size: (width, height) to shrink them to.
+
+    Returns:
+        (B, 3, H', W') uint8 in channels-last order, padded at right and bottom to multiples of
+        the network's stride by repeating the last line.
+    """
+    width, height = size
+    if images[0].shape[1::-1] != size:
+        images = [cv2.resize(image, size, interpolation=cv2.INTER_AREA) for image in images]
+    if width % STRIDE or height % STRIDE:
+        padding = (0, -height % STRIDE, 0, -width % STRIDE)
+        images = [cv2.copyMakeBorder(i, *padding, cv2.BORDER_REPLICATE) for i in images]
+    batch = np.stack(images) if len(images) > 1 else np.ascontiguousarray(images[0])[None]
+    return torch.from_numpy(batch).permute(0, 3, 1, 2)
+
+
+def on_device(
+    images: Sequence[np.ndarray], size: tuple[int, int], device: torch.device
+) -> torch.Tensor:
+    """As `on_cpu`, with all but the copy done by the device; the result is there."""
+    batch = torch.from_numpy(np.stack(images))
+    if device.type == "cuda":  # from pinned memory, the copy goes on while Python does
+        batch = batch.pin_memory()
+    batch = batch.to(device, non_blocking=True).permute(0, 3, 1, 2)
+    width, height = size
+    if batch.shape[-2:] != (height, width):
+        batch = shrink(batch, size)
+    if width % STRIDE or height % STRIDE:
+        rows = torch.arange(height + -height % STRIDE, device=device).clamp_max(height - 1)
+        columns = torch.arange(width + -width % STRIDE, device=device).clamp_max(width - 1)
+        batch = batch[:, :, rows[:, None], columns]
+    return batch
+
+
+def shrink(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Area averaging, as OpenCV's INTER_AREA: (B, C, H, W) uint8 -> (width, height) `size`."""
+    width, height = size
+    rows = _area_weights(images.shape[2], height).to(images.device)
+    columns = _area_weights(images.shape[3], width).to(images.device)
+    return (rows @ images.float() @ columns.T).round().to(torch.uint8)
+
+
+def _area_weights(old: int, new: int) -> torch.Tensor:
+    """(new, old) share of every old pixel in the mean of every new one."""
+    edges = torch.arange(new + 1, dtype=torch.float64) * old / new
+    pixels = torch.arange(old, dtype=torch.float64)
+    overlap = torch.minimum(edges[1:, None], pixels + 1) - torch.maximum(edges[:-1, None], pixels)
+    return (overlap.clamp_min(0) * new / old).float()

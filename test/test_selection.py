@@ -1,0 +1,76 @@
+"""Keypoints out of a score map: the way for a GPU gives what the one for the CPU gives.
+
+`on_device` has no step that only a GPU has, so it is held against `on_cpu` here on the CPU; where
+there is a GPU, there as well.
+"""
+
+import numpy as np
+import pytest
+import torch
+from test_extractor import textured_image
+
+from scfeat_ros import selection
+from scfeat_ros.parameters import ExtractorOptions
+
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    ),
+]
+
+
+def both(scores, image, mask, device, **options):
+    """Selected by either way, with the empty rows of `on_device` taken away."""
+    options = ExtractorOptions(**options)
+    expected = selection.on_cpu(scores, image, mask, options)
+    pixels = torch.from_numpy(image).to(device).permute(2, 0, 1)
+    mask = None if mask is None else torch.from_numpy(mask).to(device) != 0
+    found = selection.on_device(scores.to(device), pixels, mask, options)
+    filled = found.scores > -torch.inf
+    assert filled.sum() == filled.cumprod(0).sum(), "keypoints come before empty rows"
+    return expected, selection.Selected(*(part[filled].cpu() for part in found))
+
+
+@pytest.fixture
+def scores():
+    random = np.random.default_rng(1)
+    # many equal scores: their order must be that of the image
+    return torch.from_numpy(random.integers(0, 40, (90, 130)).astype(np.float32) / 10)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"max_keypoints": 50},
+        {"max_keypoints": 100_000, "nms_radius": 0},
+        {"score_threshold": 3.0, "border": 11},
+        {"nms_radius": 4, "subpixel": False, "border": 0},
+        {"border": 60},
+    ],
+    ids=str,
+)
+def test_both_ways_select_the_same(scores, device, options):
+    image = textured_image(130, 90)
+    image[20:40, 30:70] = 7  # nothing to localize
+    mask = np.ones((90, 130), np.uint8)
+    mask[60:, :50] = 0
+    expected, found = both(scores, image, mask, device, **options)
+    torch.testing.assert_close(found.points, expected.points, atol=1e-5, rtol=0)
+    assert torch.equal(found.scores, expected.scores)
+    assert (len(expected.scores) == 0) == (options == {"border": 60})
+    x, y = expected.points.T
+    # the 5x5 neighbourhood and the sub-pixel offset reach over the edge of the plain area
+    assert not ((x > 33) & (x < 66) & (y > 23) & (y < 36)).any()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_scores_that_are_no_numbers_are_left_out(device):
+    scores = torch.zeros(40, 40)
+    scores[10, 10], scores[20, 20], scores[30, 30] = torch.nan, torch.inf, 1.0
+    expected, found = both(scores, textured_image(40, 40), None, device, subpixel=False)
+    for selected in (expected, found):
+        assert selected.points.tolist() == [[30, 30]]
