@@ -10,9 +10,12 @@ from scfeat_ros.model.sampling import upsample
 
 
 def mean_of_3x3(x: torch.Tensor) -> torch.Tensor:
-    """(B, C, H + 2, W + 2) -> (B, C, H, W): several times faster on the CPU than `avg_pool2d`."""
-    columns = x[..., :-2] + x[..., 1:-1] + x[..., 2:]
-    return (columns[..., :-2, :] + columns[..., 1:-1, :] + columns[..., 2:, :]) / 9
+    """(B, C, H + 2, W + 2) -> (B, C, H, W): on the CPU faster than `avg_pool2d` of few channels."""
+    columns = x[..., :-2] + x[..., 1:-1]
+    columns += x[..., 2:]
+    mean = columns[..., :-2, :] + columns[..., 1:-1, :]
+    mean += columns[..., 2:, :]
+    return mean.div_(9)
 
 
 def peakiness(x: torch.Tensor) -> torch.Tensor:
@@ -30,7 +33,8 @@ def peakiness(x: torch.Tensor) -> torch.Tensor:
         the mean over channels) and the local score (against the mean of the 3x3 neighbourhood,
         border reflected).
     """
-    x = x / x.abs().amax(dim=(1, 2, 3), keepdim=True).clamp_min(1e-6)
+    extremes = x.amax(dim=(1, 2, 3), keepdim=True), -x.amin(dim=(1, 2, 3), keepdim=True)
+    x = x / torch.maximum(*extremes).clamp_min(1e-6)
     local_mean = mean_of_3x3(F.pad(x, (1, 1, 1, 1), mode="reflect"))
     channel_score = F.softplus(x - x.mean(dim=1, keepdim=True))
     local_score = F.softplus(x - local_mean)
