@@ -85,7 +85,7 @@ def choose(
     """
     if isinstance(model, OnnxSCFeat):
         model.prepare(device)
-        return Network(_from_bytes(model), model.precision, "onnxruntime")
+        return Network(model, model.precision, "onnxruntime")
     if device.type == "cpu":
         keep_freed_memory()
         if compile != "off" and not _can_compile(compile):
@@ -106,23 +106,15 @@ def choose(
         if problem is None:
             return network
         LOG.warning("%s was not taken: %s", network, problem)
-    return Network(_from_bytes(model), "fp32", "plain")
-
-
-def _from_bytes(model: SCFeat | OnnxSCFeat) -> Callable[[torch.Tensor], SCFeatOutput]:
-    def run(image: torch.Tensor) -> SCFeatOutput:
-        return model(image / 255 if image.dtype == torch.uint8 else image)
-
-    return run
+    return Network(model, "fp32", "plain")
 
 
 def _plain(model: SCFeat, precision: str) -> Network:
     device = next(model.parameters()).device.type
-    run = _from_bytes(model)
 
     def run_in_precision(image: torch.Tensor) -> SCFeatOutput:
         with torch.autocast(device, DTYPES[precision]):
-            return run(image)
+            return model(image)
 
     return Network(run_in_precision, precision, "plain")
 

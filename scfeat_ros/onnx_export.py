@@ -21,7 +21,14 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from scfeat_ros.errors import ModelError, ScfeatError
 from scfeat_ros.model.resnet import BasicBlock, Bottleneck
-from scfeat_ros.model.scfeat import STRIDE, SCFeat, SCFeatConfig, SCFeatOutput, load_model
+from scfeat_ros.model.scfeat import (
+    STRIDE,
+    SCFeat,
+    SCFeatConfig,
+    SCFeatOutput,
+    load_model,
+    unit_range,
+)
 from scfeat_ros.staging import staged_file
 
 OPSET = 17
@@ -182,5 +189,6 @@ class OnnxSCFeat(nn.Module):
         self._session = self._open(providers)
 
     def forward(self, image: torch.Tensor) -> SCFeatOutput:
-        outputs = self._session.run(list(OUTPUTS), {"image": image.float().cpu().numpy()})
+        values = unit_range(image).float().cpu().numpy()
+        outputs = self._session.run(list(OUTPUTS), {"image": values})
         return SCFeatOutput(*(torch.from_numpy(o).to(image.device) for o in outputs))

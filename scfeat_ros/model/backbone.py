@@ -22,13 +22,14 @@ class ConvBlock(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, kernel: int = 3, factor: int = 1) -> None:
         super().__init__()
+        self.kernel = kernel
         self.factor = factor
         self.conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False)
         self.norm = nn.GroupNorm(min(GROUPS, outputs), outputs)
         self.activation = nn.ELU(inplace=True)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.conv.kernel_size == (1, 1):  # commutes with the upsampling, and is cheaper before
+        if self.kernel == 1:  # commutes with the upsampling, and is cheaper before
             x = upsample(self.conv(x), self.factor)
         else:
             x = self.conv(upsample(x, self.factor))

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from scfeat_ros.model.detector import peakiness
 from scfeat_ros.model.sampling import upsample
+from scfeat_ros.model.scfeat import unit_range
 
 EPSILON = 1e-5
 
@@ -55,8 +56,7 @@ def normalize_image(
     image: torch.Tensor, mean: torch.Tensor, deviation: torch.Tensor, dtype: torch.dtype
 ) -> Image:
     """(B, 3, H, W) RGB, uint8 or float in [0, 1] -> normalized image."""
-    image = image / 255 if image.dtype == torch.uint8 else image
-    values = (image - mean.view(3, 1, 1)) / deviation.view(3, 1, 1)
+    values = (unit_range(image) - mean.view(3, 1, 1)) / deviation.view(3, 1, 1)
     return Image(values, values.to(dtype, memory_format=torch.channels_last))
 
 

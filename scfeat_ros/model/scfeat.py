@@ -77,11 +77,16 @@ class SCFeatOutput(NamedTuple):
     """(B, 1, H, W) keypoint scores."""
 
 
+def unit_range(image: torch.Tensor) -> torch.Tensor:
+    """A uint8 image as float in [0, 1]; a float image as it is."""
+    return image / 255 if image.dtype == torch.uint8 else image
+
+
 class SCFeat(nn.Module):
     """The whole network (Fig. 3).
 
-    Images are (B, 3, H, W) float RGB in [0, 1] with H and W multiples of `STRIDE`; they are
-    normalized with ImageNet's mean and deviation inside.
+    Images are (B, 3, H, W) RGB, float in [0, 1] or uint8, with H and W multiples of `STRIDE`; they
+    are normalized with ImageNet's mean and deviation inside.
     """
 
     mean: torch.Tensor
@@ -101,7 +106,7 @@ class SCFeat(nn.Module):
         self.register_buffer("deviation", deviation, persistent=False)
 
     def normalize(self, image: torch.Tensor) -> torch.Tensor:
-        return (image - self.mean) / self.deviation
+        return (unit_range(image) - self.mean) / self.deviation
 
     def describe(self, image: torch.Tensor) -> Description:
         """Backbone and bridge."""

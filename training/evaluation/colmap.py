@@ -7,7 +7,6 @@ added to keypoints and principal points on the way in.
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 from scfeat_ros.errors import InputError
 from scfeat_ros.features import Features
 from scfeat_ros.matcher import match
+from scfeat_ros.staging import staged_file
 
 try:
     import pycolmap
@@ -235,10 +235,8 @@ def read_pairs(file: Path) -> list[tuple[str, str]]:
 
 def write_text(path: Path, lines: Iterable[str]) -> None:
     """Write lines beside the final name and rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    os.replace(partial, path)
+    with staged_file(path, overwrite=True) as partial:
+        partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 def posed_model(database: Path, poses: dict[str, tuple[np.ndarray, np.ndarray]]) -> Any:

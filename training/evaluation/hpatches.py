@@ -22,7 +22,7 @@ from scfeat_ros.matcher import match
 from scfeat_training.evaluation.cache import Cache
 from scfeat_training.evaluation.data import IMAGE_SUFFIXES, load_homography, require_folder
 from scfeat_training.evaluation.estimators import estimate_homography
-from scfeat_training.evaluation.methods import Method
+from scfeat_training.evaluation.methods import PAPER_OPTIONS, Method
 from scfeat_training.evaluation.metrics import (
     MMA_THRESHOLDS,
     corner_error,
@@ -42,11 +42,6 @@ from scfeat_training.evaluation.report import (
 )
 
 DEFAULTS = {"max_keypoints": 8000}
-PAPER_OPTIONS = {"nms_radius": 1, "score_threshold": 1.0}
-"""SCFeat's options in Sec. IV-B: epsilon_s = 1.0, and N = 1x1 read as a radius of 1.
-
-A window of one pixel would suppress nothing, and the paper lists "w/o NMS" as a row of its own.
-"""
 
 LEFT_OUT = {
     "i_contruction",

@@ -38,6 +38,11 @@ from scfeat_ros.extractor import Extractor, select_device
 from scfeat_ros.features import Features
 from scfeat_ros.model.scfeat import CONFIGS, find_weights
 
+PAPER_OPTIONS = {"nms_radius": 1, "score_threshold": 1.0}
+"""SCFeat's options in the paper: epsilon_s = 1.0; N = 3x3 (Sec. IV-D), and N = 1x1 read as a radius
+of 1 (Sec. IV-B): a window of one pixel would suppress nothing, and the paper lists "w/o NMS" as a
+row of its own."""
+
 
 class Method(ABC):
     """One local feature method with its options.

@@ -25,7 +25,7 @@ from scfeat_training.evaluation.data import (
     load_scene,
     require_folder,
 )
-from scfeat_training.evaluation.methods import Method
+from scfeat_training.evaluation.methods import PAPER_OPTIONS, Method
 from scfeat_training.evaluation.metrics import rotation_error, similarity_transform
 from scfeat_training.evaluation.report import (
     COLOURS,
@@ -37,8 +37,6 @@ from scfeat_training.evaluation.report import (
 )
 
 DEFAULTS = {"max_keypoints": 20_000}
-PAPER_OPTIONS = {"nms_radius": 1, "score_threshold": 1.0}
-"""SCFeat's options in Sec. IV-D: N = 3x3 and epsilon_s = 1.0."""
 RESULT_VERSION = 1
 LAYOUT = "a folder of images, or images/ and scene.npz"
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import io
-import os
 import platform
 import shlex
 import sys
@@ -21,6 +20,7 @@ from tqdm import tqdm
 
 from scfeat_ros import __version__
 from scfeat_ros.errors import InputError
+from scfeat_ros.staging import staged_file
 from scfeat_training.evaluation.cache import write_json
 
 COLOURS = ("#0b6fb8", "#d1495b", "#2e8b57", "#e08e0b", "#7b4fa3", "#4a4a4a", "#17a2a2", "#b5651d")
@@ -176,10 +176,8 @@ def write_report(report: Report, folder: Path, command: Sequence[str]) -> None:
                 "details": _plain(report.details),
             },
         )
-        file = folder / "report.html"
-        partial = file.with_name(file.name + ".partial")
-        partial.write_text(render(report, surroundings), encoding="utf-8")
-        os.replace(partial, file)
+        with staged_file(folder / "report.html", overwrite=True) as partial:
+            partial.write_text(render(report, surroundings), encoding="utf-8")
     except OSError as error:
         raise InputError(f"-o {folder}: cannot be written ({error.strerror})") from error
     print(f"\nwritten: {folder / 'result.json'}, {folder / 'report.html'}")
