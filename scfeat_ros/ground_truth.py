@@ -8,8 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from scfeat_ros.camera import Camera
-
 POSE_TYPES = ("geometry_msgs/msg/PoseStamped", "nav_msgs/msg/Odometry")
 DEFAULT_TOPIC = "/ground_truth/pose"
 RIGHT_WITHIN = 2.0
@@ -97,14 +95,14 @@ def _rotation(quaternion: np.ndarray) -> np.ndarray:
 
 
 def right_matches(
-    camera: Camera, first: Pose, second: Pose, points1: np.ndarray, points2: np.ndarray
+    K: np.ndarray, first: Pose, second: Pose, bearings1: np.ndarray, bearings2: np.ndarray
 ) -> np.ndarray | None:
     """Which correspondences lie on each other's true epipolar lines.
 
     Args:
-        camera: of both images; lens distortion is taken out first.
+        K: (3, 3) of the camera.
         first, second: poses of the camera at the two images.
-        points1, points2: (M, 2) pixels.
+        bearings1, bearings2: (M, 3) undistorted directions with z = 1, see `Camera.bearings`.
 
     Returns:
         (M,) bool: distance of at most `RIGHT_WITHIN` px in both images; None where the camera
@@ -118,9 +116,9 @@ def right_matches(
     x, y, z = t / baseline
     E = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]]) @ R
     # distances in pixels of the undistorted image with the same K
-    pixels1 = camera.bearings(points1).astype(np.float64) @ camera.K.T
-    pixels2 = camera.bearings(points2).astype(np.float64) @ camera.K.T
-    K_inverse = np.linalg.inv(camera.K)
+    pixels1 = bearings1.astype(np.float64) @ K.T
+    pixels2 = bearings2.astype(np.float64) @ K.T
+    K_inverse = np.linalg.inv(K)
     F = K_inverse.T @ E @ K_inverse
     lines2, lines1 = pixels1 @ F.T, pixels2 @ F
     algebraic = np.abs((pixels2 * lines2).sum(axis=1))

@@ -19,7 +19,7 @@ from scfeat_ros import __version__
 from scfeat_ros.errors import InputError
 from scfeat_ros.extractor import Extractor
 from scfeat_ros.feature_bag import FeatureBagWriter
-from scfeat_ros.features import Features, FrameResult
+from scfeat_ros.features import Features, FrameResult, Matches
 from scfeat_ros.frontend import FrontEnd
 from scfeat_ros.ground_truth import RIGHT_WITHIN, right_matches
 from scfeat_ros.matcher import epipolar_inliers
@@ -38,7 +38,7 @@ BAG, REPORT = "features", "report/index.html"
 INLIER_THRESHOLD = 1.0
 """Of the epipolar inlier ratio in the report, pixels."""
 FRAMES_AT_ONCE = 2
-"""In the network, on a CPU."""
+"""In the network, on a CPU. They share its threads: fewer of them wait for each other."""
 GROUP_BYTES = 8 << 20
 """Of messages that wait for the frame after them."""
 
@@ -112,6 +112,7 @@ def run(
         if options.video:
             require_av()
         front_end = FrontEnd(extractor, matching)
+        stack.callback(torch.set_num_threads, torch.get_num_threads())  # `_process` shares them out
         folder = stack.enter_context(staged_folder(output, options.overwrite))
         writer = _Writer(folder, options, source)
         began = time.perf_counter()
@@ -172,6 +173,10 @@ def _process(
     groups: Iterable[_Group], front_end: FrontEnd, mask: np.ndarray | None
 ) -> Generator[tuple[Frame, FrameResult] | RawMessage, None, None]:
     extractor = front_end.extractor
+    threads = torch.get_num_threads()
+
+    def share_threads() -> None:
+        torch.set_num_threads(threads // FRAMES_AT_ONCE)
 
     def extract(group: _Group) -> _Group:
         frame = group.frame
@@ -186,8 +191,9 @@ def _process(
             group.extract_seconds = time.perf_counter() - began
         return group
 
-    if extractor.device.type == "cpu" and torch.get_num_threads() >= FRAMES_AT_ONCE:
-        extracted = on_threads(extract, groups, FRAMES_AT_ONCE)
+    if extractor.device.type == "cpu" and threads >= FRAMES_AT_ONCE:
+        extracted = on_threads(extract, groups, FRAMES_AT_ONCE, share_threads)
+        torch.set_num_threads(1)  # of the matching, which goes on beside the network
     else:
         extracted = (extract(group) for group in groups)
     with closing(extracted):
@@ -237,33 +243,39 @@ class _Writer:
         # where the length is known, pictures are not drawn to be thrown away
         self._sample_stride = max(1, len(source) // (2 * SAMPLES))
         self._previous: Frame | None = None
+        self._previous_bearings: np.ndarray | None = None
 
     def pass_through(self, message: RawMessage) -> None:
         self._bag.write_input(message, self.source.reader)
 
     def write(self, frame: Frame, result: FrameResult) -> None:
         began = time.perf_counter()
+        bearings = frame.camera.bearings(result.features.keypoints) if frame.camera else None
         inliers = right = None
         if result.reset is None:
             points = result.features.keypoints[result.matches.indices[:, 1]]
             inliers, _ = epipolar_inliers(result.previous_keypoints, points, INLIER_THRESHOLD)
-            right = self._judge(frame, result.previous_keypoints, points)
-        bearings = frame.camera.bearings(result.features.keypoints) if frame.camera else None
+            right = self._judge(frame, bearings, result.matches)
         self._bag.write(result, bearings, frame.time)
         self._draw(frame, result, inliers)
-        self._previous = frame
+        self._previous, self._previous_bearings = frame, bearings
         timings = result.timings | {
             "decode": frame.decode_seconds,
             "output": time.perf_counter() - began,
         }
         self.statistics.add(result, inliers, right, timings)
 
-    def _judge(self, frame: Frame, before: np.ndarray, now: np.ndarray) -> np.ndarray | None:
+    def _judge(
+        self, frame: Frame, bearings: np.ndarray | None, matches: Matches
+    ) -> np.ndarray | None:
         """Which matches are right by the recorded poses; None where they do not say."""
-        previous = self._previous
-        if frame.camera is None or frame.pose is None or previous.pose is None:
+        before = self._previous_bearings
+        if bearings is None or before is None or frame.pose is None or self._previous.pose is None:
             return None
-        return right_matches(frame.camera, previous.pose, frame.pose, before, now)
+        one, other = matches.indices.T
+        return right_matches(
+            frame.camera.K, self._previous.pose, frame.pose, before[one], bearings[other]
+        )
 
     def _draw(self, frame: Frame, result: FrameResult, inliers: np.ndarray | None) -> None:
         """The overlay, where the video, the bag or the report wants it."""

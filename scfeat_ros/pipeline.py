@@ -84,7 +84,10 @@ def background(items: Iterable[T], depth: int = 4) -> Generator[Iterator[T], Non
 
 
 def on_threads(
-    function: Callable[[T], R], items: Iterable[T], workers: int
+    function: Callable[[T], R],
+    items: Iterable[T],
+    workers: int,
+    at_start: Callable[[], None] | None = None,
 ) -> Generator[R, None, None]:
     """Call a function on several threads, at most `workers` items ahead of who reads.
 
@@ -92,12 +95,13 @@ def on_threads(
         function: called with each item.
         items: what it is called with.
         workers: threads.
+        at_start: called by each thread before anything else.
 
     Yields:
         Results in the order of the items. What the function raises comes out in its place.
     """
     waiting: deque[Future[R]] = deque()
-    pool = ThreadPoolExecutor(workers, "scfeat-frame")
+    pool = ThreadPoolExecutor(workers, "scfeat-frame", at_start)
     try:
         for item in items:
             waiting.append(pool.submit(function, item))

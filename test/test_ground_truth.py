@@ -102,14 +102,16 @@ def test_true_matches_are_right_and_shifted_ones_are_not(D, model):
         inside = (X @ first.R.T + first.position - pose.position) @ pose.R
         return camera.project(inside[:, :2] / inside[:, 2:])
 
-    points1, points2 = see(first), see(second)
-    assert right_matches(camera, first, second, points1, points2).all()
-    assert right_matches(camera, second, first, points2, points1).all()
+    def right(off1=(0, 0), off2=(0, 0)):
+        bearings = camera.bearings(see(first) + off1), camera.bearings(see(second) + off2)
+        return right_matches(K, first, second, *bearings)
+
+    assert right().all()
     # one pixel off is near enough, and 60 pixels are not, whichever image is wrong
-    assert right_matches(camera, first, second, points1, points2 + np.array([0, 1])).mean() > 0.9
-    for off in np.array([[0, 60], [0, -60]]):
-        assert right_matches(camera, first, second, points1, points2 + off).mean() < 0.1
-        assert right_matches(camera, first, second, points1 + off, points2).mean() < 0.1
+    assert right(off2=(0, 1)).mean() > 0.9
+    for off in ((0, 60), (0, -60)):
+        assert right(off2=off).mean() < 0.1
+        assert right(off1=off).mean() < 0.1
 
 
 def test_the_limit_is_two_pixels():
@@ -118,11 +120,12 @@ def test_the_limit_is_two_pixels():
     first, second = (Pose(np.eye(3), np.array([x, 0.0, 0.0])) for x in (0, 1))
     points = np.array([[100.0, 100.0]] * 4)
     moved = points + np.array([[-30, 0], [-30, 1.99], [-30, 2.01], [50, -1.9]])
-    right = right_matches(camera, first, second, points, moved)
+    right = right_matches(K, first, second, camera.bearings(points), camera.bearings(moved))
     assert right.tolist() == [True, True, False, True]
 
 
 def test_a_camera_that_stands_still_says_nothing():
     first, second = Pose(np.eye(3), np.ones(3)), Pose(rotation_y(0.1), np.ones(3))
     points = np.array([[100.0, 100.0]])
-    assert right_matches(Camera(K), first, second, points, points) is None
+    bearings = Camera(K).bearings(points)
+    assert right_matches(K, first, second, bearings, bearings) is None

@@ -47,6 +47,8 @@ class PolicyOptions:
 
     Attributes:
         cell: side of the cells of which each may give one keypoint, pixels (g_k).
+        draws: sets of keypoints that are drawn from the score maps of a pair, each with a loss of
+            its own; their mean leaves less to chance.
         threshold: largest distance of a right match, pixels (epsilon of Eq. 18).
         temperature: factor on the cosine similarity in the match probability.
         resamples: n_iter of Algorithm 1.
@@ -64,6 +66,7 @@ class PolicyOptions:
     """
 
     cell: int = 8
+    draws: int = 1
     threshold: float = 2.0
     temperature: float = 60.0
     resamples: int = 100

@@ -348,8 +348,27 @@ class DetectorStage(Stage):
         index: int,
     ) -> tuple[torch.Tensor, dict[str, float]]:
         """Loss of one pair, and figures for the log."""
-        options = self.options
         generator = generator_of(self.config.seed, index)
+        step = index // self.config.batch
+        draws = [
+            self._draw(scores, maps, geometry, planar, step, generator)
+            for _ in range(self.options.draws)
+        ]
+        loss = torch.stack([loss for loss, _ in draws]).mean()
+        first = draws[0][1]
+        return loss, {key: sum(f[key] for _, f in draws) / len(draws) for key in first}
+
+    def _draw(
+        self,
+        scores: tuple[torch.Tensor, torch.Tensor],
+        maps: tuple[torch.Tensor, torch.Tensor],
+        geometry: torch.Tensor,
+        planar: bool,
+        step: int,
+        generator: torch.Generator,
+    ) -> tuple[torch.Tensor, dict[str, float]]:
+        """Loss of keypoints drawn from both images, and figures for the log."""
+        options = self.options
         height, width = scores[0].shape
         drawn, descriptors = [], []
         for score_map, feature_map in zip(scores, maps, strict=True):
@@ -377,7 +396,6 @@ class DetectorStage(Stage):
                     options.resamples,
                     generator,
                 )
-            step = index // self.config.batch
             reward = pair_reward(errors.to(probability), error, options, step)
         loss = keypoint_loss(first, second, probability, reward, error, options)
         count = len(first.points) + len(second.points)
