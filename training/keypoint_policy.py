@@ -57,10 +57,12 @@ class PolicyOptions:
         precision: share of a right match's reward that is lost, by the square of its error, when
             the error reaches the threshold; 0 pays all right matches alike, as the paper does.
         false_match: least penalty of a wrong match.
-        penalty_rise: steps over which the penalty of wrong matches rises from 0. Keypoints drawn
-            by an untrained policy hardly ever match; fined at once, it learns to draw none.
+        penalty_rise: steps over which the penalty of wrong matches and the cost of keypoints rise
+            from 0. Keypoints drawn by an untrained policy hardly ever match; fined at once, it
+            learns to draw none.
         sharpness: factor on the scores in the softmax over a cell.
-        keypoint_cost: what each keypoint costs, whatever becomes of it (DISK).
+        keypoint_cost: what each keypoint costs, whatever becomes of it (DISK): places that earn
+            less are given up.
         regularization: -lambda_reg of Eq. 21: what a keypoint costs more for a bad geometry,
             times the fundamental-matrix error.
     """
@@ -242,6 +244,11 @@ def mutual_nearest(similarity: torch.Tensor) -> torch.Tensor:
     return rows & (similarity == similarity.amax(dim=0, keepdim=True))
 
 
+def rise(options: PolicyOptions, step: int | None) -> float:
+    """Share of penalty and cost that is due at a training step; all of it for None."""
+    return 1.0 if step is None else min(1.0, step / max(1, options.penalty_rise))
+
+
 def pair_reward(
     errors: torch.Tensor, error: torch.Tensor, options: PolicyOptions, step: int | None = None
 ) -> torch.Tensor:
@@ -254,10 +261,9 @@ def pair_reward(
     else:
         penalty = float(torch.tanh(error))
         right, wrong = 1.0 - penalty, max(penalty, options.false_match)
-    rise = 1.0 if step is None else min(1.0, step / max(1, options.penalty_rise))
     distance = errors / options.threshold
     right = right * (1 - options.precision * distance.square())
-    return torch.where(distance < 1, right, -rise * wrong)
+    return torch.where(distance < 1, right, -rise(options, step) * wrong)
 
 
 def keypoint_loss(
@@ -267,6 +273,7 @@ def keypoint_loss(
     reward: torch.Tensor,
     error: torch.Tensor,
     options: PolicyOptions,
+    step: int | None = None,
 ) -> torch.Tensor:
     """L_kp: the negative objective of Eq. 21, for one pair of images.
 
@@ -275,6 +282,8 @@ def keypoint_loss(
         probability: (N, M) match probability, detached.
         reward: (N, M), detached.
         error: the fundamental-matrix error, detached.
+        options: cost and regularization.
+        step: see `rise`.
 
     Returns:
         A scalar whose gradient is minus the policy gradient.
@@ -283,7 +292,7 @@ def keypoint_loss(
     if count == 0:
         return first.log_probability.sum() + second.log_probability.sum()
     pay = probability * reward
-    cost = options.keypoint_cost
+    cost = options.keypoint_cost * rise(options, step)
     if options.fundamental_reward:
         cost = cost + options.regularization * float(error)
     objective = (first.log_probability * (pay.sum(1) - cost)).sum() + (

@@ -397,7 +397,7 @@ class DetectorStage(Stage):
                     generator,
                 )
             reward = pair_reward(errors.to(probability), error, options, step)
-        loss = keypoint_loss(first, second, probability, reward, error, options)
+        loss = keypoint_loss(first, second, probability, reward, error, options, step)
         count = len(first.points) + len(second.points)
         figures = {
             "keypoints": count / 2,
