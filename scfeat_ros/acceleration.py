@@ -25,7 +25,7 @@ from scfeat_ros.memory import keep_freed_memory
 from scfeat_ros.model import native
 from scfeat_ros.model.fused import FusedSCFeat
 from scfeat_ros.model.sampling import sample
-from scfeat_ros.model.scfeat import SCFeat, SCFeatOutput
+from scfeat_ros.model.scfeat import SCFeat, SCFeatOutput, fold_batch_norms
 from scfeat_ros.onnx_export import OnnxSCFeat
 
 LOG = logging.getLogger(__name__)
@@ -106,11 +106,14 @@ def choose(
         if problem is None:
             return network
         LOG.warning("%s was not taken: %s", network, problem)
-    return Network(model, "fp32", "plain")
+    return _plain(model, "fp32")
 
 
 def _plain(model: SCFeat, precision: str) -> Network:
     device = next(model.parameters()).device.type
+    model = fold_batch_norms(model)
+    if precision == "fp32":
+        return Network(model, precision, "plain")
 
     def run_in_precision(image: torch.Tensor) -> SCFeatOutput:
         with torch.autocast(device, DTYPES[precision]):

@@ -7,7 +7,6 @@ The configuration and the precision are in its metadata.
 
 from __future__ import annotations
 
-import copy
 import inspect
 import json
 import os
@@ -17,15 +16,14 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from scfeat_ros.errors import ModelError, ScfeatError
-from scfeat_ros.model.resnet import BasicBlock, Bottleneck
 from scfeat_ros.model.scfeat import (
     STRIDE,
     SCFeat,
     SCFeatConfig,
     SCFeatOutput,
+    fold_batch_norms,
     load_model,
     unit_range,
 )
@@ -76,7 +74,7 @@ def export_onnx(
     with staged_file(path, overwrite) as partial:
         onnx = _import("onnx")
         model = load_model(weights)
-        network = _fold(model)
+        network = fold_batch_norms(model)
         if precision == "fp16":
             _use_half(network)
         _write(network, partial)
@@ -94,22 +92,6 @@ def _import(name: str) -> object:
         return __import__(name)
     except ImportError as error:
         raise ScfeatError(f"ONNX needs the Python package {name}: pip install {name}") from error
-
-
-def _fold(model: SCFeat) -> SCFeat:
-    """A copy with the batch normalizations inside the convolutions."""
-    model = copy.deepcopy(model).eval()
-    for module in model.modules():
-        if isinstance(module, (BasicBlock, Bottleneck)) or module is model.backbone.encoder:
-            for number in (1, 2, 3):
-                conv, norm = f"conv{number}", f"bn{number}"
-                if hasattr(module, norm):
-                    fused = fuse_conv_bn_eval(getattr(module, conv), getattr(module, norm))
-                    setattr(module, conv, fused)
-                    setattr(module, norm, nn.Identity())
-            if getattr(module, "downsample", None) is not None:
-                module.downsample = fuse_conv_bn_eval(*module.downsample)
-    return model
 
 
 def _use_half(model: SCFeat) -> None:

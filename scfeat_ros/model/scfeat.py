@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from dataclasses import MISSING, asdict, dataclass, fields
@@ -13,13 +14,14 @@ import safetensors
 import torch
 from safetensors.torch import load_file, save
 from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from scfeat_ros import __version__
 from scfeat_ros.errors import ModelError
 from scfeat_ros.model.backbone import F2RBackbone
 from scfeat_ros.model.cross_norm import CrossNorm
 from scfeat_ros.model.detector import Detector
-from scfeat_ros.model.resnet import STEM_CHANNELS
+from scfeat_ros.model.resnet import STEM_CHANNELS, BasicBlock, Bottleneck, ResNetEncoder
 
 STRIDE = 16
 """Height and width of the network's input are multiples of this."""
@@ -52,7 +54,7 @@ class SCFeatConfig:
 
 CONFIGS = {
     "scfeat": SCFeatConfig("scfeat", "resnet50", (512, 256), 128, (192, 64, 128)),
-    "scfeat-s": SCFeatConfig("scfeat-s", "resnet18", (64, 64), 64, (16, 8, 8)),
+    "scfeat-s": SCFeatConfig("scfeat-s", "resnet16", (64, 64), 64, (16, 8, 8), side_kernel=1),
 }
 """The paper's network and the robot size."""
 
@@ -106,11 +108,14 @@ class SCFeat(nn.Module):
         self.register_buffer("deviation", deviation, persistent=False)
 
     def normalize(self, image: torch.Tensor) -> torch.Tensor:
-        return (unit_range(image) - self.mean) / self.deviation
+        return (unit_range(image) - self.mean).div_(self.deviation)
 
     def describe(self, image: torch.Tensor) -> Description:
         """Backbone and bridge."""
-        descriptors, encoded = self.backbone(self.normalize(image))
+        return self._describe(self.normalize(image))
+
+    def _describe(self, normalized: torch.Tensor) -> Description:
+        descriptors, encoded = self.backbone(normalized)
         return Description(descriptors, self.bridge(descriptors), encoded.stem)
 
     def detect(self, image: torch.Tensor, description: Description) -> torch.Tensor:
@@ -118,9 +123,26 @@ class SCFeat(nn.Module):
         return self.detector(self.normalize(image), description.bridged, description.stem)
 
     def forward(self, image: torch.Tensor) -> SCFeatOutput:
-        description = self.describe(image)
-        scores = self.detect(image, description)
+        normalized = self.normalize(image)
+        description = self._describe(normalized)
+        scores = self.detector(normalized, description.bridged, description.stem)
         return SCFeatOutput(description.descriptors, description.bridged, scores)
+
+
+def fold_batch_norms(model: SCFeat) -> SCFeat:
+    """A copy for inference with the batch normalizations inside the convolutions."""
+    model = copy.deepcopy(model).eval()
+    for module in model.modules():
+        if isinstance(module, (BasicBlock, Bottleneck, ResNetEncoder)):
+            for number in (1, 2, 3):
+                conv, norm = f"conv{number}", f"bn{number}"
+                if hasattr(module, norm):
+                    fused = fuse_conv_bn_eval(getattr(module, conv), getattr(module, norm))
+                    setattr(module, conv, fused)
+                    setattr(module, norm, nn.Identity())
+            if getattr(module, "downsample", None) is not None:
+                module.downsample = fuse_conv_bn_eval(*module.downsample)
+    return model
 
 
 def save_model(model: SCFeat, path: str | os.PathLike, provenance: dict) -> None:
