@@ -40,6 +40,8 @@ def random_model(config, seed=0):
             nn.init.uniform_(parameter, 0.4, 1.2) if "weight" in name else nn.init.normal_(
                 parameter, std=0.2
             )
+    for number, block in enumerate(m for m in model.modules() if isinstance(m, nn.PReLU)):
+        nn.init.constant_(block.weight, (0.3, -0.2)[number % 2])  # training makes some negative
     for convolution in (model.bridge.spatial_scale, model.bridge.spatial_shift):
         nn.init.normal_(convolution.weight, std=0.1)
     for module in model.modules():
@@ -117,7 +119,7 @@ def test_upsampled_map_and_its_statistics(k, factor):
 
 
 @needs_compiler
-@pytest.mark.parametrize("slope", [None, 0.25])
+@pytest.mark.parametrize("slope", [None, 0.25, -0.1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_normalization_into_a_part_of_a_larger_map(slope, dtype):
     torch.manual_seed(0)

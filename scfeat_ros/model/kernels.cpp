@@ -295,11 +295,11 @@ void upsampled(const T *x, int height, int width, int factor, int channels, T *o
   all.write(totals);
 }
 
-// y = activation(x * scale + shift); slope < 0 stands for ELU, else PReLU.
+// y = activation(x * scale + shift): ELU, or PReLU with a slope, which training may make negative.
 template <typename T>
-void scale_activate(const T *x, long count, const float *scale, const float *shift, float slope,
-                    T *out) {
-  if (slope < 0) {
+void scale_activate(const T *x, long count, const float *scale, const float *shift, bool is_elu,
+                    float slope, T *out) {
+  if (is_elu) {
 #pragma omp simd
     for (long c = 0; c < count; c++) write(out[c], elu(read(x[c]) * scale[c] + shift[c]));
   } else {
@@ -313,7 +313,7 @@ void scale_activate(const T *x, long count, const float *scale, const float *shi
 
 template <typename T>
 void scale_activate(const T *x, long pixels, int channels, const float *scale, const float *shift,
-                    float slope, T *out, long stride, int threads) {
+                    bool is_elu, float slope, T *out, long stride, int threads) {
   // where pixels lie close together in both maps, many are one long loop
   const long group = stride == channels ? std::max(256 / channels, 1) : 1;
   std::vector<float> scales(group * channels), shifts(group * channels);
@@ -324,7 +324,7 @@ void scale_activate(const T *x, long pixels, int channels, const float *scale, c
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (long i = 0; i < pixels; i += group)
     scale_activate(x + i * channels, std::min(group, pixels - i) * channels, scales.data(),
-                   shifts.data(), slope, out + i * stride);
+                   shifts.data(), is_elu, slope, out + i * stride);
 }
 
 template <typename T>
@@ -889,8 +889,9 @@ void score_map(float *values, float scale, float shift, const float *left, const
     upsampled(x, height, width, factor, channels, out, totals, threads);                           \
   }                                                                                                \
   void scale_activate_##T(const T *x, long pixels, int channels, const float *scale,               \
-                          const float *shift, float slope, T *out, long stride, int threads) {     \
-    scale_activate(x, pixels, channels, scale, shift, slope, out, stride, threads);                \
+                          const float *shift, int is_elu, float slope, T *out, long stride,        \
+                          int threads) {                                                           \
+    scale_activate(x, pixels, channels, scale, shift, is_elu, slope, out, stride, threads);        \
   }                                                                                                \
   void pixel_statistics_##T(const T *x, long rows, int columns, int channels, float *mean,         \
                             float *inverse_deviation, double *totals, int threads) {               \

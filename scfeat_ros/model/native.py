@@ -131,7 +131,7 @@ ARGUMENTS = {
     "channel_sums": "pliipi",
     "upsampled": "piiiippi",
     "upsampled_sum": "piiiipppi",
-    "scale_activate": "plippfpli",
+    "scale_activate": "plippifpli",
     "pixel_statistics": "pliipppi",
     "bridge_and_stem": "ppliippppppppi",
     "weigh_by_peakiness": "ppfiiippi",
@@ -254,11 +254,11 @@ def normalize_activate(
     _, channels, height, width = x.shape
     scale, shift = scale_and_shift(totals, norm, height * width)
     out = torch.empty_like(x) if out is None else out
-    slope = -1.0 if slope is None else slope
+    is_elu = slope is None
     _call(
         "scale_activate",
         x.dtype,
-        *(x, height * width, channels, scale, shift, slope, out, out.stride(3)),
+        *(x, height * width, channels, scale, shift, is_elu, slope or 0.0, out, out.stride(3)),
     )
     return out
 
