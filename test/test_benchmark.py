@@ -37,7 +37,7 @@ def test_arithmetic_is_counted_as_it_is_run(report):
     # the first layer alone: 7 x 7 x 3 x 64 multiply-adds at half the resolution
     stem = 2 * 7 * 7 * 3 * 64 * 64 * 48 / 1e9
     assert plain["gflop"] > fast["gflop"] > stem
-    assert 1.3 < plain["gflop"] / fast["gflop"] < 1.5
+    assert 1.1 < plain["gflop"] / fast["gflop"] < 1.2
     peak = report["measured_peaks"]["cpu fp32"]
     share = plain["gflop"] / (plain["median_ms"] / 1e3) / peak
     assert math.isclose(plain["share_of_peak"], share)
