@@ -115,7 +115,7 @@ def test_shifted_image_gives_shifted_keypoints(make, shift):
     b = extractor(large[dy : dy + 240, dx : dx + 320]).keypoints
     distance = nearest(b + np.array(shift), a)
     close = distance < 1.0
-    assert close.mean() > 0.75  # of noise; of photos it is nine in ten
+    assert close.mean() > 0.8  # of noise; of photos it is nine in ten
     assert np.median(distance) < (0.1 if dx == 16 else 0.35)
 
 
