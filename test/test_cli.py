@@ -185,7 +185,7 @@ def test_export(tmp_path, images, network, capsys):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_run_cleans_up(tmp_path, tiny_weights, number, code):
     # long enough that the signal comes in the middle
-    rows = sample_bags.camera_messages(sample_bags.sequence(60, 160, 120, step=1))
+    rows = sample_bags.camera_messages(sample_bags.sequence(240, 160, 120, step=1))
     path = sample_bags.write_bag(tmp_path / "bag", rows)
     command = [
         sys.executable,
