@@ -12,7 +12,7 @@ from scfeat_ros.cuda_graphs import KEPT
 from scfeat_ros.errors import ScfeatError
 from scfeat_ros.extractor import Extractor
 from scfeat_ros.model import fused, native
-from scfeat_ros.model.scfeat import CONFIGS, SCFeat
+from scfeat_ros.model.scfeat import CONFIGS, SCFeat, fold_batch_norms
 
 CPU = torch.device("cpu")
 
@@ -50,8 +50,10 @@ def test_every_way_finds_the_same_features(model, image, precision, compile):
 def test_plain_fp32_is_the_reference(model):
     network = acceleration.choose(model, CPU, "fp32", "off")
     image = acceleration.check_picture()
-    for a, b in zip(network.run(image), model(image), strict=True):
-        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+    found, folded = network.run(image), fold_batch_norms(model)(image)
+    for a, b, expected in zip(found, folded, model(image), strict=True):
+        assert torch.equal(a, b)
+        torch.testing.assert_close(a, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_a_way_that_finds_other_features_is_not_taken(model, monkeypatch, caplog):

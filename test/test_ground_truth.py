@@ -104,7 +104,9 @@ def test_true_matches_are_right_and_shifted_ones_are_not(D, model):
 
     def right(off1=(0, 0), off2=(0, 0)):
         bearings = camera.bearings(see(first) + off1), camera.bearings(see(second) + off2)
-        return right_matches(K, first, second, *bearings)
+        found = right_matches(K, first, second, *bearings)
+        np.testing.assert_array_equal(found, right_matches(K, second, first, *bearings[::-1]))
+        return found
 
     assert right().all()
     # one pixel off is near enough, and 60 pixels are not, whichever image is wrong

@@ -322,41 +322,29 @@ class DetectorStage(Stage):
         scores, maps = network(images_of(batch))
         pairs = len(batch["index"])
         scores, maps = scores[:, 0].float(), maps.float()
-        rows = [
-            self._pair(
-                (scores[i], scores[pairs + i]),
-                (maps[i : i + 1], maps[pairs + i : pairs + i + 1]),
-                batch["geometry"][i],
-                bool(batch["planar"][i]),
-                int(batch["index"][i]),
-            )
-            for i in range(pairs)
-        ]
+        rows = []
+        for i, index in enumerate(batch["index"].tolist()):
+            generator = generator_of(self.config.seed, index)
+            draws = [
+                self._draw(
+                    (scores[i], scores[pairs + i]),
+                    (maps[i : i + 1], maps[pairs + i : pairs + i + 1]),
+                    batch["geometry"][i],
+                    bool(batch["planar"][i]),
+                    index // self.config.batch,
+                    generator,
+                )
+                for _ in range(self.options.draws)
+            ]
+            loss = torch.stack([loss for loss, _ in draws]).mean()
+            means = {k: sum(f[k] for _, f in draws) / len(draws) for k in draws[0][1]}
+            rows.append((loss, means))
         losses = torch.stack([loss for loss, _ in rows])
         terms = {}
         for key in sorted({key for _, found in rows for key in found}):
             values = [found[key] for _, found in rows if key in found]
             terms[key] = torch.tensor(sum(values) / len(values))
         return losses, terms
-
-    def _pair(
-        self,
-        scores: tuple[torch.Tensor, torch.Tensor],
-        maps: tuple[torch.Tensor, torch.Tensor],
-        geometry: torch.Tensor,
-        planar: bool,
-        index: int,
-    ) -> tuple[torch.Tensor, dict[str, float]]:
-        """Loss of one pair, and figures for the log."""
-        generator = generator_of(self.config.seed, index)
-        step = index // self.config.batch
-        draws = [
-            self._draw(scores, maps, geometry, planar, step, generator)
-            for _ in range(self.options.draws)
-        ]
-        loss = torch.stack([loss for loss, _ in draws]).mean()
-        first = draws[0][1]
-        return loss, {key: sum(f[key] for _, f in draws) / len(draws) for key in first}
 
     def _draw(
         self,
