@@ -1,5 +1,7 @@
 """Scenes of every layout, and the pairs drawn from them."""
 
+from dataclasses import replace
+
 import cv2
 import numpy as np
 import pytest
@@ -349,6 +351,19 @@ def test_photometric_changes_move_nothing():
         if weight.sum() > 100:  # a dark tone can swallow the dot
             assert (x * weight).sum() / weight.sum() == pytest.approx(20, abs=0.25)
             assert (y * weight).sum() / weight.sum() == pytest.approx(20, abs=0.25)
+
+
+def test_uneven_light_is_smooth():
+    image = np.full((120, 160, 3), 90, np.uint8)
+    still = Photometric(0.0, 0.0, 0.0, 0.0, grey=0.0, probability=1.0, shadow=0.0, noise=0.0)
+    for seed in range(5):
+        rngs = [np.random.default_rng(seed) for _ in range(2)]
+        even = augment(image, rngs[0], still).astype(int)
+        lit = augment(image, rngs[1], replace(still, light=0.7)).astype(int)
+        assert np.ptp(even) < 10  # what noise of the codec leaves
+        assert np.ptp(lit) > 20
+        assert np.abs(np.diff(lit, axis=1)).max() < 15
+        assert np.abs(np.diff(lit, axis=0)).max() < 15
 
 
 # --- broken input -------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from scfeat_ros.errors import InputError, OutputExistsError
 from scfeat_ros.model.scfeat import load_model, read_metadata
 from scfeat_training.ablation import mma_score
 from scfeat_training.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
-from scfeat_training.config import read_config
+from scfeat_training.config import make_config, read_config
 from scfeat_training.correspondences import CorrespondencePairs, MixedPairs, textured_points
 from scfeat_training.datasets import (
     HomographyPairs,
@@ -27,6 +27,7 @@ from scfeat_training.datasets import (
 )
 from scfeat_training.keypoint_policy import epipolar_errors, homography_errors
 from scfeat_training.scenes import photo_paths, read_scenes
+from scfeat_training.stages import homography_pairs, posed_pairs
 from scfeat_training.train import export, main
 from scfeat_training.trainer import LOG, Trainer
 
@@ -296,6 +297,7 @@ def test_damaged_checkpoint_is_named(tmp_path):
         ({"schedule": "linear"}, "neither constant nor cosine"),
         ({"model": "scfeat-xl"}, "none of scfeat, scfeat-s"),
         ({"loss": {"temprature": 1}}, "unknown field 'temprature'"),
+        ({"photometric": {"glow": 1}}, "config section 'photometric': unknown field 'glow'"),
         ({"data": "/nowhere"}, "/nowhere"),
         ({"encoder_weights": "/nowhere.pth"}, "/nowhere.pth"),
         ({"scenes": ["fern"]}, "none to train on"),
@@ -307,6 +309,18 @@ def test_wrong_settings_give_one_line(values, message, settings, tmp_path, capsy
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_photometric_section_holds_for_all_pairs(data):
+    scenes = read_scenes(data)
+    values = {"stage": "detector", "size": [96, 64], "synthetic_share": 0.5}
+    dark = {"brightness": 0.0, "contrast": 0.0, "gamma": 0.0, "colour": 0.0, "probability": 0.0}
+    config = make_config({**values, "photometric": dark | {"grey": 1.0}}, "here")
+    for pairs in (homography_pairs(config, scenes, False), posed_pairs(config, scenes, False)):
+        for index in range(2):  # with synthetic_share 0.5 one of two is synthetic
+            for name in ("image1", "image2"):
+                image = pairs[index][name]
+                assert (image == image[:1]).all()
 
 
 def test_existing_run_is_not_overwritten(settings, tmp_path, capsys):

@@ -35,6 +35,7 @@ class TrainConfig:
         synthetic_share: share of the posed pairs that are views of random 3D scenes.
         homography, posed, synthetic: fields of `HomographyPairsConfig`, `PosedPairsConfig` and
             `SyntheticPairsConfig`.
+        photometric: fields of `Photometric`, for all three.
         loss: options of the stage's loss or policy.
         workers: data processes; threads: of PyTorch, 0 for its own choice.
     """
@@ -63,6 +64,7 @@ class TrainConfig:
     homography: dict[str, Any] = field(default_factory=dict)
     posed: dict[str, Any] = field(default_factory=dict)
     synthetic: dict[str, Any] = field(default_factory=dict)
+    photometric: dict[str, Any] = field(default_factory=dict)
     loss: dict[str, Any] = field(default_factory=dict)
     workers: int = 1
     threads: int = 0

@@ -22,6 +22,7 @@ class Photometric:
     motion: int = 7  # longest motion blur in pixels
     jpeg: int = 30  # lowest quality
     shadow: float = 0.6  # darkest shadow, as a share taken away
+    light: float = 0.0  # log of the gain of a smooth field of light, 0 for even light
     probability: float = 0.3
 
 
@@ -31,6 +32,8 @@ def augment(image: np.ndarray, rng: np.random.Generator, options: Photometric) -
     if rng.random() < options.grey:
         grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
         image = cv2.cvtColor(grey, cv2.COLOR_GRAY2RGB)
+    if options.light and rng.random() < options.probability:
+        image = _light(image, rng, options)
     for change in (_shadow, _blur, _motion, _noise, _jpeg):
         if rng.random() < options.probability:
             image = change(image, rng, options)
@@ -47,6 +50,15 @@ def _tone(image: np.ndarray, rng: np.random.Generator, options: Photometric) -> 
     level = ((level - 0.5) * factor + 0.5 + shift) * gains
     table = (level.clip(0, 1) * 255 + 0.5).astype(np.uint8)
     return cv2.LUT(image, table[None])
+
+
+def _light(image: np.ndarray, rng: np.random.Generator, options: Photometric) -> np.ndarray:
+    """Light that is brighter here and darker there: a gain with a few hills and valleys."""
+    height, width = image.shape[:2]
+    cells = int(rng.integers(2, 6))
+    gain = np.exp(rng.uniform(-options.light, options.light, (cells, cells))).astype(np.float32)
+    gain = cv2.resize(gain, (width, height), interpolation=cv2.INTER_CUBIC)
+    return cv2.multiply(image, cv2.merge([gain] * 3), dtype=cv2.CV_8U)
 
 
 def _shadow(image: np.ndarray, rng: np.random.Generator, options: Photometric) -> np.ndarray:

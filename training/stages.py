@@ -42,6 +42,7 @@ from scfeat_training.keypoint_policy import (
     noise_count,
     pair_reward,
 )
+from scfeat_training.photometric import Photometric
 from scfeat_training.pictures import pictures_of
 from scfeat_training.sampling_order import generator_of, uniform
 from scfeat_training.scenes import Scene, photo_paths
@@ -148,6 +149,12 @@ def size_of(config: TrainConfig) -> tuple[int, int]:
     return int(config.size[0]), int(config.size[1])
 
 
+def common_options(config: TrainConfig) -> dict[str, Any]:
+    """What all kinds of pairs share; the section of a kind may say otherwise."""
+    photometric = options_of(Photometric, config.photometric, "photometric")
+    return {"size": list(config.size), "seed": config.seed, "photometric": photometric}
+
+
 def posed_pairs(
     config: TrainConfig,
     scenes: Sequence[Scene],
@@ -156,7 +163,7 @@ def posed_pairs(
     images: ImageCache | None = None,
 ) -> PosedPairs | WithSynthetic:
     """Pairs of posed scenes and of synthetic ones as the configuration says."""
-    common = {"size": list(config.size), "seed": config.seed, "tracks": tracks}
+    common = {**common_options(config), "tracks": tracks}
     options = options_of(PosedPairsConfig, {**common, **config.posed}, "posed")
     posed = PosedPairs(scenes, options, images, skip_bad)
     if not config.synthetic_share:
@@ -171,7 +178,7 @@ def homography_pairs(
     config: TrainConfig, scenes: Sequence[Scene], skip_bad: bool
 ) -> HomographyPairs:
     """Pairs of views of single photos as the configuration says."""
-    values = {"size": list(config.size), "seed": config.seed, **config.homography}
+    values = {**common_options(config), **config.homography}
     options = options_of(HomographyPairsConfig, values, "homography")
     return HomographyPairs(photo_paths(scenes), options, skip_bad=skip_bad)
 
