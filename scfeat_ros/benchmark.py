@@ -35,6 +35,8 @@ SCALING_SIZES = "320x240,640x480,960x720,1280x960,1920x1080"
 SCALING_TOP_K = "512,1024,2048,4096,8192"
 MATRIX_SIZE = 1024
 COPY_BYTES = 64 << 20
+OPENMP = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+"""How long OpenMP's threads spin before they sleep, which can double the time of a frame."""
 PEAK_INTERVAL = 4
 """Rounds between two measurements of the machine's peaks."""
 
@@ -412,6 +414,7 @@ def _machine() -> dict[str, Any]:
         "cpu": cpu,
         "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "openmp": {name: os.environ.get(name, "") for name in OPENMP},
         "gpus": gpus,
         "load_average": os.getloadavg()[0],
         "torch": torch.__version__,
@@ -427,6 +430,7 @@ def table(report: dict[str, Any]) -> str:
         f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, "
         f"load average {machine['load_average']:.1f}, PyTorch {machine['torch']}"
     ]
+    head.append(", ".join(f"{k} {v or 'not set'}" for k, v in machine["openmp"].items()))
     head += machine["gpus"]
     for name, value in report["measured_peaks"].items():
         unit = "" if "GB/s" in name else " GFLOP/s"

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 
 import pytest
 
@@ -63,6 +64,7 @@ def test_table_names_paths_and_machine(capsys):
     printed = capsys.readouterr().out
     assert "fp32, plain" in printed and "OpenCV" in printed
     assert "GFLOP/s" in printed and "copy GB/s" in printed and "load average" in printed
+    assert f"OMP_WAIT_POLICY {os.environ['OMP_WAIT_POLICY']}" in printed
 
 
 def test_plot(tmp_path):
