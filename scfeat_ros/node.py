@@ -191,8 +191,6 @@ class ExtractorNode(LifecycleNode):
 
     def _load_front_end(self, options: NodeOptions, values: dict[str, Any]) -> FrontEnd:
         """Runs on the worker's thread, as all of PyTorch does."""
-        # idle OpenMP threads sleep instead of spinning; read when PyTorch loads its OpenMP
-        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         import torch
 
         from scfeat_ros.extractor import Extractor, select_device

@@ -84,8 +84,8 @@ def run(
 
     Reading and decoding, the network, matching, and writing run on threads of their own with short
     queues in between, so that memory does not depend on the length of the input. On a CPU two
-    frames are in the network at the same time: where one waits for a core that reads or writes, the
-    other goes on. Each has all threads: the last bits of PyTorch's sums depend on their number.
+    frames are in the network at the same time and share its threads: where one waits for a core
+    that reads or writes, the other goes on.
 
     Args:
         source: where frames come from.
