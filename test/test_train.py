@@ -298,6 +298,7 @@ def test_damaged_checkpoint_is_named(tmp_path):
         ({"model": "scfeat-xl"}, "none of scfeat, scfeat-s"),
         ({"loss": {"temprature": 1}}, "unknown field 'temprature'"),
         ({"photometric": {"glow": 1}}, "config section 'photometric': unknown field 'glow'"),
+        ({"homography": {"photometric": {"blur": 1}}}, "'photometric' takes no fields"),
         ({"data": "/nowhere"}, "/nowhere"),
         ({"encoder_weights": "/nowhere.pth"}, "/nowhere.pth"),
         ({"scenes": ["fern"]}, "none to train on"),

@@ -32,6 +32,7 @@ def augment(image: np.ndarray, rng: np.random.Generator, options: Photometric) -
     if rng.random() < options.grey:
         grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
         image = cv2.cvtColor(grey, cv2.COLOR_GRAY2RGB)
+    # drawn only where it is wanted: without it a seed's pairs stay what they were
     if options.light and rng.random() < options.probability:
         image = _light(image, rng, options)
     for change in (_shadow, _blur, _motion, _noise, _jpeg):

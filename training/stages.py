@@ -61,12 +61,17 @@ def options_of(kind: type[T], values: dict[str, Any], where: str) -> T:
     """A dataclass of options from a section of the configuration; lists become tuples.
 
     Raises:
-        InputError: an unknown field.
+        InputError: an unknown field, or a section inside of the section.
     """
     known = [f.name for f in fields(kind)]
     for key in values:
         if key not in known:
             raise InputError(f"config section '{where}': unknown field '{key}'; known: {known}")
+        if isinstance(values[key], dict):
+            raise InputError(
+                f"config section '{where}': '{key}' takes no fields; a section stands at the top "
+                "level of the file"
+            )
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
@@ -150,7 +155,7 @@ def size_of(config: TrainConfig) -> tuple[int, int]:
 
 
 def common_options(config: TrainConfig) -> dict[str, Any]:
-    """What all kinds of pairs share; the section of a kind may say otherwise."""
+    """What all kinds of pairs share; the section of a kind may give another value."""
     photometric = options_of(Photometric, config.photometric, "photometric")
     return {"size": list(config.size), "seed": config.seed, "photometric": photometric}
 
