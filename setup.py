@@ -47,7 +47,7 @@ setup(
     package_dir={"scfeat_training": "training"},
     package_data={
         NAME: ["weights/*.safetensors", "weights/*.md"],
-        f"{NAME}.model": ["*.cpp"],
+        f"{NAME}.model": ["*.cpp", "*.h"],
         "scfeat_training": ["configs/*.yaml"],
         "scfeat_training.evaluation": ["*.csv", "*.yaml"],
     },

@@ -38,6 +38,8 @@ CHECK_KEYPOINTS = 200
 MIN_KEYPOINTS_FOUND = 0.9
 """Share of the best keypoints that are found again within a pixel. (The worst of them compete with
 others of nearly the same score, so it is not all of them even where nothing is wrong.)"""
+COMPILED = "fused, compiled kernels"
+
 MIN_COSINE = 0.998
 """Median cosine similarity of descriptors."""
 
@@ -52,6 +54,11 @@ class Network(NamedTuple):
     way: str
     """"plain", "fused" (PyTorch's operators), "fused, compiled kernels", "fused, CUDA graphs" or
     "onnxruntime"."""
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the kernels of `model/native.py` run."""
+        return self.way == COMPILED
 
     def __str__(self) -> str:
         return f"{self.precision}, {self.way}"
@@ -129,7 +136,7 @@ def _make(model: SCFeat, device: torch.device, precision: str, compile: str) -> 
         return Network(CudaGraphs(network), precision, "fused, CUDA graphs")
     if device.type == "cpu" and dtype in native.SUFFIX:
         network = FusedSCFeat(model, dtype, compiled=True)
-        return Network(network, precision, "fused, compiled kernels")
+        return Network(network, precision, COMPILED)
     return Network(FusedSCFeat(model, dtype), precision, "fused")
 
 

@@ -26,7 +26,7 @@ from scfeat_ros.frontend import FrontEnd
 from scfeat_ros.images import read_file
 from scfeat_ros.matcher import match
 from scfeat_ros.messages import encode_features, encode_matches, rosbags_types
-from scfeat_ros.model import kernels
+from scfeat_ros.model import kernels, native
 from scfeat_ros.model.fused import Conv, FusedSCFeat
 from scfeat_ros.model.scfeat import STRIDE
 from scfeat_ros.staging import staged_file
@@ -36,7 +36,8 @@ SCALING_TOP_K = "512,1024,2048,4096,8192"
 MATRIX_SIZE = 1024
 COPY_BYTES = 64 << 20
 OPENMP = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
-"""How long OpenMP's threads spin before they sleep, which can double the time of a frame."""
+"""How long OpenMP's threads spin before they sleep, which can double the time of a frame (less
+where the cores are kept awake, see `native.cores_awake`)."""
 PEAK_INTERVAL = 4
 """Rounds between two measurements of the machine's peaks."""
 
@@ -415,6 +416,7 @@ def _machine() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "openmp": {name: os.environ.get(name, "") for name in OPENMP},
+        "keeps_cores_awake": native.keeps_cores_awake(),
         "gpus": gpus,
         "load_average": os.getloadavg()[0],
         "torch": torch.__version__,
@@ -430,7 +432,9 @@ def table(report: dict[str, Any]) -> str:
         f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, "
         f"load average {machine['load_average']:.1f}, PyTorch {machine['torch']}"
     ]
-    head.append(", ".join(f"{k} {v or 'not set'}" for k, v in machine["openmp"].items()))
+    waiting = [f"{name} {value or 'not set'}" for name, value in machine["openmp"].items()]
+    waiting.append(f"cores kept awake: {'yes' if machine['keeps_cores_awake'] else 'no'}")
+    head.append(", ".join(waiting))
     head += machine["gpus"]
     for name, value in report["measured_peaks"].items():
         unit = "" if "GB/s" in name else " GFLOP/s"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from scfeat_ros import preprocessing, selection
 from scfeat_ros.acceleration import Network, choose
 from scfeat_ros.errors import ScfeatError
 from scfeat_ros.features import Features
+from scfeat_ros.model import native
 from scfeat_ros.model.sampling import sample_few
 from scfeat_ros.model.scfeat import DESCRIPTOR_STRIDE, SCFeat, load_model
 from scfeat_ros.onnx_export import OnnxSCFeat
@@ -140,7 +142,6 @@ class Extractor:
         """
         return self.extract_batch([image], None if mask is None else [mask])[0]
 
-    @torch.inference_mode()
     def extract_batch(
         self, images: Sequence[np.ndarray], masks: Sequence[np.ndarray | None] | None = None
     ) -> list[Features]:
@@ -152,6 +153,13 @@ class Extractor:
         if len(sizes) > 1:
             raise ValueError(f"images of a batch must be of one size, got {sorted(sizes)}")
         masks = masks or [None] * len(images)
+        on_cpu = self.device.type == "cpu"
+        with torch.inference_mode(), native.cores_awake() if on_cpu else contextlib.nullcontext():
+            return self._extract(images, masks)
+
+    def _extract(
+        self, images: list[np.ndarray], masks: Sequence[np.ndarray | None]
+    ) -> list[Features]:
         size = images[0].shape[1::-1]
         if min(size) == 0:
             return [Features.empty(self.descriptor_dim, size) for _ in images]
@@ -172,7 +180,9 @@ class Extractor:
             mask = _working_mask(mask, size, new)
             if on_cpu:
                 image = pixels[i].permute(1, 2, 0).numpy()
-                selected = selection.on_cpu(scores[i], image, mask, self.options)
+                selected = selection.on_cpu(
+                    scores[i], image, mask, self.options, self.network.compiled
+                )
             else:
                 mask = None if mask is None else torch.from_numpy(mask).to(self.device) != 0
                 selected = selection.on_device(scores[i], pixels[i], mask, self.options)
@@ -188,20 +198,29 @@ class Extractor:
     ) -> Features:
         """Keypoints of an image of `size` that was shrunk to `working`, with descriptors."""
         points, scores = selected
-        sampled = sample_few(feature_map, points, DESCRIPTOR_STRIDE)
+        sample = native.sample if self.network.compiled else sample_few
+        sampled = sample(feature_map, points, DESCRIPTOR_STRIDE)
         normalize = l2_normalize if self.options.descriptor_norm == "l2" else fusion_normalize
         # working pixel x covers [x - 0.5, x + 0.5]; the same holds in the original
         scale = points.new_tensor([size[0] / working[0], size[1] / working[1]])
         points = (points + 0.5) * scale - 0.5
-        # one copy back from a device
-        rows = torch.cat([points, scores[:, None], normalize(sampled)], dim=1).cpu().numpy()
-        rows = rows[np.isfinite(rows[:, 2])]
+        keypoints, scores, descriptors = _on_host(points, scores, normalize(sampled))
         return Features(
-            keypoints=np.ascontiguousarray(rows[:, :2]),
-            scores=np.ascontiguousarray(rows[:, 2]),
-            descriptors=np.ascontiguousarray(rows[:, 3:]),
-            image_size=size,
+            keypoints=keypoints, scores=scores, descriptors=descriptors, image_size=size
         )
+
+
+def _on_host(
+    points: torch.Tensor, scores: torch.Tensor, descriptors: torch.Tensor
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The keypoints' arrays in main memory, without the rows that hold no keypoint."""
+    if points.device.type == "cpu":
+        return points.numpy(), scores.numpy(), descriptors.numpy()
+    # one copy back from a device
+    rows = torch.cat([points, scores[:, None], descriptors], dim=1).cpu().numpy()
+    rows = rows[np.isfinite(rows[:, 2])]
+    parts = rows[:, :2], rows[:, 2], rows[:, 3:]
+    return tuple(np.ascontiguousarray(part) for part in parts)
 
 
 def l2_normalize(descriptors: torch.Tensor) -> torch.Tensor:

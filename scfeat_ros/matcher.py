@@ -9,13 +9,13 @@ import numpy as np
 import torch
 
 from scfeat_ros.features import Features, Matches
+from scfeat_ros.model import native
 from scfeat_ros.parameters import MatcherOptions
 
 PAPER_RATIO = 0.80
 """Ratio-test threshold of the paper's reconstruction experiments (Sec. IV-D)."""
 BLOCK_ROWS = 512
-"""Of the similarity matrix, at a time on the CPU: with 2,048 columns 4 MiB. Smaller blocks wake
-PyTorch's threads more often, which takes longer than the cache gives back."""
+"""Of the similarity matrix, at a time on the CPU: with 2,048 columns 4 MiB."""
 
 
 def match(
@@ -49,17 +49,32 @@ def match(
         raise ValueError(f"ratio must lie in (0, 1], got {ratio}")
     if len(first) == 0 or len(second) == 0:
         return Matches.empty()
-    with torch.inference_mode():
-        a = torch.from_numpy(first.descriptors).to(device)
-        b = torch.from_numpy(second.descriptors).to(device)
-        rows, columns, best = _mutual_nearest(a, b)
-        keep = best >= min_similarity
-        if ratio is not None:
-            second_best = _second_best(a, b, rows, columns)
-            # |a - b|^2 = 2 - 2 cos for unit vectors; a single candidate has nothing to confuse it
-            keep &= (2 - 2 * best).clamp_min(0) < ratio**2 * (2 - 2 * second_best).clamp_min(0)
-        indices = torch.stack([rows[keep], columns[keep]], dim=1).cpu().numpy()
-        return Matches(indices, best[keep].float().cpu().numpy())
+    if torch.device(device).type == "cpu" and native.is_compiled():
+        rows, columns, best, second_best = _compiled_pairs(first.descriptors, second.descriptors)
+    else:
+        with torch.inference_mode():
+            a = torch.from_numpy(first.descriptors).to(device)
+            b = torch.from_numpy(second.descriptors).to(device)
+            rows, columns, best = _mutual_nearest(a, b)
+            second_best = _second_best(a, b, rows, columns) if ratio is not None else best
+        pairs = rows, columns, best.float(), second_best.float()
+        rows, columns, best, second_best = (part.cpu().numpy() for part in pairs)
+    keep = best >= min_similarity
+    if ratio is not None:
+        # |a - b|^2 = 2 - 2 cos for unit vectors; a single candidate has nothing to confuse it
+        keep &= np.maximum(2 - 2 * best, 0) < ratio**2 * np.maximum(2 - 2 * second_best, 0)
+    return Matches(np.stack([rows[keep], columns[keep]], axis=1), best[keep])
+
+
+def _compiled_pairs(
+    a: np.ndarray, b: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """As `_mutual_nearest` and `_second_best` in one pass, by the compiled kernels."""
+    found = native.nearest(a, b)
+    rows = np.flatnonzero(found.of_column[found.of_row] == np.arange(len(a)))
+    columns = found.of_row[rows]
+    second_best = np.maximum(found.second[rows], found.second_of_column[columns])
+    return rows, columns, found.similarity[rows], second_best
 
 
 def _similarities(a: torch.Tensor, b: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
@@ -78,25 +93,18 @@ def _similarities(a: torch.Tensor, b: torch.Tensor) -> Iterator[tuple[slice, tor
 def _mutual_nearest(
     a: torch.Tensor, b: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Rows and columns of a b^T that are each other's first maximum, by row, and that maximum.
-
-    Only values are taken along the columns: their positions would cost more than the product.
-    """
-    forward = torch.empty(len(a), dtype=torch.long, device=a.device)
-    best = a.new_empty(len(a))
+    """Rows and columns of a b^T that are each other's first maximum, by row, and that maximum."""
+    best, forward = a.new_empty(len(a)), torch.empty(len(a), dtype=torch.long, device=a.device)
     best_of_column = a.new_full((len(b),), -torch.inf)
+    backward = torch.zeros(len(b), dtype=torch.long, device=a.device)
     for rows, block in _similarities(a, b):
-        if block.device.type == "cpu":  # NumPy's argmax is ten times faster than PyTorch's
-            forward[rows] = torch.from_numpy(block.numpy().argmax(axis=1))
-        else:
-            forward[rows] = block.argmax(dim=1)
-        best[rows] = block.gather(1, forward[rows, None])[:, 0]
-        torch.maximum(best_of_column, _largest(block, 0), out=best_of_column)
-    rows = torch.nonzero(best == best_of_column[forward])[:, 0]
-    # of rows with the same value in the same column, the first
-    first = torch.full_like(best_of_column, len(a), dtype=torch.long)
-    first.scatter_reduce_(0, forward[rows], rows, "amin")
-    rows = rows[first[forward[rows]] == rows]
+        torch.max(block, dim=1, out=(best[rows], forward[rows]))
+        values, places = block.max(dim=0)
+        larger = values > best_of_column
+        backward = torch.where(larger, places + rows.start, backward)
+        best_of_column = torch.maximum(values, best_of_column)
+    rows = torch.arange(len(a), device=a.device)
+    rows = rows[backward[forward] == rows]
     return rows, forward[rows], best[rows]
 
 
@@ -113,16 +121,9 @@ def _second_best(
         inside = (rows >= span.start) & (rows < span.stop)
         own = rows[inside] - span.start
         block[own, columns[inside]] = -torch.inf
-        of_row[inside] = _largest(block, 1)[own]
-        torch.maximum(of_column, _largest(block, 0), out=of_column)
+        of_row[inside] = block.amax(dim=1)[own]
+        torch.maximum(of_column, block.amax(dim=0), out=of_column)
     return torch.maximum(of_row, of_column[columns])
-
-
-def _largest(block: torch.Tensor, dim: int) -> torch.Tensor:
-    """`block.amax(dim)`, on the CPU on one core: sooner done than two are woken up."""
-    if block.device.type == "cpu":
-        return torch.from_numpy(block.numpy().max(axis=dim))
-    return block.amax(dim)
 
 
 def epipolar_inliers(

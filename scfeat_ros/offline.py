@@ -23,6 +23,7 @@ from scfeat_ros.features import Features, FrameResult, Matches
 from scfeat_ros.frontend import FrontEnd
 from scfeat_ros.ground_truth import RIGHT_WITHIN, right_matches
 from scfeat_ros.matcher import epipolar_inliers
+from scfeat_ros.model.native import cores_awake
 from scfeat_ros.overlay import Overlay
 from scfeat_ros.parameters import MatcherOptions
 from scfeat_ros.pipeline import background, on_threads
@@ -39,6 +40,8 @@ INLIER_THRESHOLD = 1.0
 """Of the epipolar inlier ratio in the report, pixels."""
 FRAMES_AT_ONCE = 2
 """In the network, on a CPU. They share its threads: fewer of them wait for each other."""
+FRAMES_AHEAD = 4
+"""Of the matching, at most."""
 GROUP_BYTES = 8 << 20
 """Of messages that wait for the frame after them."""
 
@@ -112,6 +115,8 @@ def run(
         if options.video:
             require_av()
         front_end = FrontEnd(extractor, matching)
+        if extractor.device.type == "cpu":
+            stack.enter_context(cores_awake())
         stack.callback(torch.set_num_threads, torch.get_num_threads())  # `_process` shares them out
         folder = stack.enter_context(staged_folder(output, options.overwrite))
         writer = _Writer(folder, options, source)
@@ -192,7 +197,7 @@ def _process(
         return group
 
     if extractor.device.type == "cpu" and threads >= FRAMES_AT_ONCE:
-        extracted = on_threads(extract, groups, FRAMES_AT_ONCE, share_threads)
+        extracted = on_threads(extract, groups, FRAMES_AT_ONCE, FRAMES_AHEAD, share_threads)
         torch.set_num_threads(1)  # of the matching, which goes on beside the network
     else:
         extracted = (extract(group) for group in groups)

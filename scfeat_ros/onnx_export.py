@@ -39,6 +39,7 @@ class _HalfConv(nn.Module):
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
         self.conv = conv.half()
+        self.kernel_size = conv.kernel_size  # `sampling.convolve_upsampled` asks for it
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.conv(x.half()).float()

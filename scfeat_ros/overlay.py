@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+
 import cv2
 import numpy as np
 
@@ -36,6 +38,7 @@ class Overlay:
     """
 
     def __init__(self) -> None:
+        self._followed: deque[FrameResult] = deque(maxlen=TRAIL_LENGTH)
         self._ids = np.zeros(0, np.uint32)
         self._trails = np.zeros((0, TRAIL_LENGTH, 2), np.float32)
         self._palette = _palette().tolist()
@@ -51,7 +54,9 @@ class Overlay:
             (H, W, 3) uint8 RGB. Grey rings are new keypoints; tracks go from blue (young) to
             red (30 frames and older).
         """
-        trails = self.follow(result)
+        self.follow(result)
+        while self._followed:
+            trails = self._extend_trails(self._followed.popleft())
         canvas = cv2.cvtColor(image, cv2.COLOR_GRAY2RGB) if image.ndim == 2 else image.copy()
         canvas = np.ascontiguousarray(canvas)
         scale = max(1.0, max(canvas.shape[:2]) / 1000)
@@ -71,12 +76,12 @@ class Overlay:
             _draw_rings(canvas, keypoints[rows], colour, 2.5 * scale, thickness)
         return canvas
 
-    def follow(self, result: FrameResult) -> np.ndarray:
-        """Take over a frame's tracks without drawing; `draw` does it by itself.
+    def follow(self, result: FrameResult) -> None:
+        """Take over a frame's tracks without drawing; `draw` does it by itself."""
+        self._followed.append(result)  # looked at when something is drawn: trails are short
 
-        Returns:
-            (N, TRAIL_LENGTH, 2) positions of every keypoint's track, the newest first.
-        """
+    def _extend_trails(self, result: FrameResult) -> np.ndarray:
+        """(N, TRAIL_LENGTH, 2) positions of every keypoint's track, the newest first."""
         keypoints = result.features.keypoints
         trails = np.repeat(keypoints[:, None], TRAIL_LENGTH, axis=1)
         if result.reset is None:

@@ -87,14 +87,16 @@ def on_threads(
     function: Callable[[T], R],
     items: Iterable[T],
     workers: int,
+    ahead: int,
     at_start: Callable[[], None] | None = None,
 ) -> Generator[R, None, None]:
-    """Call a function on several threads, at most `workers` items ahead of who reads.
+    """Call a function on several threads, at most `ahead` items ahead of who reads.
 
     Args:
         function: called with each item.
         items: what it is called with.
         workers: threads.
+        ahead: more than `workers`, or threads have nothing to do while the reader is busy.
         at_start: called by each thread before anything else.
 
     Yields:
@@ -105,7 +107,7 @@ def on_threads(
     try:
         for item in items:
             waiting.append(pool.submit(function, item))
-            if len(waiting) > workers:
+            if len(waiting) > ahead:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()

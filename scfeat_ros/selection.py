@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from scfeat_ros.model import native
 from scfeat_ros.parameters import ExtractorOptions
 
 TEXTURE_WINDOW = 5
@@ -32,7 +33,11 @@ class Selected(NamedTuple):
 
 
 def on_cpu(
-    scores: torch.Tensor, image: np.ndarray, mask: np.ndarray | None, options: ExtractorOptions
+    scores: torch.Tensor,
+    image: np.ndarray,
+    mask: np.ndarray | None,
+    options: ExtractorOptions,
+    compiled: bool = False,
 ) -> Selected:
     """Select keypoints on the CPU.
 
@@ -41,14 +46,13 @@ def on_cpu(
         image: (h, w, 3) uint8, what the network saw.
         mask: (h, w) uint8 or None; keypoints lie only where it is not 0.
         options: nms_radius, score_threshold, border, max_keypoints and subpixel are used.
+        compiled: by the compiled kernels, see `native.load`.
     """
-    scores = scores.contiguous()
-    places = is_local_maximum(scores[None, None], options.nms_radius).flatten().nonzero()[:, 0]
-    values = scores.flatten()[places].float().numpy()
-    places = places.numpy()
-    keep = (values > options.score_threshold) & np.isfinite(values)
-    keep &= _allowed(image, mask, options.border, places)
-    places, values = places[keep], values[keep]
+    scores = scores.float().contiguous()
+    find = native.local_maxima if compiled else local_maxima
+    settings = options.nms_radius, options.score_threshold, options.border
+    places = find(scores, image, mask, *settings)
+    values = scores.numpy().reshape(-1)[places]
     if len(values) > options.max_keypoints:
         # only what can be among the best is put in order
         least = len(values) - options.max_keypoints
@@ -56,8 +60,27 @@ def on_cpu(
         places, values = places[enough], values[enough]
     # stable, so that equal scores come in image order on every device
     order = np.argsort(-values, kind="stable")[: options.max_keypoints]
-    points = _points(scores, torch.from_numpy(places[order]), options.subpixel)
-    return Selected(points, torch.from_numpy(values[order]))
+    places, values = torch.from_numpy(places[order]), torch.from_numpy(values[order])
+    if compiled and options.subpixel:
+        return Selected(native.subpixel_points(scores, places), values)
+    return Selected(_points(scores, places, options.subpixel), values)
+
+
+def local_maxima(
+    scores: torch.Tensor,
+    image: np.ndarray,
+    mask: np.ndarray | None,
+    radius: int,
+    threshold: float,
+    border: int,
+) -> np.ndarray:
+    """(N,) places (row * width + column) where keypoints may be, in the order of the image."""
+    places = is_local_maximum(scores[None, None], radius).flatten().nonzero()[:, 0]
+    values = scores.flatten()[places].numpy()
+    places = places.numpy()
+    keep = (values > threshold) & np.isfinite(values)
+    keep &= _allowed(image, mask, border, places)
+    return places[keep]
 
 
 def on_device(

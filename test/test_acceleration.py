@@ -12,7 +12,7 @@ from scfeat_ros.cuda_graphs import KEPT
 from scfeat_ros.errors import ScfeatError
 from scfeat_ros.extractor import Extractor
 from scfeat_ros.model import fused, native
-from scfeat_ros.model.scfeat import CONFIGS, SCFeat, fold_batch_norms
+from scfeat_ros.model.scfeat import CONFIGS, SCFeat, fold_batch_norms, load_model
 
 CPU = torch.device("cpu")
 
@@ -30,15 +30,16 @@ def image():
 
 @pytest.mark.parametrize("precision", ["auto", "fp32", "bf16"])
 @pytest.mark.parametrize("compile", ["auto", "off"])
-def test_every_way_finds_the_same_features(model, image, precision, compile):
+def test_every_way_finds_the_same_features(image, precision, compile):
+    model = load_model("scfeat-s")
     plain = Extractor(model, "cpu", precision="fp32", compile="off", max_keypoints=100)
     assert str(plain.network) == "fp32, plain"
     extractor = Extractor(model, "cpu", precision=precision, compile=compile, max_keypoints=100)
     a, b = plain(image), extractor(image)
     distance = np.linalg.norm(a.keypoints[:, None] - b.keypoints[None], axis=2)
     near = distance.min(axis=1) < 0.5
-    # bf16 in the plain network rounds the scores themselves, and with random weights many are close
-    assert near.mean() >= (0.95 if extractor.network.way != "plain" or precision == "fp32" else 0.8)
+    # bf16 in the plain network rounds the scores themselves
+    assert near.mean() >= (0.97 if extractor.network.way != "plain" or precision == "fp32" else 0.9)
     cosine = (a.descriptors * b.descriptors[distance.argmin(axis=1)]).sum(axis=1)[near]
     assert np.median(cosine) > 0.999
     assert (extractor.network.way == "plain") == (compile == "off")

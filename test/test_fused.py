@@ -2,6 +2,10 @@
 
 import copy
 import logging
+import os
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,11 +14,12 @@ from torch import nn
 
 from scfeat_ros.model import kernels, native
 from scfeat_ros.model.fused import Conv, FusedSCFeat, taps
+from scfeat_ros.model.sampling import sample_few
 from scfeat_ros.model.scfeat import CONFIGS, SCFeat, SCFeatConfig
 
 SMALL = SCFeatConfig("small", "resnet10", (64, 32), 32, (8, 8, 8))
 WIDE = SCFeatConfig("wide", "resnet50", (64, 32), 24, (12, 5, 20))
-ONE_TAP = SCFeatConfig("one-tap", "resnet10", (32, 32), 16, (8, 8, 8), side_kernel=1)
+ONE_TAP = SCFeatConfig("one-tap", "resnet10", (32, 32), 16, (8, 8, 8), upsampled_kernel=1)
 
 
 def compiler_is_there():
@@ -92,30 +97,20 @@ def test_the_plain_network_is_left_as_it_was():
 @BOTH
 @pytest.mark.parametrize("factor", [2, 4])
 @pytest.mark.parametrize("channels", [3, 8, 24])
-def test_convolution_after_upsampling_is_exact_at_every_border(k, factor, channels):
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_convolution_after_upsampling_is_exact_at_every_border(k, factor, channels, kernel):
     torch.manual_seed(0)
     x = torch.randn(1, 6, 3, 5)
-    weight = torch.randn(channels, 6, 3, 3)
+    weight = torch.randn(channels, 6, kernel, kernel)
     plus = torch.randn(1, channels, 3 * factor, 5 * factor)
     upsampled = F.interpolate(x, scale_factor=factor, mode="bilinear", align_corners=False)
-    expected = F.conv2d(upsampled, weight, padding=1)
+    expected = F.conv2d(upsampled, weight, padding=kernel // 2)
     z = taps(weight, torch.float32)(x)
-    found, totals = k.upsampled_sum(z, factor)
+    found, totals = k.upsampled_sum(z, channels, factor)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(totals, kernels.statistics(expected), atol=1e-2, rtol=1e-4)
-    found, _ = k.upsampled_sum(z, factor, plus)
+    found, _ = k.upsampled_sum(z, channels, factor, plus)
     torch.testing.assert_close(found, expected + plus, atol=1e-4, rtol=1e-4)
-
-
-@BOTH
-@pytest.mark.parametrize("factor", [2, 4])
-def test_upsampled_map_and_its_statistics(k, factor):
-    torch.manual_seed(0)
-    x = torch.randn(1, 5, 3, 4)
-    expected = F.interpolate(x, scale_factor=factor, mode="bilinear", align_corners=False)
-    found, totals = k.upsampled(x, factor)
-    torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(totals, kernels.statistics(expected), atol=1e-4, rtol=1e-5)
 
 
 @needs_compiler
@@ -147,8 +142,9 @@ def test_pooling(dtype, size):
 @needs_compiler
 @pytest.mark.parametrize("channels", [8, 12])
 @pytest.mark.parametrize("size", [(2, 1), (3, 5), (4, 40)])
+@pytest.mark.parametrize("kernel", [1, 3])
 @torch.no_grad()
-def test_head_at_the_resolution_of_the_image(size, channels):
+def test_head_at_the_resolution_of_the_image(size, channels, kernel):
     torch.manual_seed(0)
     height, width = size
     image = torch.rand(1, 3, 4 * height, 4 * width)
@@ -158,7 +154,7 @@ def test_head_at_the_resolution_of_the_image(size, channels):
         Conv(torch.randn(channels, 3, 3, 3)),
         Conv(torch.randn(channels, channels, 3, 3)),
     )
-    left_taps = taps(torch.randn(channels, 5, 3, 3), torch.float32)
+    left_taps = taps(torch.randn(channels, 5, kernel, kernel), torch.float32)
     norm = kernels.Norm(torch.rand(channels), torch.randn(channels), channels)
     results = []
     for k in (kernels, native):
@@ -169,6 +165,62 @@ def test_head_at_the_resolution_of_the_image(size, channels):
         results.append((peaks, right, totals, hidden, sums, response, last))
     for expected, found in zip(*results, strict=True):
         torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-4)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_samples_at_points(dtype, layout):
+    torch.manual_seed(0)
+    maps = torch.randn(1, 24, 5, 7).to(dtype).contiguous(memory_format=layout)
+    points = torch.rand(50, 2) * torch.tensor([40.0, 30.0]) - 5  # some lie outside
+    for part in (maps[0], maps[0, 4:20]):
+        expected = sample_few(part, points)
+        torch.testing.assert_close(native.sample(part, points), expected, atol=1e-5, rtol=1e-5)
+    assert native.sample(maps[0], points[:0]).shape == (0, 24)
+
+
+def idle_threads():
+    """States of this process's threads in the scheduler's idle class: R runs or would, S sleeps."""
+    stats = [(task / "stat").read_text() for task in Path("/proc/self/task").iterdir()]
+    values = [stat.rpartition(")")[2].split() for stat in stats]
+    return [v[0] for v in values if int(v[38]) == os.SCHED_IDLE]
+
+
+def becomes(expected):
+    """Whether the idle class's threads are in the states within a minute: others go before them."""
+    until = time.monotonic() + 60
+    while idle_threads() != expected and time.monotonic() < until:
+        time.sleep(0.01)
+    return idle_threads() == expected
+
+
+@needs_compiler
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux's idle class")
+def test_cores_are_kept_awake_by_threads_that_give_way_and_stop(monkeypatch):
+    monkeypatch.setattr(native, "has_cpu_quota", lambda: False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: max(os.cpu_count(), 2))
+    cores = len(os.sched_getaffinity(0))
+    for _ in range(2):
+        with native.cores_awake(), native.cores_awake():
+            assert becomes(cores * ["R"])
+        assert becomes(cores * ["S"])
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "limited"),
+    [
+        ("cpu.max", "max 100000", False),
+        ("cpu.max", "150000 100000", True),
+        ("cpu/cpu.cfs_quota_us", "-1", False),
+        ("cpu/cpu.cfs_quota_us", "50000", True),
+        ("other", "", False),
+    ],
+)
+def test_limits_on_cpu_time_are_seen(tmp_path, file, content, limited):
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text(content + "\n")
+    assert native.has_cpu_quota(tmp_path) == limited
 
 
 @needs_compiler

@@ -7,6 +7,21 @@ import pytest
 
 from scfeat_ros.features import Features, Matches
 from scfeat_ros.matcher import epipolar_inliers, match
+from scfeat_ros.model import native
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(
+            "compiled", marks=pytest.mark.skipif(not native.is_compiled(), reason="no C++ compiler")
+        ),
+        "torch",
+    ],
+    autouse=True,
+)
+def way(request, monkeypatch):
+    """Both ways to the neighbours."""
+    monkeypatch.setattr(native, "is_compiled", lambda: request.param == "compiled")
 
 
 def features(descriptors):
@@ -57,6 +72,20 @@ def test_matches_are_the_mutual_nearest_neighbours(ratio):
         found.similarity, [expected[key] for key in sorted(expected)], atol=1e-5
     )
     assert found.indices.dtype == np.int64 and found.similarity.dtype == np.float32
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (9, 47), (64, 48), (100, 33), (37, 301)])
+def test_of_equally_near_neighbours_the_first_is_taken(rows, columns):
+    random = np.random.default_rng(0)
+    a, b = (random.integers(-1, 2, (count, 3)).astype(np.float32) for count in (rows, columns))
+    zeros = np.zeros((max(rows, columns), 3), np.float32)
+    first, second = (
+        Features(zeros[: len(part), :2], zeros[: len(part), 2], part, (640, 480)) for part in (a, b)
+    )
+    similarities = a @ b.T
+    there, back = similarities.argmax(axis=1), similarities.argmax(axis=0)
+    expected = [[i, j] for i, j in enumerate(there) if back[j] == i]
+    assert match(first, second).indices.tolist() == expected
 
 
 def test_matching_is_symmetric():

@@ -178,21 +178,27 @@ def test_peakiness_is_largest_at_a_peak_and_ignores_scale():
     torch.testing.assert_close(peakiness(100 * maps), scores)
 
 
-def test_detection_head_follows_equations_7_to_13():
-    detector = randomize(Detector(channels=6, left=4, right=3, hidden=5))
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_detection_head_follows_equations_7_to_13(kernel):
+    detector = randomize(Detector(channels=6, left=4, right=3, hidden=5, upsampled_kernel=kernel))
     bridged, stem = torch.randn(1, 2, 4, 5), torch.randn(1, 4, 4, 5)
     image = torch.randn(1, 3, 16, 20)
 
+    def norm_i(y, norm, activation):
+        y = instance_norm_slowly(y, numpy(norm.weight), numpy(norm.bias))
+        return np.where(y > 0, y, numpy(activation.weight) * y)
+
     def conv_i(module, maps):
         y = convolve_slowly(maps, numpy(module.conv.weight))
-        y = instance_norm_slowly(y, numpy(module.norm.weight), numpy(module.norm.bias))
-        return np.where(y > 0, y, numpy(module.activation.weight) * y)
+        return norm_i(y, module.norm, module.activation)
 
     maps = np.concatenate([numpy(bridged[0]), numpy(stem[0])])
     s_l, s_r = peakiness_slowly(maps), peakiness_slowly(numpy(image[0]))
     h_l = conv_i(detector.layer0_left, s_l * maps)
     h_r = conv_i(detector.layer0_right, s_r * numpy(image[0]))
-    h_1 = conv_i(detector.layer1, np.concatenate([upsample_slowly(h_l, 4), h_r]))
+    h_1 = convolve_slowly(upsample_slowly(h_l, 4), numpy(detector.layer1_left.weight))
+    h_1 += convolve_slowly(h_r, numpy(detector.layer1_right.weight))
+    h_1 = norm_i(h_1, detector.layer1_norm, detector.layer1_activation)
     response = convolve_slowly(h_1, numpy(detector.layer2.weight))
     norm = detector.layer2_norm
     response = instance_norm_slowly(response, numpy(norm.weight), numpy(norm.bias))[0]

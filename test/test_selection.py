@@ -1,4 +1,4 @@
-"""Keypoints out of a score map: the way for a GPU gives what the one for the CPU gives.
+"""Keypoints out of a score map: every way gives what OpenCV's operators on the CPU give.
 
 `on_device` has no step that only a GPU has, so it is held against `on_cpu` here on the CPU; where
 there is a GPU, there as well.
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from test_extractor import textured_image
+from test_fused import needs_compiler
 
 from scfeat_ros import selection
 from scfeat_ros.parameters import ExtractorOptions
@@ -20,11 +21,19 @@ DEVICES = [
     ),
 ]
 
+WAYS = [pytest.param("compiled", marks=needs_compiler), *DEVICES]
 
-def both(scores, image, mask, device, **options):
-    """Selected by either way, with the empty rows of `on_device` taken away."""
+
+def both(scores, image, mask, way, **options):
+    """Selected by OpenCV's operators and by a way, or by `on_device` on a device.
+
+    The empty rows of `on_device` are taken away.
+    """
     options = ExtractorOptions(**options)
     expected = selection.on_cpu(scores, image, mask, options)
+    if way == "compiled":
+        return expected, selection.on_cpu(scores, image, mask, options, compiled=True)
+    device = way
     pixels = torch.from_numpy(image).to(device).permute(2, 0, 1)
     mask = None if mask is None else torch.from_numpy(mask).to(device) != 0
     found = selection.on_device(scores.to(device), pixels, mask, options)
@@ -40,7 +49,7 @@ def scores():
     return torch.from_numpy(random.integers(0, 40, (90, 130)).astype(np.float32) / 10)
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
     "options",
     [
@@ -53,12 +62,12 @@ def scores():
     ],
     ids=str,
 )
-def test_both_ways_select_the_same(scores, device, options):
+def test_both_ways_select_the_same(scores, way, options):
     image = textured_image(130, 90)
     image[20:40, 30:70] = 7  # nothing to localize
     mask = np.ones((90, 130), np.uint8)
     mask[60:, :50] = 0
-    expected, found = both(scores, image, mask, device, **options)
+    expected, found = both(scores, image, mask, way, **options)
     torch.testing.assert_close(found.points, expected.points, atol=1e-5, rtol=0)
     assert torch.equal(found.scores, expected.scores)
     assert (len(expected.scores) == 0) == (options == {"border": 60})
@@ -67,10 +76,10 @@ def test_both_ways_select_the_same(scores, device, options):
     assert not ((x > 33) & (x < 66) & (y > 23) & (y < 36)).any()
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_scores_that_are_no_numbers_are_left_out(device):
+@pytest.mark.parametrize("way", WAYS)
+def test_scores_that_are_no_numbers_are_left_out(way):
     scores = torch.zeros(40, 40)
     scores[10, 10], scores[20, 20], scores[30, 30] = torch.nan, torch.inf, 1.0
-    expected, found = both(scores, textured_image(40, 40), None, device, subpixel=False)
+    expected, found = both(scores, textured_image(40, 40), None, way, subpixel=False)
     for selected in (expected, found):
         assert selected.points.tolist() == [[30, 30]]

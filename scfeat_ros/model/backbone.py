@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from scfeat_ros.model.resnet import EncoderFeatures, ResNetEncoder
-from scfeat_ros.model.sampling import upsample
+from scfeat_ros.model.sampling import convolve_upsampled
 
 GROUPS = 32
 
@@ -22,26 +22,21 @@ class ConvBlock(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, kernel: int = 3, factor: int = 1) -> None:
         super().__init__()
-        self.kernel = kernel
         self.factor = factor
         self.conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False)
         self.norm = nn.GroupNorm(min(GROUPS, outputs), outputs)
         self.activation = nn.ELU(inplace=True)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.kernel == 1:  # commutes with the upsampling, and is cheaper before
-            x = upsample(self.conv(x), self.factor)
-        else:
-            x = self.conv(upsample(x, self.factor))
-        return self.activation(self.norm(x))
+        return self.activation(self.norm(convolve_upsampled(self.conv, x, self.factor)))
 
 
 class Decoder(nn.Module):
     """Up-convolution by two, concatenation with the encoder's map of that size, convolution."""
 
-    def __init__(self, inputs: int, skip: int, outputs: int) -> None:
+    def __init__(self, inputs: int, skip: int, outputs: int, upsampled_kernel: int) -> None:
         super().__init__()
-        self.up = ConvBlock(inputs, outputs, factor=2)
+        self.up = ConvBlock(inputs, outputs, upsampled_kernel, factor=2)
         self.conv = ConvBlock(outputs + skip, outputs)
 
     def forward(self, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
@@ -55,7 +50,7 @@ class F2RBackbone(nn.Module):
         encoder: name of the ResNet.
         decoder_channels: channels of the decoders at 1/8 and at 1/4.
         descriptor_dim: channels of the side maps and of the result.
-        side_kernel: size of the kernels of the upsampled side maps.
+        upsampled_kernel: size of the kernels of the up-convolutions.
     """
 
     def __init__(
@@ -63,16 +58,16 @@ class F2RBackbone(nn.Module):
         encoder: str,
         decoder_channels: tuple[int, int],
         descriptor_dim: int,
-        side_kernel: int = 3,
+        upsampled_kernel: int = 3,
     ) -> None:
         super().__init__()
         self.encoder = ResNetEncoder(encoder)
         layer1, layer2, layer3 = self.encoder.channels
         eighth, quarter = decoder_channels
-        self.decoder_0 = Decoder(layer3, layer2, eighth)
-        self.decoder_1 = Decoder(eighth, layer1, quarter)
-        self.side_0 = ConvBlock(layer3, descriptor_dim, side_kernel, factor=4)
-        self.side_1 = ConvBlock(eighth, descriptor_dim, side_kernel, factor=2)
+        self.decoder_0 = Decoder(layer3, layer2, eighth, upsampled_kernel)
+        self.decoder_1 = Decoder(eighth, layer1, quarter, upsampled_kernel)
+        self.side_0 = ConvBlock(layer3, descriptor_dim, upsampled_kernel, factor=4)
+        self.side_1 = ConvBlock(eighth, descriptor_dim, upsampled_kernel, factor=2)
         self.side_2 = ConvBlock(quarter, descriptor_dim, kernel=1)
         self.fuse = nn.Conv2d(3 * descriptor_dim, descriptor_dim, 1)
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from scfeat_ros.model.sampling import upsample
+from scfeat_ros.model.sampling import convolve_upsampled, upsample
 
 
 def mean_of_3x3(x: torch.Tensor) -> torch.Tensor:
@@ -70,13 +70,22 @@ class Detector(nn.Module):
         channels: channels of F_cn and F_0 together.
         left, right: channels of Layer_0 on the quarter-resolution and the image branch.
         hidden: channels of Layer_1.
+        upsampled_kernel: size of Layer_1's kernel over the upsampled branch.
     """
 
-    def __init__(self, channels: int, left: int, right: int, hidden: int) -> None:
+    def __init__(
+        self, channels: int, left: int, right: int, hidden: int, upsampled_kernel: int = 3
+    ) -> None:
         super().__init__()
         self.layer0_left = ConvInstanceNorm(channels, left)
         self.layer0_right = ConvInstanceNorm(3, right)
-        self.layer1 = ConvInstanceNorm(left + right, hidden)
+        # of both branches beside each other: the sum of a convolution of each
+        self.layer1_left = nn.Conv2d(
+            left, hidden, upsampled_kernel, padding=upsampled_kernel // 2, bias=False
+        )
+        self.layer1_right = nn.Conv2d(right, hidden, 3, padding=1, bias=False)
+        self.layer1_norm = instance_norm(hidden)
+        self.layer1_activation = nn.PReLU()
         self.layer2 = nn.Conv2d(hidden, 1, 1, bias=False)
         # of one channel, where both layouts are the same, and GroupNorm is slower
         self.layer2_norm = nn.InstanceNorm2d(1, affine=True)
@@ -96,8 +105,9 @@ class Detector(nn.Module):
         """
         maps = torch.cat([bridged, stem], dim=1)
         left_peaks, right_peaks = peakiness(maps), peakiness(image)
-        left = upsample(self.layer0_left(left_peaks * maps), 4)
+        left = self.layer0_left(left_peaks * maps)
         right = self.layer0_right(right_peaks * image)
-        hidden = self.layer1(torch.cat([left, right], dim=1))
+        hidden = convolve_upsampled(self.layer1_left, left, 4) + self.layer1_right(right)
+        hidden = self.layer1_activation(self.layer1_norm(hidden))
         response = F.softplus(self.layer2_norm(self.layer2(hidden)))
         return upsample(left_peaks, 4) * right_peaks * response

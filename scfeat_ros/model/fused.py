@@ -186,19 +186,19 @@ class FusedSCFeat(nn.Module):
         self.spatial, self.norms["bridge"] = _bridge(model.bridge)
         self.layer0_left = Conv(detector.layer0_left.conv.weight, dtype=dtype)
         self.layer0_right = Conv(detector.layer0_right.conv.weight)
-        left = detector.layer0_left.conv.out_channels
-        layer1 = detector.layer1.conv.weight
-        self.layer1_left = taps(layer1[:, :left], torch.float32)
-        self.layer1_right = Conv(layer1[:, left:])
+        self.layer1_left = taps(detector.layer1_left.weight, torch.float32)
+        self.layer1_right = Conv(detector.layer1_right.weight)
         for name, block in detector.named_modules():
             if isinstance(block, ConvInstanceNorm):
                 self.norms[name] = _norm(block.norm)
+        self.norms["layer1"] = _norm(detector.layer1_norm)
         self.norms["layer2"] = _norm(detector.layer2_norm)
         self.slopes = {
             name: block.activation.weight.item()
             for name, block in detector.named_modules()
             if isinstance(block, ConvInstanceNorm)
         }
+        self.slopes["layer1"] = detector.layer1_activation.weight.item()
         self.register_buffer("layer2", detector.layer2.weight.detach().float().flatten().clone())
         self.eval().requires_grad_(False)
 
@@ -244,8 +244,7 @@ class FusedSCFeat(nn.Module):
 
     def _up_conv(self, name: str, z: torch.Tensor, factor: int, out: torch.Tensor) -> None:
         """UP-CONV of Fig. 4 (b) from its nine taps, or one, written to `out`."""
-        one = z.shape[1] == out.shape[1]
-        x, totals = (self.kernels.upsampled if one else self.kernels.upsampled_sum)(z, factor)
+        x, totals = self.kernels.upsampled_sum(z, out.shape[1], factor)
         self.kernels.normalize_activate(x, totals, self.norms[name], out=out)
 
     def _norm_elu(

@@ -17,6 +17,8 @@
 #include <utility>
 #include <vector>
 
+#include "bfloat16.h"
+
 namespace {
 
 // The robot size has few channels at the image's resolution: kernels of their own are for these.
@@ -24,25 +26,6 @@ constexpr int FEW = 8;
 constexpr int FACTOR = 4;  // between the detector's two resolutions
 
 constexpr double EPSILON = 1e-5;  // of every normalization in the network
-
-enum class bfloat16 : uint16_t {};  // a type of its own, and still a number to the vectorizer
-
-inline float read(float x) { return x; }
-
-inline float read(bfloat16 x) {
-  uint32_t bits = uint32_t(x) << 16;
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-inline void write(float &to, float value) { to = value; }
-
-inline void write(bfloat16 &to, float value) {  // to nearest, ties to even
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  to = bfloat16((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
-}
 
 // exp for x <= 88, relative error below 2e-7; written so that compilers vectorize it.
 inline float exponential(float x) {
@@ -256,10 +239,10 @@ void upsampled_sum(const T *z, int height, int width, int factor, int channels,
   all.write(totals);
 }
 
-// A map upsampled by a whole factor.
+// The same for a 1x1 convolution: its result upsampled.
 template <typename T>
-void upsampled(const T *x, int height, int width, int factor, int channels, T *out, double *totals,
-               int threads) {
+void upsampled(const T *x, int height, int width, int factor, int channels, const T *plus,
+               T *out, double *totals, int threads) {
   const int H = height * factor, W = width * factor, C = channels;
   const long row = long(width) * C;
   std::vector<Position> across(W);
@@ -280,10 +263,12 @@ void upsampled(const T *x, int height, int width, int factor, int channels, T *o
       for (int column = 0; column < W; column++) {
         const Position p = across[column];
         const float *left = between + long(p.first) * C, *right = between + long(p.second) * C;
-        T *__restrict to = out + (long(y) * W + column) * C;
+        const long place = (long(y) * W + column) * C;
+        T *__restrict to = out + place;
 #pragma omp simd
         for (int c = 0; c < C; c++) {
-          const float value = (1.0f - p.weight) * left[c] + p.weight * right[c];
+          float value = (1.0f - p.weight) * left[c] + p.weight * right[c];
+          if (plus) value += read(plus[place + c]);
           sum[c] += value;
           square[c] += value * value;
           write(to[c], value);
@@ -576,10 +561,17 @@ void convolve_row(Window<LINES> &window, int y, const float *weights, float *out
         }
     for (int o = 0; o < FEW; o++)
       for (int v = 0; v < VECTORS; v++) {
-        float found[LANES];
-        std::memcpy(found, &sum[o][v], sizeof found);
+        const int left = width - x - v * LANES;
         float *to = out + long(o) * width + x + v * LANES;
-        for (int k = 0; k < std::min(LANES, width - x - v * LANES); k++) to[k] += found[k];
+        Lanes total = sum[o][v];
+        if (left >= LANES) {
+          Lanes there;
+          std::memcpy(&there, to, sizeof there);
+          total += there;
+          std::memcpy(to, &total, sizeof total);
+        } else {
+          for (int k = 0; k < left; k++) to[k] += total[k];
+        }
       }
   }
 }
@@ -605,99 +597,53 @@ inline std::pair<int, int> share(int rows) {
   return {int(rows * thread / threads), int(rows * (thread + 1) / threads)};
 }
 
-// Peakiness of the image, and Layer_0 of the image times it, without its normalization.
-void weigh_and_convolve(const float *planes, float scale, int height, int width,
-                        const float *weights, float *peaks, float *out, double *totals,
-                        int threads) {
-  Totals all(FEW, threads);
-#pragma omp parallel num_threads(threads)
-  {
-    std::vector<float> sums(FEW), squares(FEW), space(3 * size_t(width + 2)), beside(width);
-    Window<3> window(height, width);
-    const auto [begin, end] = share(height);
-    window.slide(
-        begin, end,
-        [&, begin = begin, end = end](int y, float *row) {
-          // neighbours of this thread's rows are another thread's to write
-          float *to = y >= begin && y < end ? peaks + long(y) * width : beside.data();
-          weigh_row(planes, scale, y, height, width, space.data(), to, row, window.pitch);
-        },
-        [&](int y) {
-          float *to = out + long(y) * FEW * width;
-          std::fill_n(to, FEW * width, 0.0f);
-          convolve_row(window, y, weights, to);
-          add_lines(to, width, sums, squares);
-          all.add(sums, squares);
-        });
-  }
-  all.write(totals);
-}
-
-// The nine taps of a 3x3 convolution of the small map, as lines: see `upsampled_sum`.
+// Rows of a 1x1 convolution of a small map to few channels, as lines.
 template <typename T>
-struct TapRows {
-  static constexpr int KEPT = 4;  // rows of the small map around a row of the large one: 3 at most
-  const T *const left;
-  const float *const weights;  // (channels, 9, FEW)
+struct SmallRows {
+  static constexpr int KEPT = 2;  // rows of the small map around a row of the large one
+  const T *const map;
+  const float *const weights;  // (channels, FEW)
   const int width, channels;
-  int rows[KEPT] = {-1, -1, -1, -1};
-  std::vector<float> space, lines;
+  int rows[KEPT] = {-1, -1};
+  std::vector<float> space;
 
-  TapRows(const T *left, const float *weights, int width, int channels)
-      : left(left), weights(weights), width(width), channels(channels),
-        space(KEPT * 9 * FEW * size_t(width)), lines(channels * size_t(width)) {}
+  SmallRows(const T *map, const float *weights, int width, int channels)
+      : map(map), weights(weights), width(width), channels(channels),
+        space(KEPT * FEW * size_t(width)) {}
 
-  // (9 * FEW) lines of a row, `width` apart.
+  // FEW lines of a row, `width` apart.
   const float *row(int y) {
-    float *to = space.data() + long(y % KEPT) * 9 * FEW * width;
+    float *to = space.data() + long(y % KEPT) * FEW * width;
     if (rows[y % KEPT] == y) return to;
     rows[y % KEPT] = y;
-    for (int k = 0; k < channels; k++)
-      for (int x = 0; x < width; x++)
-        lines[k * width + x] = read(left[(long(y) * width + x) * channels + k]);
-    std::fill_n(to, 9 * FEW * width, 0.0f);
-    for (int tap = 0; tap < 9 * FEW; tap++) {
-      float *__restrict sum = to + tap * width;
-      for (int k = 0; k < channels; k++) {
-        const float weight = weights[k * 9 * FEW + tap];
-        const float *line = lines.data() + k * width;
-        for (int x = 0; x < width; x++) sum[x] += weight * line[x];
-      }
+    for (int x = 0; x < width; x++) {
+      const T *from = map + (long(y) * width + x) * channels;
+      float sum[FEW] = {};
+      for (int k = 0; k < channels; k++)
+        for (int c = 0; c < FEW; c++) sum[c] += weights[k * FEW + c] * read(from[k]);
+      for (int c = 0; c < FEW; c++) to[c * width + x] = sum[c];
     }
     return to;
   }
 };
 
-// Shares of the cells i - 1 ... i + 2 in the four pixels between the cells i and i + 1, as the taps
-// with dx = -1, 0, 1 read them.
-struct Shares {
-  float of[FACTOR][3][4];
-
-  Shares() {
-    for (int pixel = 0; pixel < FACTOR; pixel++)
-      for (int dx = 0; dx < 3; dx++)
-        for (int cell = 0; cell < 4; cell++) {
-          const float at = 1 + (pixel + dx - 0.5f) / FACTOR;  // from cell i - 1 on
-          of[pixel][dx][cell] = std::max(1.0f - std::fabs(at - cell), 0.0f);
-        }
-  }
-};
-
 // Layer_1 of the head without its normalization: the image branch, normalized and activated while
-// it is read, convolved, plus the convolution of the upsampled left branch from its taps.
+// it is read, convolved, plus the left branch, convolved by 1x1 and upsampled.
 template <typename T>
 void hidden(const float *right, const float *scale, const float *shift, float slope,
             const float *weights, const T *left, int height, int width, int channels,
             const float *left_weights, float *out, double *totals, int threads) {
   const int H = height * FACTOR, W = width * FACTOR;
-  const Shares shares;
+  static_assert(FACTOR == 4);  // shares of two cells in the pixels between their centres
+  constexpr float first[] = {0.875f, 0.625f, 0.375f, 0.125f};
+  constexpr float second[] = {0.125f, 0.375f, 0.625f, 0.875f};
   Totals all(FEW, threads);
 #pragma omp parallel num_threads(threads)
   {
     std::vector<float> sums(FEW), squares(FEW);
     Window<FEW> window(H, W);
-    TapRows<T> taps(left, left_weights, width, channels);
-    std::vector<float> cells(3 * size_t(width + 4)), parts(FACTOR * size_t(width + 1)), wide(W + FACTOR);
+    SmallRows<T> small(left, left_weights, width, channels);
+    std::vector<float> cells(width + 2), wide(W + FACTOR);
     auto activate = [&](int y, float *row) {
       for (int c = 0; c < FEW; c++) {
         const float *from = right + (long(y) * FEW + c) * W;
@@ -711,47 +657,22 @@ void hidden(const float *right, const float *scale, const float *shift, float sl
       }
     };
     auto upsample = [&](int y, float *to) {
-      const float *from[6];
-      float weight[6];
-      for (int dy = 0; dy < 3; dy++) {
-        const bool inside = y + dy - 1 >= 0 && y + dy - 1 < H;  // zero padding of the convolution
-        const Position p = locate(std::clamp(y + dy - 1, 0, H - 1), FACTOR, height);
-        from[2 * dy] = taps.row(p.first) + long(3 * dy) * FEW * width;
-        from[2 * dy + 1] = taps.row(p.second) + long(3 * dy) * FEW * width;
-        weight[2 * dy] = inside ? 1.0f - p.weight : 0.0f;
-        weight[2 * dy + 1] = inside ? p.weight : 0.0f;
-      }
+      const Position down = locate(y, FACTOR, height);
+      const float *above = small.row(down.first), *below = small.row(down.second);
       for (int c = 0; c < FEW; c++) {
-        // three lines of cells, one per dx, with the outer cells repeated at both ends
-        float *line[3];
-        for (int dx = 0; dx < 3; dx++) {
-          float *__restrict sum = line[dx] = cells.data() + dx * (width + 4) + 2;
-          const long tap = long(dx * FEW + c) * width;
-          for (int x = 0; x < width; x++)
-            sum[x] = weight[0] * from[0][tap + x] + weight[1] * from[1][tap + x] +
-                     weight[2] * from[2][tap + x] + weight[3] * from[3][tap + x] +
-                     weight[4] * from[4][tap + x] + weight[5] * from[5][tap + x];
-          sum[-2] = sum[-1] = sum[0];
-          sum[width] = sum[width + 1] = sum[width - 1];
-        }
-        const float *l = line[0] - 2, *m = line[1] - 2, *r = line[2] - 2;
-        for (int pixel = 0; pixel < FACTOR; pixel++) {
-          const float(&of)[3][4] = shares.of[pixel];
-          float *__restrict part = parts.data() + pixel * (width + 1);
-#pragma omp simd
-          for (int i = 0; i <= width; i++)
-            part[i] = of[0][0] * l[i] + of[0][1] * l[i + 1] + of[0][2] * l[i + 2] +
-                      of[1][1] * m[i + 1] + of[1][2] * m[i + 2] +
-                      of[2][1] * r[i + 1] + of[2][2] * r[i + 2] + of[2][3] * r[i + 3];
-        }
+        // a line of cells, with the outer ones repeated at both ends
+        float *__restrict cell = cells.data();
+        for (int x = 0; x < width; x++)
+          cell[x + 1] = (1.0f - down.weight) * above[c * width + x] +
+                        down.weight * below[c * width + x];
+        cell[0] = cell[1];
+        cell[width + 1] = cell[width];
+        float *__restrict between = wide.data();
         for (int i = 0; i <= width; i++)
           for (int pixel = 0; pixel < FACTOR; pixel++)
-            wide[i * FACTOR + pixel] = parts[pixel * (width + 1) + i];
-        float *row = wide.data() + FACTOR / 2;  // two pixels lie before the first whole cell's
-        // outside of the image are zeros, not the border's value
-        row[0] -= line[0][0];
-        row[W - 1] -= line[2][width - 1];
-        std::memcpy(to + long(c) * W, row, W * sizeof(float));
+            between[i * FACTOR + pixel] = first[pixel] * cell[i] + second[pixel] * cell[i + 1];
+        // two pixels lie before the first cell's centre
+        std::memcpy(to + long(c) * W, wide.data() + FACTOR / 2, W * sizeof(float));
       }
     };
     const auto [begin, end] = share(H);
@@ -762,37 +683,6 @@ void hidden(const float *right, const float *scale, const float *shift, float sl
       add_lines(to, W, sums, squares);
       all.add(sums, squares);
     });
-  }
-  all.write(totals);
-}
-
-// `response` for maps of few channels, which are lines.
-void lines_response(const float *x, int height, int width, const float *scale, const float *shift,
-                    float slope, const float *weight, float *out, double *totals, int threads) {
-  Totals all(1, threads);
-#pragma omp parallel num_threads(threads)
-  {
-    std::vector<float> sums(1), squares(1);
-#pragma omp for schedule(static)
-    for (int y = 0; y < height; y++) {
-      const float *lines = x + long(y) * FEW * width;
-      float *__restrict to = out + long(y) * width;
-      float sum = 0, square = 0;
-#pragma omp simd reduction(+ : sum, square)
-      for (int column = 0; column < width; column++) {
-        float total = 0;
-        for (int c = 0; c < FEW; c++) {
-          float v = lines[c * width + column] * scale[c] + shift[c];
-          total += (v > 0 ? v : slope * v) * weight[c];
-        }
-        to[column] = total;
-        sum += total;
-        square += total * total;
-      }
-      sums[0] = sum;
-      squares[0] = square;
-      all.add(sums, squares);
-    }
   }
   all.write(totals);
 }
@@ -834,31 +724,6 @@ void response(const T *x, long rows, int columns, int channels, const float *sca
   all.write(totals);
 }
 
-// upsample(left peaks) * right peaks * softplus(response * scale + shift), in place of the response
-void score_map(float *values, float scale, float shift, const float *left, const float *right,
-               int height, int width, int factor, int threads) {
-  const int H = height * factor, W = width * factor;
-  std::vector<Position> across(W);
-  for (int x = 0; x < W; x++) across[x] = locate(x, factor, width);
-#pragma omp parallel num_threads(threads)
-  {
-    std::vector<float> line(width), wide(W);
-#pragma omp for schedule(static)
-    for (int y = 0; y < H; y++) {
-      Position p = locate(y, factor, height);
-      const float *a = left + long(p.first) * width, *b = left + long(p.second) * width;
-      for (int x = 0; x < width; x++) line[x] = a[x] + p.weight * (b[x] - a[x]);
-      for (int x = 0; x < W; x++)
-        wide[x] = line[across[x].first] +
-                  across[x].weight * (line[across[x].second] - line[across[x].first]);
-      float *to = values + long(y) * W;
-      const float *peaks = right + long(y) * W;
-#pragma omp simd
-      for (int x = 0; x < W; x++) to[x] = wide[x] * peaks[x] * softplus(to[x] * scale + shift);
-    }
-  }
-}
-
 }  // namespace
 
 // One C function per kernel and type: NAME_float and NAME_bfloat16.
@@ -884,9 +749,9 @@ void score_map(float *values, float scale, float shift, const float *left, const
                          const T *plus, T *out, double *totals, int threads) {                     \
     upsampled_sum(z, height, width, factor, channels, plus, out, totals, threads);                 \
   }                                                                                                \
-  void upsampled_##T(const T *x, int height, int width, int factor, int channels, T *out,            \
-                     double *totals, int threads) {                                                \
-    upsampled(x, height, width, factor, channels, out, totals, threads);                           \
+  void upsampled_##T(const T *x, int height, int width, int factor, int channels, const T *plus,   \
+                     T *out, double *totals, int threads) {                                        \
+    upsampled(x, height, width, factor, channels, plus, out, totals, threads);                     \
   }                                                                                                \
   void scale_activate_##T(const T *x, long pixels, int channels, const float *scale,               \
                           const float *shift, int is_elu, float slope, T *out, long stride,        \
@@ -945,19 +810,87 @@ void normalization(const double *totals, long pixels, int channels, int groups,
   }
 }
 
+// Peakiness of the image, and Layer_0 of the image times it, without its normalization.
 void image_branch(const float *planes, float scale, int height, int width, const float *weights,
                   float *peaks, float *out, double *totals, int threads) {
-  weigh_and_convolve(planes, scale, height, width, weights, peaks, out, totals, threads);
+  Totals all(FEW, threads);
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<float> sums(FEW), squares(FEW), space(3 * size_t(width + 2)), beside(width);
+    Window<3> window(height, width);
+    const auto [begin, end] = share(height);
+    window.slide(
+        begin, end,
+        [&, begin = begin, end = end](int y, float *row) {
+          // neighbours of this thread's rows are another thread's to write
+          float *to = y >= begin && y < end ? peaks + long(y) * width : beside.data();
+          weigh_row(planes, scale, y, height, width, space.data(), to, row, window.pitch);
+        },
+        [&](int y) {
+          float *to = out + long(y) * FEW * width;
+          std::fill_n(to, FEW * width, 0.0f);
+          convolve_row(window, y, weights, to);
+          add_lines(to, width, sums, squares);
+          all.add(sums, squares);
+        });
+  }
+  all.write(totals);
 }
 
+// `response` for maps of few channels, which are lines.
 void response_of_lines(const float *x, int height, int width, const float *scale,
                        const float *shift, float slope, const float *weight, float *out,
                        double *totals, int threads) {
-  lines_response(x, height, width, scale, shift, slope, weight, out, totals, threads);
+  Totals all(1, threads);
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<float> sums(1), squares(1);
+#pragma omp for schedule(static)
+    for (int y = 0; y < height; y++) {
+      const float *lines = x + long(y) * FEW * width;
+      float *__restrict to = out + long(y) * width;
+      float sum = 0, square = 0;
+#pragma omp simd reduction(+ : sum, square)
+      for (int column = 0; column < width; column++) {
+        float total = 0;
+        for (int c = 0; c < FEW; c++) {
+          float v = lines[c * width + column] * scale[c] + shift[c];
+          total += (v > 0 ? v : slope * v) * weight[c];
+        }
+        to[column] = total;
+        sum += total;
+        square += total * total;
+      }
+      sums[0] = sum;
+      squares[0] = square;
+      all.add(sums, squares);
+    }
+  }
+  all.write(totals);
 }
 
+// upsample(left peaks) * right peaks * softplus(response * scale + shift), in place of the response
 void score(float *values, float scale, float shift, const float *left, const float *right,
            int height, int width, int factor, int threads) {
-  score_map(values, scale, shift, left, right, height, width, factor, threads);
+  const int H = height * factor, W = width * factor;
+  std::vector<Position> across(W);
+  for (int x = 0; x < W; x++) across[x] = locate(x, factor, width);
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<float> line(width), wide(W);
+#pragma omp for schedule(static)
+    for (int y = 0; y < H; y++) {
+      Position p = locate(y, factor, height);
+      const float *a = left + long(p.first) * width, *b = left + long(p.second) * width;
+      for (int x = 0; x < width; x++) line[x] = a[x] + p.weight * (b[x] - a[x]);
+      for (int x = 0; x < W; x++)
+        wide[x] = line[across[x].first] +
+                  across[x].weight * (line[across[x].second] - line[across[x].first]);
+      float *to = values + long(y) * W;
+      const float *peaks = right + long(y) * W;
+#pragma omp simd
+      for (int x = 0; x < W; x++) to[x] = wide[x] * peaks[x] * softplus(to[x] * scale + shift);
+    }
+  }
 }
 }

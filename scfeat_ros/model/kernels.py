@@ -114,28 +114,34 @@ def normalize_activate(
     return y if out is None else out.copy_(y)
 
 
-def upsampled(x: torch.Tensor, factor: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A map upsampled by a whole factor, and its statistics."""
-    y = upsample(x, factor)
-    return y, statistics(y)
-
-
 def upsampled_sum(
-    taps: torch.Tensor, factor: int, plus: torch.Tensor | None = None
+    taps: torch.Tensor, channels: int, factor: int, plus: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """3x3 convolution of an upsampled map from its nine taps at the small size.
-
-    Upsampling and a tap's 1x1 convolution commute, so every tap is computed on the small map,
-    upsampled, moved by its offset (zeros move in: the convolution pads after the upsampling) and
-    added. Bilinear upsampling is separable, so the sum is taken along x first.
+    """1x1 or 3x3 convolution of an upsampled map from its one or nine taps at the small size.
 
     Args:
-        taps: (B, 9 * C, h, w): the results of the nine 1x1 convolutions, row by row.
+        taps: (B, C, h, w) or (B, 9 * C, h, w): the results of a 1x1 convolution for each tap, row
+            by row.
+        channels: C.
         factor: of the upsampling.
         plus: (B, C, h * factor, w * factor), added to the result.
 
     Returns:
         (B, C, h * factor, w * factor) and its statistics.
+    """
+    one = taps.shape[1] == channels
+    result = upsample(taps, factor) if one else _sum_of_nine(taps, factor)
+    if plus is not None:
+        result = result + plus
+    return result, statistics(result)
+
+
+def _sum_of_nine(taps: torch.Tensor, factor: int) -> torch.Tensor:
+    """(B, 9 * C, h, w) -> (B, C, h * factor, w * factor).
+
+    Upsampling and a tap's 1x1 convolution commute, so every tap is computed on the small map,
+    upsampled, moved by its offset (zeros move in: the convolution pads after the upsampling) and
+    added. Bilinear upsampling is separable, so the sum is taken along x first.
     """
     batch, channels, height, width = taps.shape
     channels //= 9
@@ -150,9 +156,7 @@ def upsampled_sum(
     result = columns[:, 1].contiguous(memory_format=torch.channels_last)
     result[:, :, 1:] += columns[:, 0, :, :-1]
     result[:, :, :-1] += columns[:, 2, :, 1:]
-    if plus is not None:
-        result = result + plus
-    return result, statistics(result)
+    return result
 
 
 def bridge_and_stem(
@@ -214,14 +218,14 @@ def hidden(
         norm, slope: its normalization and PReLU.
         conv: 3x3 convolution of what that gives.
         left: (B, C, h, w), the branch on the small maps, activated.
-        left_taps: 1x1 convolution to the nine taps of its convolution, see `upsampled_sum`.
+        left_taps: 1x1 convolution to the taps of its convolution, see `upsampled_sum`.
 
     Returns:
         (B, C, H, W) and its statistics.
     """
     right = conv(normalize_activate(right, totals, norm, slope))
     factor = right.shape[-1] // left.shape[-1]
-    return upsampled_sum(left_taps(left.float()), factor, right)
+    return upsampled_sum(left_taps(left.float()), right.shape[1], factor, right)
 
 
 def response(

@@ -1,12 +1,13 @@
 """The kernels of `kernels.py` in C++, compiled on first use for the CPU that they run on.
 
-Compiling `kernels.cpp` takes about three seconds of one core, once: the library is kept under
+Compiling them takes about three seconds of one core, once: the library is kept under
 `$XDG_CACHE_HOME/scfeat_ros` (by default ~/.cache/scfeat_ros), named after the source, the compiler,
 its flags and the CPU. Without a compiler, `load` says so and the caller uses PyTorch's operators.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -19,9 +20,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 
 from scfeat_ros.model.kernels import Image, Maps, Norm
@@ -31,9 +34,11 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
+FOLDER = Path(__file__).parent
+SOURCES = [FOLDER / name for name in ("awake.cpp", "kernels.cpp", "keypoints.cpp", "matching.cpp")]
+HEADER = FOLDER / "bfloat16.h"
 FLAGS = (
-    "-std=c++17 -O3 -march=native -fopenmp -shared -fPIC "
+    "-std=c++17 -O3 -march=native -fopenmp -pthread -shared -fPIC "
     "-fno-math-errno -fno-trapping-math -fno-signed-zeros -ffinite-math-only -ffp-contract=fast"
 )
 if platform.machine() == "x86_64":
@@ -76,7 +81,7 @@ def load() -> ctypes.CDLL:
         raise CompilerError("no C++ compiler was found (install g++, or set CXX)")
     command = [*shlex.split(compiler), *FLAGS.split()]
     version = subprocess.run([*command[:1], "--version"], capture_output=True, text=True)
-    key = (SOURCE.read_text(), command, version.stdout, _cpu())
+    key = ([file.read_text() for file in (*SOURCES, HEADER)], command, version.stdout, _cpu())
     name = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
     library = cache_folder() / f"kernels-{name}.so"
     if not library.is_file():
@@ -110,7 +115,7 @@ def _compile(command: list[str], library: Path) -> None:
         )
     try:
         result = subprocess.run(
-            [*command, str(SOURCE), "-o", partial],
+            [*command, *map(str, SOURCES), "-o", partial],
             capture_output=True,
             text=True,
             timeout=COMPILE_TIMEOUT,
@@ -126,10 +131,60 @@ def _compile(command: list[str], library: Path) -> None:
     LOG.info("compiled CPU kernels in %.1f s: %s", time.perf_counter() - started, library)
 
 
+@contextlib.contextmanager
+def cores_awake() -> Iterator[None]:
+    """Keep the cores of PyTorch's threads from falling asleep between two operations.
+
+    A virtual machine's cores, and those of small computers with deep idle states, take as long to
+    wake as a small layer takes to compute. While the context is open, threads of the scheduler's
+    idle class spin on these cores; any other work goes before them at once. See `awake.cpp`.
+    """
+    if not keeps_cores_awake():
+        yield
+        return
+    library = load()
+    library.awake_begin()
+    try:
+        yield
+    finally:
+        library.awake_end()
+
+
+def keeps_cores_awake() -> bool:
+    """Whether `cores_awake` does anything.
+
+    It does not where there are one thread or threads for less than half of the cores, a limit on
+    CPU time (which spinning would use up), no compiler, or another system than Linux.
+    """
+    if sys.platform != "linux" or has_cpu_quota():
+        return False
+    threads = torch.get_num_threads()
+    return threads > 1 and 2 * threads >= len(os.sched_getaffinity(0)) and is_compiled()
+
+
+@functools.cache
+def is_compiled() -> bool:
+    """Whether there are kernels; they are compiled if need be."""
+    try:
+        load()
+    except CompilerError:
+        return False
+    return True
+
+
+@functools.cache
+def has_cpu_quota(groups: Path = Path("/sys/fs/cgroup")) -> bool:
+    """Whether the control group, as a container's, limits this process's CPU time."""
+    for name, unlimited in (("cpu.max", "max"), ("cpu/cpu.cfs_quota_us", "-1")):
+        if (groups / name).is_file():
+            return (groups / name).read_text().split()[0] != unlimited
+    return False
+
+
 ARGUMENTS = {
     "pool": "piiipi",
     "channel_sums": "pliipi",
-    "upsampled": "piiiippi",
+    "upsampled": "piiiipppi",
     "upsampled_sum": "piiiipppi",
     "scale_activate": "plippifpli",
     "pixel_statistics": "pliipppi",
@@ -144,10 +199,18 @@ ARGUMENTS = {
     "hidden": "pppfppiiipppi",
     "response_of_lines": "piippfpppi",
     "score": "pffppiiii",
+    "local_maxima": "piiifiplppi",
+    "subpixel_points": "piiplp",
+    "sample": "piiilplipi",
+    "nearest": "pipiipppppi",
 }
 """Types of the C functions' arguments: pointer, long, int, float."""
 
-UNTYPED = ("normalization", "image_branch", "response_of_lines", "score")
+UNTYPED = (
+    *("normalization", "image_branch", "response_of_lines", "score"),
+    *("local_maxima", "subpixel_points", "nearest"),
+)
+WITHOUT_THREADS = ("normalization", "subpixel_points")
 RETURNS_FLOAT = ("bridge_and_stem", "normalize_bytes", "normalize_image")
 TYPES = {"p": ctypes.c_void_p, "l": ctypes.c_long, "i": ctypes.c_int, "f": ctypes.c_float}
 SUFFIX = {torch.float32: "float", torch.bfloat16: "bfloat16"}
@@ -158,13 +221,15 @@ def _function(name: str, dtype: torch.dtype | None) -> ctypes._CFuncPtr:
     function = getattr(load(), name if name in UNTYPED else f"{name}_{SUFFIX[dtype]}")
     function.argtypes = [TYPES[letter] for letter in ARGUMENTS[name]]
     function.restype = ctypes.c_float if name in RETURNS_FLOAT else None
+    if name == "local_maxima":
+        function.restype = ctypes.c_long
     return function
 
 
 def _call(name: str, dtype: torch.dtype | None, *arguments: torch.Tensor | float | None) -> float:
     """Call a kernel; tensors are passed by address, the number of threads is added."""
     values = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments]
-    if name != "normalization":
+    if name not in WITHOUT_THREADS:
         values.append(torch.get_num_threads())
     return _function(name, dtype)(*values)
 
@@ -263,26 +328,16 @@ def normalize_activate(
     return out
 
 
-def upsampled(x: torch.Tensor, factor: int) -> tuple[torch.Tensor, torch.Tensor]:
-    x = _last(x)
-    _, channels, height, width = x.shape
-    out = _empty(channels, height * factor, width * factor, x.dtype)
-    totals = _totals(channels)
-    _call("upsampled", x.dtype, x, height, width, factor, channels, out, totals)
-    return out, totals
-
-
 def upsampled_sum(
-    taps: torch.Tensor, factor: int, plus: torch.Tensor | None = None
+    taps: torch.Tensor, channels: int, factor: int, plus: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     taps = _last(taps)
-    _, channels, height, width = taps.shape
-    channels //= 9
+    _, count, height, width = taps.shape
     plus = None if plus is None else _last(plus)
     out = _empty(channels, height * factor, width * factor, taps.dtype)
     totals = _totals(channels)
     _call(
-        "upsampled_sum",
+        "upsampled" if count == channels else "upsampled_sum",
         taps.dtype,
         *(taps, height, width, factor, channels, plus, out, totals),
     )
@@ -365,12 +420,13 @@ def hidden(
     left = _last(left)
     _, channels, height, width = left.shape
     factor = right.shape[3] // width
-    if not _is_lines(right) or conv.weight.shape[0] != FEW or factor != FACTOR:
+    few = _is_lines(right) and conv.weight.shape[0] == left_taps.weight.shape[0] == FEW
+    if not few or factor != FACTOR:
         right = conv(normalize_activate(right, totals, norm, slope))
-        return upsampled_sum(left_taps(left.float()), factor, right)
+        return upsampled_sum(left_taps(left.float()), right.shape[1], factor, right)
     scale, shift = scale_and_shift(totals, norm, right.shape[2] * right.shape[3])
     weights = conv.weight.permute(1, 2, 3, 0).contiguous()
-    left_weights = left_taps.weight.view(9, FEW, channels).permute(2, 0, 1).contiguous()
+    left_weights = left_taps.weight.view(FEW, channels).t().contiguous()
     out, totals = _lines(height * FACTOR, width * FACTOR), _totals(FEW)
     _call(
         "hidden",
@@ -420,3 +476,83 @@ def score(
         *(value, float(scale), float(shift), left_peaks, right_peaks, height, width, factor),
     )
     return value
+
+
+def local_maxima(
+    scores: torch.Tensor,
+    image: np.ndarray,
+    mask: np.ndarray | None,
+    radius: int,
+    threshold: float,
+    border: int,
+) -> np.ndarray:
+    """As `selection.local_maxima`."""
+    height, width = scores.shape
+    if image.strides[1:] != (3, 1):
+        image = np.ascontiguousarray(image)
+    if mask is not None:
+        mask = np.ascontiguousarray(mask)
+    places = np.empty(height * width, np.int64)
+    count = _call(
+        "local_maxima",
+        None,
+        *(scores, height, width, radius, threshold, border),
+        *(image.ctypes.data, image.strides[0], None if mask is None else mask.ctypes.data),
+        places.ctypes.data,
+    )
+    return places[: int(count)].copy()
+
+
+def subpixel_points(scores: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """(N, 2) x and y of places, moved as by `selection.subpixel_offsets`."""
+    points = torch.empty((len(places), 2))
+    _call("subpixel_points", None, scores, *scores.shape, places, len(places), points)
+    return points
+
+
+def sample(feature_map: torch.Tensor, points: torch.Tensor, stride: int = 4) -> torch.Tensor:
+    """As `sampling.sample_few`."""
+    channels, height, width = feature_map.shape
+    pitch = feature_map.stride(2)
+    if feature_map.stride() != (1, pitch * width, pitch):
+        feature_map = feature_map.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+        pitch = channels
+    out = torch.empty((len(points), channels))
+    _call(
+        "sample",
+        feature_map.dtype,
+        *(feature_map, height, width, channels, pitch),
+        *(points.contiguous(), len(points), stride, out),
+    )
+    return out
+
+
+class Nearest(NamedTuple):
+    """Nearest neighbours both ways between (N, D) and (M, D); of equally near ones the first."""
+
+    of_row: np.ndarray
+    """(N,) int64"""
+    similarity: np.ndarray
+    """(N,) float32, of the nearest."""
+    second: np.ndarray
+    """(N,) float32, the second largest similarity; hugely negative where there is none."""
+    of_column: np.ndarray
+    """(M,) int64"""
+    second_of_column: np.ndarray
+    """(M,) float32"""
+
+
+def nearest(a: np.ndarray, b: np.ndarray) -> Nearest:
+    """Of (N, D) and (M, D) float32, neither empty, by inner product."""
+    a, b = np.ascontiguousarray(a, np.float32), np.ascontiguousarray(b, np.float32)
+    found = Nearest(
+        *(np.empty(len(a), dtype) for dtype in (np.int64, np.float32, np.float32)),
+        *(np.empty(len(b), dtype) for dtype in (np.int64, np.float32)),
+    )
+    _call(
+        "nearest",
+        None,
+        *(a.ctypes.data, len(a), b.ctypes.data, len(b), a.shape[1]),
+        *(part.ctypes.data for part in found),
+    )
+    return found

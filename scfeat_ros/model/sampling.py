@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 
 def sample(feature_map: torch.Tensor, points: torch.Tensor, stride: int = 4) -> torch.Tensor:
@@ -63,3 +64,10 @@ def upsample(x: torch.Tensor, factor: int) -> torch.Tensor:
     if factor == 1:
         return x
     return F.interpolate(x, scale_factor=factor, mode="bilinear", align_corners=False)
+
+
+def convolve_upsampled(conv: nn.Conv2d, x: torch.Tensor, factor: int) -> torch.Tensor:
+    """Convolution of a (B, C, h, w) map that is upsampled by a whole factor."""
+    if conv.kernel_size == (1, 1):  # commutes, and is cheaper before
+        return upsample(conv(x), factor)
+    return conv(upsample(x, factor))

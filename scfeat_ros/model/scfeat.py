@@ -41,7 +41,8 @@ class SCFeatConfig:
         descriptor_dim: length of a descriptor.
         head_channels: channels of the head's Layer_0 on the quarter-resolution branch, of
             Layer_0 on the image branch, and of Layer_1.
-        side_kernel: size of the kernels of the two upsampled side maps.
+        upsampled_kernel: size of the kernels over upsampled maps: of up-convolutions, and of the
+            head's Layer_1 over its quarter-resolution branch.
     """
 
     name: str
@@ -49,12 +50,12 @@ class SCFeatConfig:
     decoder_channels: tuple[int, int]
     descriptor_dim: int
     head_channels: tuple[int, int, int]
-    side_kernel: int = 3
+    upsampled_kernel: int = 3
 
 
 CONFIGS = {
     "scfeat": SCFeatConfig("scfeat", "resnet50", (512, 256), 128, (192, 64, 128)),
-    "scfeat-s": SCFeatConfig("scfeat-s", "resnet16", (64, 64), 64, (16, 8, 8), side_kernel=1),
+    "scfeat-s": SCFeatConfig("scfeat-s", "resnet16", (64, 32), 64, (16, 8, 8), upsampled_kernel=1),
 }
 """The paper's network and the robot size."""
 
@@ -98,10 +99,12 @@ class SCFeat(nn.Module):
         super().__init__()
         self.config = config
         self.backbone = F2RBackbone(
-            config.encoder, config.decoder_channels, config.descriptor_dim, config.side_kernel
+            config.encoder, config.decoder_channels, config.descriptor_dim, config.upsampled_kernel
         )
         self.bridge = CrossNorm(config.descriptor_dim)
-        self.detector = Detector(config.descriptor_dim + STEM_CHANNELS, *config.head_channels)
+        self.detector = Detector(
+            config.descriptor_dim + STEM_CHANNELS, *config.head_channels, config.upsampled_kernel
+        )
         mean = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
         deviation = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
         self.register_buffer("mean", mean, persistent=False)

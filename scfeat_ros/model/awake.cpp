@@ -1,0 +1,92 @@
+// Keeps the cores of a computation from falling asleep between two of its parallel regions.
+//
+// A core that has nothing to do is put to sleep by the kernel, and takes 0.1 ms and more to wake: on
+// a virtual machine because the host has to be asked, on a small computer because of deep idle
+// states. A frame has some hundred parallel regions. Threads that spin while they wait (OpenMP's own
+// remedy) take the cores from other work. The threads here spin in the scheduler's idle class: they
+// run only where a core would have slept, and give way at once to whatever wants it.
+
+#ifdef __linux__
+
+#include <linux/futex.h>
+#include <sched.h>
+#include <signal.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <climits>
+#include <mutex>
+#include <system_error>
+#include <thread>
+
+namespace {
+
+std::atomic<int> users{0};  // computations under way
+std::mutex starting;
+pid_t process = 0;  // threads do not follow into a forked process
+
+void relax() {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+void spin(int core) {
+  cpu_set_t one;
+  CPU_ZERO(&one);
+  CPU_SET(core, &one);
+  sched_param none{};
+  if (sched_setscheduler(0, SCHED_IDLE, &none) != 0) return;
+  if (sched_setaffinity(0, sizeof one, &one) != 0) return;
+  for (;;) {
+    while (users.load(std::memory_order_relaxed) == 0)
+      syscall(SYS_futex, &users, FUTEX_WAIT_PRIVATE, 0, nullptr, nullptr, 0);
+    while (users.load(std::memory_order_relaxed) != 0) relax();
+  }
+}
+
+void start() {
+  std::lock_guard<std::mutex> lock(starting);
+  if (process == getpid()) return;
+  process = getpid();
+  users = 0;
+  cpu_set_t all;
+  if (sched_getaffinity(0, sizeof all, &all) != 0) return;
+  sigset_t every, before;  // signals are for the threads of the program
+  sigfillset(&every);
+  pthread_sigmask(SIG_BLOCK, &every, &before);
+  try {
+    for (int core = 0; core < CPU_SETSIZE; core++)
+      if (CPU_ISSET(core, &all)) std::thread(spin, core).detach();
+  } catch (const std::system_error &) {  // no more threads are allowed: slower, not wrong
+  }
+  pthread_sigmask(SIG_SETMASK, &before, nullptr);
+}
+
+}  // namespace
+
+extern "C" {
+
+// Between the two, the cores that this process may use stay awake.
+void awake_begin() {
+  start();
+  if (users.fetch_add(1) == 0)
+    syscall(SYS_futex, &users, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
+}
+
+void awake_end() {
+  if (users.load() > 0) users.fetch_sub(1);  // 0 in a process that was forked in between
+}
+}
+
+#else
+
+extern "C" {
+void awake_begin() {}
+void awake_end() {}
+}
+
+#endif

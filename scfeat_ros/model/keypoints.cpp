@@ -1,0 +1,146 @@
+// From the score map to keypoints, and their descriptors out of the feature map.
+//
+// selection.py and sampling.py say the same in OpenCV's and PyTorch's operators.
+
+#include <omp.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "bfloat16.h"
+
+namespace {
+
+// By the bits: the compiler is told that there are no others, and would leave the question out.
+inline bool is_finite(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return (bits & 0x7f800000u) != 0x7f800000u;
+}
+
+constexpr int TEXTURE_RADIUS = 2;  // of the neighbourhood that must not be of a single value
+
+// Calls test(row, column) for the neighbours inside the image until one call is true.
+template <typename Test>
+bool any_neighbour(int y, int x, int radius, int height, int width, Test test) {
+  for (int v = std::max(y - radius, 0); v <= std::min(y + radius, height - 1); v++)
+    for (int u = std::max(x - radius, 0); u <= std::min(x + radius, width - 1); u++)
+      if (test(v, u)) return true;
+  return false;
+}
+
+// Bilinear samples of a channels-last map whose pixels lie `pitch` apart.
+template <typename T>
+void sample(const T *map, int height, int width, int channels, long pitch, const float *points,
+            long count, int stride, float *out, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (long i = 0; i < count; i++) {
+    const float x = std::clamp((points[2 * i] + 0.5f) / stride - 0.5f, 0.0f, width - 1.0f);
+    const float y = std::clamp((points[2 * i + 1] + 0.5f) / stride - 0.5f, 0.0f, height - 1.0f);
+    const int left = int(x), top = int(y);
+    const int right = std::min(left + 1, width - 1), bottom = std::min(top + 1, height - 1);
+    const float h = x - left, v = y - top;
+    const float weight[4] = {(1 - v) * (1 - h), (1 - v) * h, v * (1 - h), v * h};
+    const T *a = map + (long(top) * width + left) * pitch;
+    const T *b = map + (long(top) * width + right) * pitch;
+    const T *c = map + (long(bottom) * width + left) * pitch;
+    const T *d = map + (long(bottom) * width + right) * pitch;
+    float *__restrict to = out + i * channels;
+#pragma omp simd
+    for (int k = 0; k < channels; k++)
+      to[k] = weight[0] * read(a[k]) + weight[1] * read(b[k]) + weight[2] * read(c[k]) +
+              weight[3] * read(d[k]);
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+// Local maxima above a threshold that are inside of the border and of the mask (or null), and in a
+// neighbourhood with texture; in the order of the image. Returns how many were written to `places`
+// (row * width + column). Rows of the (height, width, 3) image lie `pitch` bytes apart.
+long local_maxima(const float *scores, int height, int width, int radius, float threshold,
+                  int border, const uint8_t *image, long pitch, const uint8_t *mask,
+                  int64_t *places, int threads) {
+  std::vector<std::vector<int64_t>> found(threads);
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<int64_t> &mine = found[omp_get_thread_num()];
+    std::vector<uint8_t> candidates(width, 1);
+#pragma omp for schedule(static)
+    for (int y = border; y < height - border; y++) {
+      const float *row = scores + long(y) * width;
+      if (radius > 0) {  // few are left of a first look at four neighbours
+        const float *above = y > 0 ? row - width : row, *below = y + 1 < height ? row + width : row;
+        uint8_t *__restrict candidate = candidates.data();
+#pragma omp simd
+        for (int x = 1; x < width - 1; x++)
+          candidate[x] = (row[x] > threshold) & (row[x] >= row[x - 1]) & (row[x] >= row[x + 1]) &
+                         (row[x] >= above[x]) & (row[x] >= below[x]);
+      }
+      for (int x = border; x < width - border; x++) {
+        if (!candidates[x]) continue;
+        const float value = row[x];
+        if (!(value > threshold) || !is_finite(value)) continue;
+        if (mask && !mask[long(y) * width + x]) continue;
+        bool above_one = radius == 0;
+        if (any_neighbour(y, x, radius, height, width, [&](int v, int u) {
+              const float other = scores[long(v) * width + u];
+              above_one |= other < value;
+              return other > value;
+            }))
+          continue;
+        const uint8_t *centre = image + y * pitch + 3 * x;
+        if (above_one && any_neighbour(y, x, TEXTURE_RADIUS, height, width, [&](int v, int u) {
+              return std::memcmp(image + v * pitch + 3 * u, centre, 3) != 0;
+            }))
+          mine.push_back(long(y) * width + x);
+      }
+    }
+  }
+  long count = 0;
+  for (const auto &part : found) {
+    std::copy(part.begin(), part.end(), places + count);
+    count += long(part.size());
+  }
+  return count;
+}
+
+// Positions of places, moved to the score-weighted mean of their 3x3 neighbourhood.
+void subpixel_points(const float *scores, int height, int width, const int64_t *places, long count,
+                     float *points) {
+  for (long i = 0; i < count; i++) {
+    const int y = int(places[i] / width), x = int(places[i] % width);
+    float weight[9], least = scores[places[i]];
+    for (int k = 0; k < 9; k++) {  // the image's border is repeated
+      const int v = std::clamp(y + k / 3 - 1, 0, height - 1);
+      const int u = std::clamp(x + k % 3 - 1, 0, width - 1);
+      weight[k] = scores[long(v) * width + u];
+      least = std::min(least, weight[k]);
+    }
+    float total = 0, right = 0, down = 0;
+    for (int k = 0; k < 9; k++) {
+      const float w = weight[k] - least;
+      total += w;
+      right += w * (std::clamp(x + k % 3 - 1, 0, width - 1) - x);
+      down += w * (std::clamp(y + k / 3 - 1, 0, height - 1) - y);
+    }
+    total = std::max(total, 1e-12f);
+    points[2 * i] = x + right / total;
+    points[2 * i + 1] = y + down / total;
+  }
+}
+
+void sample_float(const float *map, int height, int width, int channels, long pitch,
+                  const float *points, long count, int stride, float *out, int threads) {
+  sample(map, height, width, channels, pitch, points, count, stride, out, threads);
+}
+
+void sample_bfloat16(const bfloat16 *map, int height, int width, int channels, long pitch,
+                     const float *points, long count, int stride, float *out, int threads) {
+  sample(map, height, width, channels, pitch, points, count, stride, out, threads);
+}
+}
