@@ -15,12 +15,16 @@
 #include <unistd.h>
 
 #include <atomic>
+#include <chrono>
 #include <climits>
 #include <mutex>
 #include <system_error>
 #include <thread>
 
 namespace {
+
+using Clock = std::chrono::steady_clock;
+constexpr std::chrono::milliseconds LINGER{10};  // the next frame often follows at once
 
 std::atomic<int> users{0};  // computations under way
 std::mutex starting;
@@ -44,7 +48,11 @@ void spin(int core) {
   for (;;) {
     while (users.load(std::memory_order_relaxed) == 0)
       syscall(SYS_futex, &users, FUTEX_WAIT_PRIVATE, 0, nullptr, nullptr, 0);
-    while (users.load(std::memory_order_relaxed) != 0) relax();
+    auto until = Clock::now();
+    do {
+      relax();
+      if (users.load(std::memory_order_relaxed) != 0) until = Clock::now() + LINGER;
+    } while (Clock::now() < until);
   }
 }
 
@@ -70,7 +78,7 @@ void start() {
 
 extern "C" {
 
-// Between the two, the cores that this process may use stay awake.
+// Between the two, and for a moment after, the cores that this process may use stay awake.
 void awake_begin() {
   start();
   if (users.fetch_add(1) == 0)
