@@ -214,13 +214,17 @@ def test_cores_are_kept_awake_by_threads_that_give_way_and_stop(monkeypatch):
         ("cpu.max", "150000 100000", True),
         ("cpu/cpu.cfs_quota_us", "-1", False),
         ("cpu/cpu.cfs_quota_us", "50000", True),
-        ("other", "", False),
+        ("robot.slice/cpu.max", "50000 100000", True),
+        ("robot.slice/camera.service/cpu.max", "max 100000", False),
+        ("other.slice/cpu.max", "50000 100000", False),
     ],
 )
 def test_limits_on_cpu_time_are_seen(tmp_path, file, content, limited):
-    (tmp_path / file).parent.mkdir(exist_ok=True)
+    membership = tmp_path / "cgroup"
+    membership.write_text("3:cpuset:/\n0::/robot.slice/camera.service\n")
+    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / file).write_text(content + "\n")
-    assert native.has_cpu_quota(tmp_path) == limited
+    assert native.has_cpu_quota(tmp_path, membership) == limited
 
 
 @needs_compiler

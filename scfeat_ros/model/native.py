@@ -173,12 +173,19 @@ def is_compiled() -> bool:
 
 
 @functools.cache
-def has_cpu_quota(groups: Path = Path("/sys/fs/cgroup")) -> bool:
-    """Whether the control group, as a container's, limits this process's CPU time."""
-    for name, unlimited in (("cpu.max", "max"), ("cpu/cpu.cfs_quota_us", "-1")):
-        if (groups / name).is_file():
-            return (groups / name).read_text().split()[0] != unlimited
-    return False
+def has_cpu_quota(
+    groups: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")
+) -> bool:
+    """Whether a control group, as a container's or a service's, limits this process's CPU time."""
+    files = [groups / "cpu.max", groups / "cpu/cpu.cfs_quota_us"]
+    for line in membership.read_text().splitlines() if membership.is_file() else []:
+        number, _, path = line.split(":", 2)
+        own = groups / path.lstrip("/")
+        if number == "0":  # of version 2; every group above counts as well
+            files += [group / "cpu.max" for group in (own, *own.parents)]
+    return any(
+        file.is_file() and file.read_text().split()[0] not in ("max", "-1") for file in files
+    )
 
 
 ARGUMENTS = {
