@@ -38,10 +38,11 @@ CHECK_KEYPOINTS = 200
 MIN_KEYPOINTS_FOUND = 0.9
 """Share of the best keypoints that are found again within a pixel. (The worst of them compete with
 others of nearly the same score, so it is not all of them even where nothing is wrong.)"""
-COMPILED = "fused, compiled kernels"
-
 MIN_COSINE = 0.998
 """Median cosine similarity of descriptors."""
+
+COMPILED = "fused, compiled kernels"
+"""The way that `model/native.py` makes."""
 
 
 class Network(NamedTuple):

@@ -50,8 +50,7 @@ def on_cpu(
     """
     scores = scores.float().contiguous()
     find = native.local_maxima if compiled else local_maxima
-    settings = options.nms_radius, options.score_threshold, options.border
-    places = find(scores, image, mask, *settings)
+    places = find(scores, image, mask, options)
     values = scores.numpy().reshape(-1)[places]
     if len(values) > options.max_keypoints:
         # only what can be among the best is put in order
@@ -67,19 +66,14 @@ def on_cpu(
 
 
 def local_maxima(
-    scores: torch.Tensor,
-    image: np.ndarray,
-    mask: np.ndarray | None,
-    radius: int,
-    threshold: float,
-    border: int,
+    scores: torch.Tensor, image: np.ndarray, mask: np.ndarray | None, options: ExtractorOptions
 ) -> np.ndarray:
     """(N,) places (row * width + column) where keypoints may be, in the order of the image."""
-    places = is_local_maximum(scores[None, None], radius).flatten().nonzero()[:, 0]
+    places = is_local_maximum(scores[None, None], options.nms_radius).flatten().nonzero()[:, 0]
     values = scores.flatten()[places].numpy()
     places = places.numpy()
-    keep = (values > threshold) & np.isfinite(values)
-    keep &= _allowed(image, mask, border, places)
+    keep = (values > options.score_threshold) & np.isfinite(values)
+    keep &= _allowed(image, mask, options.border, places)
     return places[keep]
 
 

@@ -22,15 +22,7 @@ WIDE = SCFeatConfig("wide", "resnet50", (64, 32), 24, (12, 5, 20))
 ONE_TAP = SCFeatConfig("one-tap", "resnet10", (32, 32), 16, (8, 8, 8), upsampled_kernel=1)
 
 
-def compiler_is_there():
-    try:
-        native.load()
-    except native.CompilerError:
-        return False
-    return True
-
-
-needs_compiler = pytest.mark.skipif(not compiler_is_there(), reason="no C++ compiler")
+needs_compiler = pytest.mark.skipif(not native.is_compiled(), reason="no C++ compiler")
 BOTH = pytest.mark.parametrize(
     "k", [kernels, pytest.param(native, marks=needs_compiler)], ids=["torch", "compiled"]
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from test_fused import needs_compiler
 
 from scfeat_ros.features import Features, Matches
 from scfeat_ros.matcher import epipolar_inliers, match
@@ -11,12 +12,7 @@ from scfeat_ros.model import native
 
 
 @pytest.fixture(
-    params=[
-        pytest.param(
-            "compiled", marks=pytest.mark.skipif(not native.is_compiled(), reason="no C++ compiler")
-        ),
-        "torch",
-    ],
+    params=[pytest.param("compiled", marks=needs_compiler), "torch"],
     autouse=True,
 )
 def way(request, monkeypatch):

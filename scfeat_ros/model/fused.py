@@ -7,8 +7,8 @@ it exact in real numbers:
 - ReLU comes after max pooling, on a quarter of the values: the two commute;
 - a 3x3 convolution of a map upsampled by s runs as nine 1x1 convolutions on the small map, whose
   results are upsampled, moved and added: 1/s^2 of the arithmetic (see `kernels.upsampled_sum`);
-- the head's Layer_1 is the sum of a convolution over the upsampled branch, as above, and one over
-  the image branch: no upsampled map of the branch exists, and nothing is concatenated;
+- so does the head's Layer_1 over the upsampled branch: no upsampled map of the branch exists;
+- the decoders' maps and the side maps are written beside each other: nothing is concatenated;
 - normalizations become a scale and a shift of each channel, from sums that are taken while the map
   is written, and are applied together with the activation, into the place where the next layer
   reads;

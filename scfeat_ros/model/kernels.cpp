@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "bfloat16.h"
+#include "lanes.h"
 
 namespace {
 
@@ -532,12 +533,7 @@ struct Window {
   }
 };
 
-#ifdef __AVX512F__
-constexpr int LANES = 16, VECTORS = 2;
-#else
-constexpr int LANES = 8, VECTORS = 1;
-#endif
-typedef float Lanes __attribute__((vector_size(LANES * sizeof(float))));
+constexpr int VECTORS = LANES == 16 ? 2 : 1;  // of sums for each channel in `convolve_row`
 
 // 3x3 convolution of a window's middle row to few channels, added to the lines of `out`, `width`
 // apart; libraries leave most of the vector units idle here. Weights are (LINES, 3, 3, FEW).

@@ -9,17 +9,15 @@
 #include <cstring>
 #include <vector>
 
+#include "lanes.h"
+
 namespace {
 
-#ifdef __AVX512F__
-constexpr int LANES = 16, ROWS = 8, VECTORS = 3;  // a tile of sums fills the registers
-#else
-constexpr int LANES = 8, ROWS = 4, VECTORS = 2;
-#endif
+// a tile of sums fills the registers
+constexpr int ROWS = LANES == 16 ? 8 : 4, VECTORS = LANES == 16 ? 3 : 2;
 constexpr int STEP = LANES * VECTORS;
 constexpr float LEAST = -1e30f;  // below every similarity
 
-typedef float Lanes __attribute__((vector_size(LANES * sizeof(float))));
 typedef int32_t Places __attribute__((vector_size(LANES * sizeof(int32_t))));
 
 template <typename V, typename T>

@@ -31,12 +31,13 @@ from scfeat_ros.model.kernels import Image, Maps, Norm
 
 if TYPE_CHECKING:
     from scfeat_ros.model.fused import Conv
+    from scfeat_ros.parameters import ExtractorOptions
 
 LOG = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent
 SOURCES = [FOLDER / name for name in ("awake.cpp", "kernels.cpp", "keypoints.cpp", "matching.cpp")]
-HEADER = FOLDER / "bfloat16.h"
+HEADERS = [FOLDER / name for name in ("bfloat16.h", "lanes.h")]
 FLAGS = (
     "-std=c++17 -O3 -march=native -fopenmp -pthread -shared -fPIC "
     "-fno-math-errno -fno-trapping-math -fno-signed-zeros -ffinite-math-only -ffp-contract=fast"
@@ -81,7 +82,7 @@ def load() -> ctypes.CDLL:
         raise CompilerError("no C++ compiler was found (install g++, or set CXX)")
     command = [*shlex.split(compiler), *FLAGS.split()]
     version = subprocess.run([*command[:1], "--version"], capture_output=True, text=True)
-    key = ([file.read_text() for file in (*SOURCES, HEADER)], command, version.stdout, _cpu())
+    key = ([file.read_text() for file in (*SOURCES, *HEADERS)], command, version.stdout, _cpu())
     name = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
     library = cache_folder() / f"kernels-{name}.so"
     if not library.is_file():
@@ -213,29 +214,38 @@ ARGUMENTS = {
 }
 """Types of the C functions' arguments: pointer, long, int, float."""
 
-UNTYPED = (
-    *("normalization", "image_branch", "response_of_lines", "score"),
-    *("local_maxima", "subpixel_points", "nearest"),
-)
 WITHOUT_THREADS = ("normalization", "subpixel_points")
-RETURNS_FLOAT = ("bridge_and_stem", "normalize_bytes", "normalize_image")
+RETURNS = {
+    "bridge_and_stem": ctypes.c_float,
+    "normalize_bytes": ctypes.c_float,
+    "normalize_image": ctypes.c_float,
+    "local_maxima": ctypes.c_long,
+}
+"""Of the functions that return something."""
 TYPES = {"p": ctypes.c_void_p, "l": ctypes.c_long, "i": ctypes.c_int, "f": ctypes.c_float}
 SUFFIX = {torch.float32: "float", torch.bfloat16: "bfloat16"}
 
 
 @functools.cache
 def _function(name: str, dtype: torch.dtype | None) -> ctypes._CFuncPtr:
-    function = getattr(load(), name if name in UNTYPED else f"{name}_{SUFFIX[dtype]}")
+    function = getattr(load(), name if dtype is None else f"{name}_{SUFFIX[dtype]}")
     function.argtypes = [TYPES[letter] for letter in ARGUMENTS[name]]
-    function.restype = ctypes.c_float if name in RETURNS_FLOAT else None
-    if name == "local_maxima":
-        function.restype = ctypes.c_long
+    function.restype = RETURNS.get(name)
     return function
 
 
-def _call(name: str, dtype: torch.dtype | None, *arguments: torch.Tensor | float | None) -> float:
-    """Call a kernel; tensors are passed by address, the number of threads is added."""
-    values = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments]
+def _value(argument: torch.Tensor | np.ndarray | float | None) -> float | None:
+    """What a C function is given: the address of an array."""
+    if isinstance(argument, torch.Tensor):
+        return argument.data_ptr()
+    return argument.ctypes.data if isinstance(argument, np.ndarray) else argument
+
+
+def _call(
+    name: str, dtype: torch.dtype | None, *arguments: torch.Tensor | np.ndarray | float | None
+) -> float:
+    """Call a kernel for a type, None for those of no type; the number of threads is added."""
+    values = [_value(argument) for argument in arguments]
     if name not in WITHOUT_THREADS:
         values.append(torch.get_num_threads())
     return _function(name, dtype)(*values)
@@ -486,12 +496,7 @@ def score(
 
 
 def local_maxima(
-    scores: torch.Tensor,
-    image: np.ndarray,
-    mask: np.ndarray | None,
-    radius: int,
-    threshold: float,
-    border: int,
+    scores: torch.Tensor, image: np.ndarray, mask: np.ndarray | None, options: ExtractorOptions
 ) -> np.ndarray:
     """As `selection.local_maxima`."""
     height, width = scores.shape
@@ -503,11 +508,11 @@ def local_maxima(
     count = _call(
         "local_maxima",
         None,
-        *(scores, height, width, radius, threshold, border),
-        *(image.ctypes.data, image.strides[0], None if mask is None else mask.ctypes.data),
-        places.ctypes.data,
+        *(scores, height, width),
+        *(options.nms_radius, options.score_threshold, options.border),
+        *(image, image.strides[0], mask, places),
     )
-    return places[: int(count)].copy()
+    return places[:count].copy()
 
 
 def subpixel_points(scores: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
@@ -556,10 +561,5 @@ def nearest(a: np.ndarray, b: np.ndarray) -> Nearest:
         *(np.empty(len(a), dtype) for dtype in (np.int64, np.float32, np.float32)),
         *(np.empty(len(b), dtype) for dtype in (np.int64, np.float32)),
     )
-    _call(
-        "nearest",
-        None,
-        *(a.ctypes.data, len(a), b.ctypes.data, len(b), a.shape[1]),
-        *(part.ctypes.data for part in found),
-    )
+    _call("nearest", None, a, len(a), b, len(b), a.shape[1], *found)
     return found
