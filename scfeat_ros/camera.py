@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import cv2
@@ -21,6 +22,8 @@ _ITERATIONS = 100
 _TOLERANCE = 1e-10
 _MAX_REPROJECTION = 0.1
 """A bearing is believed if its projection comes back to the pixel within this, pixels."""
+_GRID = 8
+"""Between the pixels on which a lens model is tried out beforehand."""
 
 
 class Camera:
@@ -96,6 +99,15 @@ class Camera:
         K[1] /= bin_y
         return cls(K, D, message.distortion_model, (width // bin_x, height // bin_y))
 
+    def same_as(self, other: Camera | None) -> bool:
+        """Whether the other one has the same calibration."""
+        return (
+            other is not None
+            and (self.model, self.image_size) == (other.model, other.image_size)
+            and np.array_equal(self.K, other.K)
+            and np.array_equal(self.D, other.D)
+        )
+
     def fits(self, image_size: tuple[int, int]) -> bool:
         """Whether the calibration is for images of this (width, height)."""
         return self.image_size == (0, 0) or self.image_size == image_size
@@ -115,13 +127,31 @@ class Camera:
             return bearings
         pixels = np.asarray(points, np.float64).reshape(-1, 1, 2)
         normalized = self._undistort(pixels).reshape(-1, 2)
-        back = self.project(normalized)
-        error = np.linalg.norm(back - pixels[:, 0], axis=1)
-        # not found, or 90 degrees and more off the axis, gives NaN or huge values
-        good = np.isfinite(normalized).all(axis=1) & (error < _MAX_REPROJECTION)
+        width, height = self.image_size
+        inside = pixels.min() >= -0.5 and (pixels <= (width - 0.5, height - 0.5)).all()
+        if inside and self._has_inverse:
+            good = slice(None)
+        else:
+            good = self._comes_back(normalized, pixels)
         bearings[good, :2] = normalized[good]
         bearings[good, 2] = 1
         return bearings
+
+    @cached_property
+    def _has_inverse(self) -> bool:
+        """Whether every pixel of the image has a bearing; tried on a grid, up to its edges."""
+        width, height = self.image_size
+        x, y = (np.append(np.arange(0, size, _GRID), size) - 0.5 for size in (width, height))
+        pixels = np.stack(np.meshgrid(x, y), axis=-1).reshape(-1, 1, 2)
+        return bool(self._comes_back(self._undistort(pixels).reshape(-1, 2), pixels).all())
+
+    def _comes_back(self, normalized: np.ndarray, pixels: np.ndarray) -> np.ndarray:
+        """(N,) bool: which normalized coordinates (N, 2) are projected to their pixels (N, 1, 2).
+
+        Not found, or 90 degrees and more off the axis, gives NaN or huge values.
+        """
+        error = np.linalg.norm(self.project(normalized) - pixels[:, 0], axis=1)
+        return np.isfinite(normalized).all(axis=1) & (error < _MAX_REPROJECTION)
 
     def project(self, directions: np.ndarray) -> np.ndarray:
         """Pixels of the raw image from normalized coordinates, the inverse of `bearings`.

@@ -122,6 +122,6 @@ def right_matches(
     F = K_inverse.T @ E @ K_inverse
     lines2, lines1 = pixels1 @ F.T, pixels2 @ F
     algebraic = np.abs((pixels2 * lines2).sum(axis=1))
-    scale = np.minimum(np.linalg.norm(lines1[:, :2], axis=1), np.linalg.norm(lines2[:, :2], axis=1))
+    scale = np.minimum(np.hypot(*lines1[:, :2].T), np.hypot(*lines2[:, :2].T))
     # NaN, where the lens model has no inverse, is not right
     return algebraic <= RIGHT_WITHIN * scale

@@ -127,7 +127,11 @@ def _second_best(
 
 
 def epipolar_inliers(
-    first: np.ndarray, second: np.ndarray, threshold: float = 1.0, seed: int = 0
+    first: np.ndarray,
+    second: np.ndarray,
+    threshold: float = 1.0,
+    seed: int = 0,
+    estimate_from: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Which correspondences agree with one fundamental matrix (OpenCV's USAC_MAGSAC).
 
@@ -135,6 +139,9 @@ def epipolar_inliers(
         first, second: (M, 2) corresponding points in pixels.
         threshold: largest distance from the epipolar line in pixels.
         seed: state of the random sampler, so that the answer is repeatable.
+        estimate_from: the matrix is sought with so many of the correspondences, spread evenly
+            over their order, and all are judged by it; None for all, which is a little better
+            and takes longer.
 
     Returns:
         (M,) bool mask and the (3, 3) float64 fundamental matrix; with fewer than 8 points
@@ -152,18 +159,28 @@ def epipolar_inliers(
     parameters.sampler = cv2.SAMPLING_UNIFORM
     parameters.loMethod = cv2.LOCAL_OPTIM_SIGMA
     parameters.loIterations = 10
-    parameters.loSampleSize = 50
+    parameters.loSampleSize = 20
+    first, second = (np.ascontiguousarray(points, np.float64) for points in (first, second))
+    few = estimate_from is not None and estimate_from < len(first)
+    used = np.linspace(0, len(first) - 1, estimate_from).astype(int) if few else slice(None)
     try:
-        matrix, mask = cv2.findFundamentalMat(
-            np.ascontiguousarray(first, np.float64),
-            np.ascontiguousarray(second, np.float64),
-            parameters,
-        )
+        matrix, mask = cv2.findFundamentalMat(first[used], second[used], parameters)
     except cv2.error:  # degenerate input, e.g. all points in one place
         return none
     if matrix is None or matrix.shape != (3, 3):
         return none
+    if few:
+        return _sampson_distances(matrix, first, second) < threshold, matrix
     return mask.ravel().astype(bool), matrix
+
+
+def _sampson_distances(matrix: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """(M,) pixels, of (M, 2) points from a fundamental matrix; by which OpenCV judges them, too."""
+    lines2 = first @ matrix[:, :2].T + matrix[:, 2]
+    lines1 = second @ matrix[:2, :2] + matrix[2, :2]
+    algebraic = (second * lines2[:, :2]).sum(axis=1) + lines2[:, 2]
+    squares = np.square(lines1).sum(axis=1) + np.square(lines2[:, :2]).sum(axis=1)
+    return np.abs(algebraic) / np.sqrt(squares)
 
 
 def match_with(

@@ -271,7 +271,7 @@ def encode_cloud(points: np.ndarray, stamp: int, frame_id: str, types: MessageTy
         is_bigendian=False,
         point_step=points.dtype.itemsize,
         row_step=points.dtype.itemsize * len(points),
-        data=types.pack(np.frombuffer(points.tobytes(), np.uint8)),
+        data=types.pack(np.ascontiguousarray(points).view(np.uint8)),
         # NaN bearings make a cloud non-dense
         is_dense=not any(np.isnan(points[name]).any() for name in "xyz"),
     )

@@ -38,10 +38,14 @@ BAG, REPORT = "features", "report/index.html"
 """Names in the output folder, beside the summary and the video."""
 INLIER_THRESHOLD = 1.0
 """Of the epipolar inlier ratio in the report, pixels."""
+GEOMETRY_FROM = 500
+"""Matches from which the fundamental matrix of a frame is estimated; all are judged by it."""
 FRAMES_AT_ONCE = 2
 """In the network, on a CPU. They share its threads: fewer of them wait for each other."""
 FRAMES_AHEAD = 4
 """Of the matching, at most."""
+SWITCH_INTERVAL = 5e-4
+"""Seconds after which a stage leaves Python's lock to another; by default ten times as many."""
 GROUP_BYTES = 8 << 20
 """Of messages that wait for the frame after them."""
 
@@ -118,6 +122,8 @@ def run(
         if extractor.device.type == "cpu":
             stack.enter_context(cores_awake())
         stack.callback(torch.set_num_threads, torch.get_num_threads())  # `_process` shares them out
+        stack.callback(sys.setswitchinterval, sys.getswitchinterval())
+        sys.setswitchinterval(SWITCH_INTERVAL)
         folder = stack.enter_context(staged_folder(output, options.overwrite))
         writer = _Writer(folder, options, source)
         began = time.perf_counter()
@@ -259,7 +265,9 @@ class _Writer:
         inliers = right = None
         if result.reset is None:
             points = result.features.keypoints[result.matches.indices[:, 1]]
-            inliers, _ = epipolar_inliers(result.previous_keypoints, points, INLIER_THRESHOLD)
+            inliers, _ = epipolar_inliers(
+                result.previous_keypoints, points, INLIER_THRESHOLD, estimate_from=GEOMETRY_FROM
+            )
             right = self._judge(frame, bearings, result.matches)
         self._bag.write(result, bearings, frame.time)
         self._draw(frame, result, inliers)

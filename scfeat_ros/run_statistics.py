@@ -91,6 +91,12 @@ class LatencyHistogram:
         return self._LOWEST * float(np.exp((index + 0.5) * self._STEP))
 
 
+def _count_cells(positions: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """How many (N, 2) positions x, y in [0, 1) lie in each cell of a grid of (rows, columns)."""
+    column, row = (positions * shape[::-1]).astype(int).T
+    return np.bincount(row * shape[1] + column, minlength=shape[0] * shape[1]).reshape(shape)
+
+
 class RunStatistics:
     """Accumulates the figures of `summary.json` and of the report, frame by frame."""
 
@@ -161,7 +167,8 @@ class RunStatistics:
         self._alive = result.track_lengths
 
     def _count_tracks(self, lengths: np.ndarray) -> None:
-        np.add.at(self.track_lengths, np.minimum(lengths, LONGEST_TRACK), 1)
+        counts = np.bincount(np.minimum(lengths, LONGEST_TRACK))
+        self.track_lengths[: len(counts)] += counts
 
     def _add_heat(self, result: FrameResult) -> None:
         width, height = result.features.image_size
@@ -173,15 +180,9 @@ class RunStatistics:
         # keypoints may lie half a pixel outside of the outermost pixels' centres
         position = (result.features.keypoints + 0.5) / (width, height)
         position = np.clip(position, 0, np.nextafter(1, 0))
-        rows, columns = self.heat.shape
-        np.add.at(
-            self.heat,
-            ((position[:, 1] * rows).astype(int), (position[:, 0] * columns).astype(int)),
-            1,
-        )
-        cells = (position * _COVERAGE_GRID).astype(int)
-        used = len(np.unique(cells[:, 0] * _COVERAGE_GRID + cells[:, 1]))
-        self.coverage.add(used / _COVERAGE_GRID**2)
+        self.heat += _count_cells(position, self.heat.shape)
+        cells = _count_cells(position, (_COVERAGE_GRID, _COVERAGE_GRID))
+        self.coverage.add(np.count_nonzero(cells) / cells.size)
 
     def mean_track_length(self) -> float:
         """Mean number of frames in which a keypoint is seen; NaN without keypoints."""

@@ -355,13 +355,16 @@ class _Calibration:
             return
         self.received = True
         try:
-            self.camera = Camera.from_message(message)
+            camera = Camera.from_message(message)
         except (InputError, ValueError) as error:
             self.account.warn(f"{error}: bearings are NaN")
             self.camera = None
-        else:
-            if self.camera is None:
-                self.account.warn("the camera is not calibrated (K is zero): bearings are NaN")
+            return
+        if camera is None:
+            self.account.warn("the camera is not calibrated (K is zero): bearings are NaN")
+        elif camera.same_as(self.camera):
+            return  # and the one before keeps what it has worked out
+        self.camera = camera
 
 
 class FolderSource:

@@ -146,3 +146,29 @@ def test_an_uncalibrated_camera_is_none():
 def test_a_calibration_that_cannot_be_is_refused(K, D, model, text):
     with pytest.raises(InputError, match=text):
         Camera(K, D, model)
+
+
+@pytest.mark.parametrize("size", [(0, 0), (640, 480)])
+def test_the_image_size_does_not_change_bearings(size):
+    """With a known size the lens model is tried out beforehand."""
+    points = np.random.default_rng(2).uniform(0, 479, (50, 2))
+    expected = Camera(K, PLUMB_BOB).bearings(points)
+    np.testing.assert_array_equal(Camera(K, PLUMB_BOB, image_size=size).bearings(points), expected)
+    strong = Camera(K, (-0.28, 0.0, 0.0, 0.0, 0.0), image_size=(1000, 500))
+    far = np.array([[310.0, 250.0], [990.0, 250.0]])
+    assert np.isfinite(strong.bearings(far)).all(axis=1).tolist() == [True, False]
+    # outside of the image nothing has been tried
+    weak = Camera(K, (-0.03, 0.0, 0.0, 0.0, 0.0), image_size=(640, 480))
+    assert np.isfinite(weak.bearings(far)).all(axis=1).tolist() == [True, False]
+
+
+def test_the_same_calibration_is_known_again():
+    camera = Camera(K, PLUMB_BOB, image_size=(640, 480))
+    assert camera.same_as(Camera(K, PLUMB_BOB, image_size=(640, 480)))
+    assert not camera.same_as(None)
+    for other in (
+        Camera(2 * K - np.diag([0, 0, 1.0]), PLUMB_BOB, image_size=(640, 480)),
+        Camera(K, image_size=(640, 480)),
+        Camera(K, PLUMB_BOB),
+    ):
+        assert not camera.same_as(other)

@@ -1,23 +1,30 @@
-"""Mutual nearest neighbours, ratio test and epipolar verification."""
+"""Mutual nearest neighbours and ratio test."""
 
 from __future__ import annotations
+
+from functools import partial
 
 import numpy as np
 import pytest
 from test_fused import needs_compiler
 
 from scfeat_ros.features import Features, Matches
-from scfeat_ros.matcher import epipolar_inliers, match
+from scfeat_ros.matcher import match
 from scfeat_ros.model import native
 
 
 @pytest.fixture(
-    params=[pytest.param("compiled", marks=needs_compiler), "torch"],
+    params=[pytest.param(name, marks=needs_compiler) for name in ("tiles", "vectors")] + ["torch"],
     autouse=True,
 )
 def way(request, monkeypatch):
-    """Both ways to the neighbours."""
-    monkeypatch.setattr(native, "is_compiled", lambda: request.param == "compiled")
+    """All ways to the neighbours."""
+    if request.param == "tiles" and not native.has_tiles():
+        pytest.skip("this CPU has no AMX")
+    monkeypatch.setattr(native, "is_compiled", lambda: request.param != "torch")
+    monkeypatch.setattr(
+        native, "nearest", partial(native.nearest, by_tiles=request.param == "tiles")
+    )
 
 
 def features(descriptors):
@@ -53,10 +60,11 @@ def slow_match(first, second, ratio=None):
     return found
 
 
+@pytest.mark.parametrize("dim", [16, 61, 256])
 @pytest.mark.parametrize("ratio", [None, 0.95, 0.8])
-def test_matches_are_the_mutual_nearest_neighbours(ratio):
+def test_matches_are_the_mutual_nearest_neighbours(ratio, dim):
     # more than one block of rows
-    first, second = random_features(700, seed=1), random_features(60, seed=2)
+    first, second = random_features(700, dim, seed=1), random_features(60, dim, seed=2)
     # some true matches, so that the ratio test has what to keep
     second.descriptors[:30] = first.descriptors[500:530] + 0.05 * second.descriptors[:30]
     second.descriptors[:] /= np.linalg.norm(second.descriptors, axis=1, keepdims=True)
@@ -146,55 +154,3 @@ def test_a_selection_keeps_rows_together():
     np.testing.assert_array_equal(chosen.indices, matches.indices[keep])
     np.testing.assert_array_equal(chosen.similarity, matches.similarity[keep])
     assert len(Matches.empty()) == 0
-
-
-def two_views(count=120, wrong=40, noise=0.2, seed=0):
-    """Points of a scene in two images, the last `wrong` ones mismatched."""
-    rng = np.random.default_rng(seed)
-    K = np.array([[500.0, 0, 320], [0, 500, 240], [0, 0, 1]])
-    angle = 0.1
-    R = np.array([[np.cos(angle), 0, np.sin(angle)], [0, 1, 0], [-np.sin(angle), 0, np.cos(angle)]])
-    t = np.array([0.6, 0.1, 0.05])
-    X = np.column_stack([rng.uniform(-2, 2, (count, 2)), rng.uniform(4, 9, count)])
-
-    def project(points):
-        pixels = points @ K.T
-        return pixels[:, :2] / pixels[:, 2:]
-
-    first = project(X) + rng.normal(0, noise, (count, 2))
-    second = project(X @ R.T + t) + rng.normal(0, noise, (count, 2))
-    second[count - wrong :] += rng.uniform(30, 80, (wrong, 2)) * rng.choice([-1, 1], (wrong, 2))
-    return first, second
-
-
-def test_epipolar_geometry_tells_right_from_wrong():
-    first, second = two_views()
-    inliers, found = epipolar_inliers(first, second, threshold=1.0)
-    assert inliers.shape == (120,) and inliers.dtype == bool
-    assert inliers[:80].mean() > 0.95
-    # a mismatch can lie on its epipolar line by chance
-    assert inliers[80:].mean() < 0.2
-    # the matrix found describes the scene: true points lie on its lines
-    exact = two_views(wrong=0, noise=0.0)
-    for points, others, matrix in ((*exact, found), (*exact[::-1], found.T)):
-        lines = np.column_stack([points, np.ones(120)]) @ matrix.T
-        distance = np.abs((lines * np.column_stack([others, np.ones(120)])).sum(axis=1))
-        assert (distance / np.linalg.norm(lines[:, :2], axis=1)).max() < 1.0
-
-
-def test_epipolar_verification_repeats():
-    first, second = two_views(seed=1)
-    once, again = (epipolar_inliers(first, second) for _ in range(2))
-    np.testing.assert_array_equal(once[0], again[0])
-    np.testing.assert_array_equal(once[1], again[1])
-
-
-@pytest.mark.parametrize(
-    "points",
-    [np.zeros((0, 2)), np.arange(14.0).reshape(7, 2), np.ones((30, 2)), np.full((30, 2), np.nan)],
-    ids=["none", "seven", "all in one place", "not a number"],
-)
-def test_where_no_geometry_can_be_found_nothing_is_an_inlier(points):
-    inliers, matrix = epipolar_inliers(points, points)
-    assert inliers.shape == (len(points),) and not inliers.any()
-    assert matrix is None

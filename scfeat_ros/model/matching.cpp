@@ -9,13 +9,17 @@
 #include <cstring>
 #include <vector>
 
+#include "bfloat16.h"
 #include "lanes.h"
+
+#if defined(__AMX_BF16__) && defined(__linux__)
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace {
 
-// a tile of sums fills the registers
-constexpr int ROWS = LANES == 16 ? 8 : 4, VECTORS = LANES == 16 ? 3 : 2;
-constexpr int STEP = LANES * VECTORS;
 constexpr float LEAST = -1e30f;  // below every similarity
 
 typedef int32_t Places __attribute__((vector_size(LANES * sizeof(int32_t))));
@@ -31,6 +35,174 @@ template <typename V, typename T>
 inline void store(T *to, V value) {
   std::memcpy(to, &value, sizeof value);
 }
+
+inline int parts(int count, int size) { return (count + size - 1) / size; }
+
+struct Matrix {
+  const float *values;
+  int rows, length;
+
+  // what lies beyond the end repeats the last row
+  const float *row(int i) const { return values + size_t(std::min(i, rows - 1)) * length; }
+};
+
+// Inner products of the rows of two matrices, a block of ROWS by COLUMNS at a time.
+class ByVectors {
+ public:
+  // the sums fill the registers
+  static constexpr int ROWS = LANES == 16 ? 8 : 4, VECTORS = LANES == 16 ? 3 : 2;
+  static constexpr int COLUMNS = LANES * VECTORS;
+
+  struct Thread {};  // nothing to be set up
+
+  ByVectors(Matrix a, Matrix b, int threads)
+      : a(a), packed(size_t(parts(b.rows, COLUMNS)) * COLUMNS * b.length) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int tile = 0; tile < parts(b.rows, COLUMNS); tile++)
+      for (int k = 0; k < b.length; k++)
+        for (int j = 0; j < COLUMNS; j++)
+          packed[(size_t(tile) * b.length + k) * COLUMNS + j] = b.row(tile * COLUMNS + j)[k];
+  }
+
+  void operator()(int block, int tile, float (*out)[COLUMNS]) const {
+    const float *row[ROWS];
+    for (int r = 0; r < ROWS; r++) row[r] = a.row(block * ROWS + r);
+    Lanes sum[ROWS][VECTORS] = {};
+    const float *from = packed.data() + size_t(tile) * a.length * COLUMNS;
+    for (int k = 0; k < a.length; k++, from += COLUMNS)
+      for (int v = 0; v < VECTORS; v++) {
+        const Lanes value = load<Lanes>(from + v * LANES);
+        for (int r = 0; r < ROWS; r++) sum[r][v] += row[r][k] * value;
+      }
+    for (int r = 0; r < ROWS; r++)
+      for (int v = 0; v < VECTORS; v++) store(out[r] + v * LANES, sum[r][v]);
+  }
+
+ private:
+  Matrix a;
+  std::vector<float> packed;  // of `b` by tiles of columns, value by value
+};
+
+#if defined(__AMX_BF16__) && defined(__linux__)
+// The same by AMX's tiles of bf16. A number is the sum of two of bf16 but for 2^-17 of it, and the
+// product of the two smaller ones is left out: unit vectors come out within 2e-5.
+class ByTiles {
+ public:
+  static constexpr int SIDE = 16, DEPTH = 32;  // of a tile: 16 by 32 bf16, 16 by 16 float
+  static constexpr int ROWS = 2 * SIDE, COLUMNS = 2 * SIDE;
+
+  // Whether the system lets this process use them.
+  static bool available() {
+    constexpr int REQUEST = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    static const bool granted = syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
+    return granted;
+  }
+
+  // Sets the tiles' shapes up, and as they were at its end.
+  class Thread {
+   public:
+    Thread() {
+      _tile_storeconfig(&before);
+      Shapes shapes{};
+      shapes.palette = 1;
+      std::fill_n(shapes.bytes, 8, uint16_t(2 * DEPTH));
+      std::fill_n(shapes.rows, 8, uint8_t(SIDE));
+      _tile_loadconfig(&shapes);
+    }
+    ~Thread() {
+      if (before.palette)
+        _tile_loadconfig(&before);
+      else
+        _tile_release();
+    }
+    Thread(const Thread &) = delete;
+
+   private:
+    struct alignas(64) Shapes {
+      uint8_t palette, start_row, reserved[14];
+      uint16_t bytes[16];
+      uint8_t rows[16];
+    };
+    static_assert(sizeof(Shapes) == 64);
+    Shapes before;
+  };
+
+  ByTiles(Matrix a, Matrix b, int threads)
+      : steps(parts(a.length, DEPTH)),
+        left(pack(a, false, threads)),
+        right(pack(b, true, threads)) {}
+
+  void operator()(int block, int tile, float (*out)[COLUMNS]) const {
+    constexpr int LINE = 2 * DEPTH, OUT = COLUMNS * sizeof(float);  // bytes
+    const bfloat16 *a = left.data() + block * block_size();
+    const bfloat16 *b = right.data() + tile * block_size();
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int k = 0; k < steps; k++, a += 4 * TILE, b += 4 * TILE) {
+      _tile_loadd(4, a, LINE);
+      _tile_loadd(5, a + TILE, LINE);
+      _tile_loadd(6, b, LINE);
+      _tile_loadd(7, b + TILE, LINE);
+      add();
+      _tile_loadd(6, b + 2 * TILE, LINE);
+      _tile_loadd(7, b + 3 * TILE, LINE);
+      add();
+      _tile_loadd(4, a + 2 * TILE, LINE);
+      _tile_loadd(5, a + 3 * TILE, LINE);
+      _tile_loadd(6, b, LINE);
+      _tile_loadd(7, b + TILE, LINE);
+      add();
+    }
+    _tile_stored(0, out[0], OUT);
+    _tile_stored(1, out[0] + SIDE, OUT);
+    _tile_stored(2, out[SIDE], OUT);
+    _tile_stored(3, out[SIDE] + SIDE, OUT);
+    asm volatile("" ::: "memory");  // GCC does not know what the instructions above write
+  }
+
+ private:
+  static constexpr int TILE = SIDE * DEPTH;  // bf16 numbers
+  size_t block_size() const { return size_t(steps) * 4 * TILE; }
+
+  static void add() {
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+
+  // By blocks of rows and steps of DEPTH values: the two tiles of the larger parts, then those of
+  // the smaller ones. `pairs`: a line holds two values of every row, as the right factor's do.
+  std::vector<bfloat16> pack(Matrix from, bool pairs, int threads) const {
+    const int blocks = parts(from.rows, ROWS);
+    std::vector<bfloat16> packed(blocks * block_size());
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int i = 0; i < blocks * ROWS; i++)
+      for (int k = 0; k < steps; k++) {
+        float values[DEPTH] = {};
+        bfloat16 larger[DEPTH], smaller[DEPTH];
+        std::copy_n(from.row(i) + k * DEPTH, std::min(DEPTH, from.length - k * DEPTH), values);
+        for (int j = 0; j < DEPTH; j++) {
+          write(larger[j], values[j]);
+          write(smaller[j], values[j] - read(larger[j]));
+        }
+        bfloat16 *tile = packed.data() + i / ROWS * block_size() + (4 * k + i % ROWS / SIDE) * TILE;
+        for (int j = 0; j < DEPTH; j += 2) {
+          bfloat16 *to = tile + (pairs ? j * SIDE + i % SIDE * 2 : i % SIDE * DEPTH + j);
+          std::copy_n(larger + j, 2, to);
+          std::copy_n(smaller + j, 2, to + 2 * TILE);
+        }
+      }
+    asm volatile("" ::: "memory");  // nor what they read
+    return packed;
+  }
+
+  int steps;
+  std::vector<bfloat16> left, right;
+};
+#endif
 
 // The largest and the second largest similarity of many, lane by lane, and the first's place.
 struct Best {
@@ -64,60 +236,39 @@ struct Nearest {
   }
 };
 
-}  // namespace
-
-extern "C" {
-
-// Of the rows of `a` (rows, length) among those of `b` (columns, length), and the other way round:
-// the first nearest, its similarity, and the second largest similarity.
-void nearest(const float *a, int rows, const float *b, int columns, int length, int64_t *row_place,
-             float *row_first, float *row_second, int64_t *column_place, float *column_second,
-             int threads) {
-  const int tiles = (columns + STEP - 1) / STEP, padded = tiles * STEP;
-  // by tiles of columns, value by value; columns that fill the last tile start far below
-  std::vector<float> packed(size_t(padded) * length), start(padded, 0.0f);
-  std::fill(start.begin() + columns, start.end(), LEAST);
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int tile = 0; tile < tiles; tile++)
-    for (int k = 0; k < length; k++)
-      for (int j = 0; j < STEP; j++) {
-        const int column = tile * STEP + j;
-        packed[(size_t(tile) * length + k) * STEP + j] =
-            column < columns ? b[size_t(column) * length + k] : 0.0f;
-      }
-  std::vector<Nearest> of_columns(threads, Nearest(padded));
+template <typename Products>
+void search(Matrix a, Matrix b, int64_t *row_place, float *row_first, float *row_second,
+            int64_t *column_place, float *column_second, int threads) {
+  constexpr int ROWS = Products::ROWS, COLUMNS = Products::COLUMNS;
+  const Products products(a, b, threads);
+  const int tiles = parts(b.rows, COLUMNS);
+  std::vector<Nearest> of_columns(threads, Nearest(size_t(tiles) * COLUMNS));
 #pragma omp parallel num_threads(threads)
   {
+    const typename Products::Thread prepared;
     Nearest &found = of_columns[omp_get_thread_num()];
+    alignas(64) float values[ROWS][COLUMNS];
     Places lane;
     for (int k = 0; k < LANES; k++) lane[k] = k;
 #pragma omp for schedule(static)
-    for (int block = 0; block < (rows + ROWS - 1) / ROWS; block++) {
-      const float *row[ROWS];
+    for (int block = 0; block < parts(a.rows, ROWS); block++) {
+      const int start = block * ROWS, filled = std::min(ROWS, a.rows - start);
       Best best[ROWS];
-      for (int r = 0; r < ROWS; r++) {
-        // rows beyond the last repeat it: what is found again is not larger
-        row[r] = a + size_t(std::min(block * ROWS + r, rows - 1)) * length;
-        best[r] = {Lanes{} + LEAST, Lanes{} + LEAST, Places{}};
-      }
-      const int filled = std::min(ROWS, rows - block * ROWS);
+      std::fill_n(best, ROWS, Best{Lanes{} + LEAST, Lanes{} + LEAST, Places{}});
       for (int tile = 0; tile < tiles; tile++) {
-        Lanes sum[ROWS][VECTORS];
-        for (int r = 0; r < ROWS; r++)
-          for (int v = 0; v < VECTORS; v++)
-            sum[r][v] = load<Lanes>(start.data() + tile * STEP + v * LANES);
-        const float *from = packed.data() + size_t(tile) * length * STEP;
-        for (int k = 0; k < length; k++, from += STEP)
-          for (int v = 0; v < VECTORS; v++) {
-            const Lanes value = load<Lanes>(from + v * LANES);
-            for (int r = 0; r < ROWS; r++) sum[r][v] += row[r][k] * value;
-          }
-        for (int v = 0; v < VECTORS; v++) {
-          const int column = tile * STEP + v * LANES;
-          for (int r = 0; r < ROWS; r++) best[r].take(sum[r][v], lane + column);
+        products(block, tile, values);
+        const int left = b.rows - tile * COLUMNS;
+        for (int r = 0; left < COLUMNS && r < filled; r++)
+          std::fill(values[r] + left, values[r] + COLUMNS, LEAST);
+        for (int v = 0; v < COLUMNS; v += LANES) {
+          const int column = tile * COLUMNS + v;
           Best down = {load<Lanes>(&found.first[column]), load<Lanes>(&found.second[column]),
                        load<Places>(&found.place[column])};
-          for (int r = 0; r < filled; r++) down.take(sum[r][v], Places{} + (block * ROWS + r));
+          for (int r = 0; r < filled; r++) {
+            const Lanes value = load<Lanes>(values[r] + v);
+            best[r].take(value, lane + column);
+            down.take(value, Places{} + (start + r));
+          }
           store(&found.first[column], down.first);
           store(&found.second[column], down.second);
           store(&found.place[column], down.place);
@@ -136,20 +287,45 @@ void nearest(const float *a, int rows, const float *b, int columns, int length, 
             place = best[r].place[k];
           }
         }
-        const int i = block * ROWS + r;
-        row_place[i] = place;
-        row_first[i] = first;
-        row_second[i] = second;
+        row_place[start + r] = place;
+        row_first[start + r] = first;
+        row_second[start + r] = second;
       }
     }
   }
   Nearest &all = of_columns[0];
   for (int t = 1; t < threads; t++)  // in the order of the rows
-    for (int j = 0; j < columns; j++)
+    for (int j = 0; j < b.rows; j++)
       all.take(j, of_columns[t].first[j], of_columns[t].second[j], of_columns[t].place[j]);
-  for (int j = 0; j < columns; j++) {
+  for (int j = 0; j < b.rows; j++) {
     column_place[j] = all.place[j];
     column_second[j] = all.second[j];
   }
+}
+
+}  // namespace
+
+extern "C" {
+
+// Whether this CPU multiplies bf16 by tiles, and the system lets it.
+int has_tiles() {
+#if defined(__AMX_BF16__) && defined(__linux__)
+  return ByTiles::available();
+#else
+  return 0;
+#endif
+}
+
+// Of the rows of `a` (rows, length) among those of `b` (columns, length), and the other way round:
+// the first nearest, its similarity, and the second largest similarity.
+void nearest(const float *a, int rows, const float *b, int columns, int length, int by_tiles,
+             int64_t *row_place, float *row_first, float *row_second, int64_t *column_place,
+             float *column_second, int threads) {
+  auto way = search<ByVectors>;
+#if defined(__AMX_BF16__) && defined(__linux__)
+  if (by_tiles && ByTiles::available()) way = search<ByTiles>;
+#endif
+  way({a, rows, length}, {b, columns, length}, row_place, row_first, row_second, column_place,
+      column_second, threads);
 }
 }

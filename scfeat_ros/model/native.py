@@ -210,16 +210,18 @@ ARGUMENTS = {
     "local_maxima": "piiifiplppi",
     "subpixel_points": "piiplp",
     "sample": "piiilplipi",
-    "nearest": "pipiipppppi",
+    "has_tiles": "",
+    "nearest": "pipiiipppppi",
 }
 """Types of the C functions' arguments: pointer, long, int, float."""
 
-WITHOUT_THREADS = ("normalization", "subpixel_points")
+WITHOUT_THREADS = ("normalization", "subpixel_points", "has_tiles")
 RETURNS = {
     "bridge_and_stem": ctypes.c_float,
     "normalize_bytes": ctypes.c_float,
     "normalize_image": ctypes.c_float,
     "local_maxima": ctypes.c_long,
+    "has_tiles": ctypes.c_int,
 }
 """Of the functions that return something."""
 TYPES = {"p": ctypes.c_void_p, "l": ctypes.c_long, "i": ctypes.c_int, "f": ctypes.c_float}
@@ -554,12 +556,23 @@ class Nearest(NamedTuple):
     """(M,) float32"""
 
 
-def nearest(a: np.ndarray, b: np.ndarray) -> Nearest:
-    """Of (N, D) and (M, D) float32, neither empty, by inner product."""
+def has_tiles() -> bool:
+    """Whether `nearest` can multiply by AMX's tiles of bf16."""
+    return bool(_call("has_tiles", None))
+
+
+def nearest(a: np.ndarray, b: np.ndarray, by_tiles: bool = True) -> Nearest:
+    """Of (N, D) and (M, D) float32, neither empty, by inner product.
+
+    Args:
+        a, b: the vectors.
+        by_tiles: multiply by AMX's tiles where the CPU has them. Every factor is then the sum of
+            two numbers of bf16; inner products of unit vectors are within 2e-5.
+    """
     a, b = np.ascontiguousarray(a, np.float32), np.ascontiguousarray(b, np.float32)
     found = Nearest(
         *(np.empty(len(a), dtype) for dtype in (np.int64, np.float32, np.float32)),
         *(np.empty(len(b), dtype) for dtype in (np.int64, np.float32)),
     )
-    _call("nearest", None, a, len(a), b, len(b), a.shape[1], *found)
+    _call("nearest", None, a, len(a), b, len(b), a.shape[1], int(by_tiles), *found)
     return found
