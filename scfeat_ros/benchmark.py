@@ -10,6 +10,7 @@ import os
 import platform
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -29,6 +30,9 @@ from scfeat_ros.messages import encode_features, encode_matches, rosbags_types
 from scfeat_ros.model import kernels, native
 from scfeat_ros.model.fused import Conv, FusedSCFeat
 from scfeat_ros.model.scfeat import STRIDE
+from scfeat_ros.offline import OutputOptions
+from scfeat_ros.offline import run as run_offline
+from scfeat_ros.sources import FolderSource
 from scfeat_ros.staging import staged_file
 
 SCALING_SIZES = "320x240,640x480,960x720,1280x960,1920x1080"
@@ -38,6 +42,8 @@ COPY_BYTES = 64 << 20
 OPENMP = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 """How long OpenMP's threads spin before they sleep, which can double the time of a frame (less
 where the cores are kept awake, see `native.cores_awake`)."""
+SEQUENCE = 60
+"""Frames of the stages `sequence` and `offline`."""
 PEAK_INTERVAL = 4
 """Rounds between two measurements of the machine's peaks."""
 
@@ -88,6 +94,8 @@ class Case:
     row: Row
     run: Callable[[], object]
     device: torch.device
+    frames: int = 1
+    """That a call works on; the row's times are of one."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -98,19 +106,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         cv2.setNumThreads(arguments.threads)
     sizes = [_size(text) for text in arguments.sizes.split(",")]
     pictures = {size: _picture(arguments.image, size) for size in sizes}
-    cases = [
-        case
-        for model, device, way in itertools.product(
-            arguments.models.split(","), arguments.devices.split(","), arguments.ways.split(",")
-        )
-        for case in _cases(
-            model, device, way, pictures, _integers(arguments.top_k), arguments.stages.split(",")
-        )
-    ]
-    for name in filter(None, arguments.peers.split(",")):
-        cases += _peer_cases(name, pictures, max(_integers(arguments.top_k)))
-    devices = {str(case.device): case.device for case in cases}
-    peaks = _measure(cases, list(devices.values()), arguments.rounds, arguments.warm_up)
+    top_k, stages = _integers(arguments.top_k), arguments.stages.split(",")
+    with tempfile.TemporaryDirectory(prefix="scfeat-") as scratch:
+        cases = [
+            case
+            for model, device, way in itertools.product(
+                arguments.models.split(","), arguments.devices.split(","), arguments.ways.split(",")
+            )
+            for case in _cases(model, device, way, pictures, top_k, stages, Path(scratch))
+        ]
+        for name in filter(None, arguments.peers.split(",")):
+            cases += _peer_cases(name, pictures, max(top_k))
+        devices = {str(case.device): case.device for case in cases}
+        peaks = _measure(cases, list(devices.values()), arguments.rounds, arguments.warm_up)
     report = {
         "machine": _machine(),
         "measured_peaks": peaks,
@@ -129,10 +137,14 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="scfeat benchmark",
         description="Measure extraction, matching, decoding, encoding and the whole frame. "
-        "Rounds go over all cases in turn, so that a busy moment of the machine meets them alike.",
+        "Rounds go over all cases in turn, so that a busy moment of the machine meets them alike. "
+        f"Of {SEQUENCE} frames at a time, and only if asked for: 'sequence', extraction of one "
+        "after the other, and 'offline', `scfeat bag`'s work on them, with the output written.",
         epilog="example:\n  scfeat benchmark --ways auto,fp32:off --json speed.json\n\n"
         f"how cost grows:\n  scfeat benchmark --sizes {SCALING_SIZES} \\\n"
-        f"    --top-k {SCALING_TOP_K} --stages extract,match --plot scaling.png",
+        f"    --top-k {SCALING_TOP_K} --stages extract,match --plot scaling.png\n\n"
+        "the offline tool against bare extraction:\n"
+        "  scfeat benchmark --ways auto --stages sequence,offline --rounds 5",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
@@ -149,7 +161,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--stages",
         default="decode,extract,match,encode,frame",
-        help="which to measure (default: %(default)s)",
+        help="which to measure, of these and sequence, offline (default: %(default)s)",
     )
     add("--peers", default="orb,sift", help="OpenCV's features alongside; '' for none")
     add("--image", type=Path, help="picture to work on (default: a made-up one)")
@@ -200,6 +212,7 @@ def _cases(
     pictures: dict[tuple[int, int], np.ndarray],
     top_k: list[int],
     stages: list[str],
+    scratch: Path,
 ) -> list[Case]:
     """What is measured for one model, run in one way on one device."""
     precision, _, compile = way.partition(":")
@@ -211,7 +224,7 @@ def _cases(
     first_use = time.perf_counter() - started
     cases = []
     for (size, picture), count in itertools.product(pictures.items(), top_k):
-        cases += _stage_cases(extractor, picture, size, count, model, stages)
+        cases += _stage_cases(extractor, picture, size, count, model, stages, scratch)
     for case in cases:
         if case.row.stage == "extract":
             case.row.first_use_s = first_use
@@ -225,6 +238,7 @@ def _stage_cases(
     top_k: int,
     model: str,
     stages: list[str],
+    scratch: Path,
 ) -> list[Case]:
     from rosbags.typesys import Stores, get_typestore
 
@@ -251,12 +265,29 @@ def _stage_cases(
         encode_features(done, None, types)
         encode_matches(done, None, types)
 
+    images = scratch / f"{size[0]}x{size[1]}"
+    if {"sequence", "offline"} & set(stages):
+        _write_sequence(picture, images)
+    pictures = [frame.image for frame in FolderSource(images).frames()] if images.exists() else []
+
+    def sequence() -> None:
+        for one in pictures:
+            extractor(one)
+
+    def offline() -> None:
+        options = OutputOptions(overwrite=True)
+        run_offline(
+            FolderSource(images), extractor, scratch / "out", options=options, progress=False
+        )
+
     runs = {
         "decode": decode,
         "extract": lambda: extractor(picture),
         "match": lambda: match(first, second, device=device),
         "encode": encode,
         "frame": frame,
+        "sequence": sequence,
+        "offline": offline,
     }
     unknown = sorted(set(stages) - set(runs))
     if unknown:
@@ -264,14 +295,24 @@ def _stage_cases(
     cases = []
     for stage in stages:
         row = Row(stage, model, f"{size[0]}x{size[1]}", top_k, str(device))
-        if stage in ("extract", "frame"):
+        if stage in ("extract", "frame", "sequence", "offline"):
             row.path, row.features = str(extractor.network), len(first)
             row.gflop = count_gflop(extractor, size)
         if stage == "match":
             row.gflop = 2e-9 * len(first) * len(second) * extractor.descriptor_dim
             row.path = "fp32"
-        cases.append(Case(row, runs[stage], device))
+        frames = SEQUENCE if stage in ("sequence", "offline") else 1
+        cases.append(Case(row, runs[stage], device, frames))
     return cases
+
+
+def _write_sequence(picture: np.ndarray, folder: Path) -> None:
+    """The picture as a camera sees it that moves on by some pixels a frame, as JPEG files."""
+    folder.mkdir(exist_ok=True)
+    for k in range(SEQUENCE):
+        moved = np.roll(picture, (3 * k, 5 * k), axis=(0, 1))
+        if not cv2.imwrite(str(folder / f"{k}.jpg"), moved[..., ::-1]):
+            raise OSError(f"{folder}: cannot write {k}.jpg")
 
 
 def _with_top_k(extractor: Extractor, top_k: int) -> Extractor:
@@ -345,7 +386,7 @@ def _measure(
             seconds = time.perf_counter() - started
             case.row.peak_memory_mib = max(case.row.peak_memory_mib, _peak_memory(case.device))
             if number >= warm_up:
-                case.row.seconds.append(seconds)
+                case.row.seconds.append(seconds / case.frames)
         _progress(number + 1, warm_up + rounds)
     return peaks
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 from test_fused import needs_compiler
 
+from scfeat_ros import benchmark
 from scfeat_ros.benchmark import count_gflop, main
 from scfeat_ros.extractor import Extractor
 from scfeat_ros.model.scfeat import CONFIGS, SCFeat
@@ -33,6 +34,17 @@ def test_every_stage_of_every_way_is_measured(report):
         assert row["peak_memory_mib"] > 10
     paths = [row["path"] for row in rows if row["stage"] == "extract"]
     assert paths[0].startswith("fp32, fused") and paths[1] == "fp32, plain"
+
+
+def test_the_offline_tool_is_measured_beside_bare_extraction(tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, "SEQUENCE", 6)
+    file = tmp_path / "speed.json"
+    stages = ["--ways", "auto", "--stages", "extract,sequence,offline", "--peers", ""]
+    assert main([*SMALL, *stages, "--json", str(file)]) == 0
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["stage"] for row in rows] == ["extract", "sequence", "offline"]
+    assert len({row["path"] for row in rows}) == 1
+    assert all(row["rounds"] == 2 and row["median_ms"] > 0 for row in rows)
 
 
 def test_arithmetic_is_counted_as_it_is_run(report):
