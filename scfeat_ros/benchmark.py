@@ -42,7 +42,7 @@ COPY_BYTES = 64 << 20
 OPENMP = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 """How long OpenMP's threads spin before they sleep, which can double the time of a frame (less
 where the cores are kept awake, see `native.cores_awake`)."""
-SEQUENCE = 60
+SEQUENCE = 300
 """Frames of the stages `sequence` and `offline`."""
 PEAK_INTERVAL = 4
 """Rounds between two measurements of the machine's peaks."""
@@ -268,11 +268,10 @@ def _stage_cases(
     images = scratch / f"{size[0]}x{size[1]}"
     if {"sequence", "offline"} & set(stages):
         _write_sequence(picture, images)
-    pictures = [frame.image for frame in FolderSource(images).frames()] if images.exists() else []
 
     def sequence() -> None:
-        for one in pictures:
-            extractor(one)
+        for k in range(SEQUENCE):
+            extractor((picture, moved)[k % 2])
 
     def offline() -> None:
         options = OutputOptions(overwrite=True)
