@@ -298,8 +298,10 @@ def _stage_cases(
             row.path, row.features = str(extractor.network), len(first)
             row.gflop = count_gflop(extractor, size)
         if stage == "match":
-            row.gflop = 2e-9 * len(first) * len(second) * extractor.descriptor_dim
-            row.path = "fp32"
+            by_tiles = device.type == "cpu" and native.is_compiled() and native.has_tiles()
+            products = 3 if by_tiles else 1
+            row.gflop = products * 2e-9 * len(first) * len(second) * extractor.descriptor_dim
+            row.path = "bf16, in two parts" if by_tiles else "fp32"
         frames = SEQUENCE if stage in ("sequence", "offline") else 1
         cases.append(Case(row, runs[stage], device, frames))
     return cases
