@@ -139,9 +139,9 @@ def epipolar_inliers(
         first, second: (M, 2) corresponding points in pixels.
         threshold: largest distance from the epipolar line in pixels.
         seed: state of the random sampler, so that the answer is repeatable.
-        estimate_from: the matrix is sought with so many of the correspondences, spread evenly
-            over their order, and all are judged by it; None for all, which is a little better
-            and takes longer.
+        estimate_from: the matrix is sought with so many (8 or more) of the correspondences, spread
+            evenly over their order, and all are judged by it; None for all, a little better
+            and slower.
 
     Returns:
         (M,) bool mask and the (3, 3) float64 fundamental matrix; with fewer than 8 points

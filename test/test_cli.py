@@ -198,6 +198,8 @@ def test_an_interrupted_run_cleans_up(tmp_path, tiny_weights, number, code):
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
+        # what a shell starts in the background ignores the key that interrupts
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     while process.poll() is None and not list(tmp_path.glob(".out*/features/features.mcap")):
         time.sleep(0.02)
