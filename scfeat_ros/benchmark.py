@@ -266,7 +266,7 @@ def _stage_cases(
         encode_matches(done, None, types)
 
     images = scratch / f"{size[0]}x{size[1]}"
-    if {"sequence", "offline"} & set(stages):
+    if "offline" in stages and not images.exists():
         _write_sequence(picture, images)
 
     def sequence() -> None:
@@ -291,12 +291,14 @@ def _stage_cases(
     unknown = sorted(set(stages) - set(runs))
     if unknown:
         raise ValueError(f"stage '{unknown[0]}' is unknown, choose of {', '.join(runs)}")
+    of_network = {"extract", "frame", "sequence", "offline"} & set(stages)
+    gflop = count_gflop(extractor, size) if of_network else None
     cases = []
     for stage in stages:
         row = Row(stage, model, f"{size[0]}x{size[1]}", top_k, str(device))
-        if stage in ("extract", "frame", "sequence", "offline"):
+        if stage in of_network:
             row.path, row.features = str(extractor.network), len(first)
-            row.gflop = count_gflop(extractor, size)
+            row.gflop = gflop
         if stage == "match":
             by_tiles = device.type == "cpu" and native.is_compiled() and native.has_tiles()
             products = 3 if by_tiles else 1
@@ -309,7 +311,7 @@ def _stage_cases(
 
 def _write_sequence(picture: np.ndarray, folder: Path) -> None:
     """The picture as a camera sees it that moves on by some pixels a frame, as JPEG files."""
-    folder.mkdir(exist_ok=True)
+    folder.mkdir()
     for k in range(SEQUENCE):
         moved = np.roll(picture, (3 * k, 5 * k), axis=(0, 1))
         if not cv2.imwrite(str(folder / f"{k}.jpg"), moved[..., ::-1]):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 from collections.abc import Sequence
@@ -153,8 +152,7 @@ class Extractor:
         if len(sizes) > 1:
             raise ValueError(f"images of a batch must be of one size, got {sorted(sizes)}")
         masks = masks or [None] * len(images)
-        on_cpu = self.device.type == "cpu"
-        with torch.inference_mode(), native.cores_awake() if on_cpu else contextlib.nullcontext():
+        with torch.inference_mode(), native.cores_awake(self.device):
             return self._extract(images, masks)
 
     def _extract(

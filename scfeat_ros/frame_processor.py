@@ -10,7 +10,6 @@ import traceback
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from rclpy.impl.rcutils_logger import RcutilsLogger
 from sensor_msgs.msg import CameraInfo, Image
 
@@ -109,16 +108,17 @@ class FrameProcessor:
 
     def set_camera_info(self, message: CameraInfo) -> None:
         """Use this calibration from the next image on."""
-        previous = self._camera_info
         self._camera_info = message
-        if previous is not None and _same_calibration(previous, message):
-            return
         try:
-            self._camera = Camera.from_message(message)
-            self._monitor.clear_condition("camera")
+            camera = Camera.from_message(message)
         except InputError as error:
-            self._camera = None
+            camera = None
             self._problems.tell("camera", Level.WARN, f"{error}; features have no bearings")
+        else:
+            if camera is not None and camera.same_as(self._camera):
+                return  # and the one before keeps what it has worked out
+            self._monitor.clear_condition("camera")
+        self._camera = camera
         self._monitor.set_facts(
             camera="uncalibrated: no bearings"
             if self._camera is None
@@ -337,13 +337,3 @@ def _is_out_of_memory(error: Exception) -> bool:
     text = str(error).lower()
     phrases = ("out of memory", "can't allocate memory", "not enough memory", "insufficient memory")
     return isinstance(error, MemoryError) or any(phrase in text for phrase in phrases)
-
-
-def _same_calibration(first: CameraInfo, second: CameraInfo) -> bool:
-    """Whether two CameraInfo agree in all but the stamp."""
-    names = ("width", "height", "distortion_model", "d", "k", "binning_x", "binning_y", "roi")
-    return all(_equal(getattr(first, name), getattr(second, name)) for name in names)
-
-
-def _equal(first: Any, second: Any) -> bool:
-    return bool(np.array_equal(first, second)) if hasattr(first, "__len__") else first == second

@@ -119,8 +119,7 @@ def run(
         if options.video:
             require_av()
         front_end = FrontEnd(extractor, matching)
-        if extractor.device.type == "cpu":
-            stack.enter_context(cores_awake())
+        stack.enter_context(cores_awake(extractor.device))
         stack.callback(torch.set_num_threads, torch.get_num_threads())  # `_process` shares them out
         stack.callback(sys.setswitchinterval, sys.getswitchinterval())
         sys.setswitchinterval(SWITCH_INTERVAL)

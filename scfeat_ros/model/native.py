@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger(__name__)
 
+CPU = torch.device("cpu")
 FOLDER = Path(__file__).parent
 SOURCES = [FOLDER / name for name in ("awake.cpp", "kernels.cpp", "keypoints.cpp", "matching.cpp")]
 HEADERS = [FOLDER / name for name in ("bfloat16.h", "lanes.h")]
@@ -133,14 +134,17 @@ def _compile(command: list[str], library: Path) -> None:
 
 
 @contextlib.contextmanager
-def cores_awake() -> Iterator[None]:
+def cores_awake(device: torch.device = CPU) -> Iterator[None]:
     """Keep the cores of PyTorch's threads from falling asleep between two operations.
 
     A virtual machine's cores, and those of small computers with deep idle states, take as long to
     wake as a small layer takes to compute. While the context is open, threads of the scheduler's
     idle class spin on these cores; any other work goes before them at once. See `awake.cpp`.
+
+    Args:
+        device: that computes; nothing is done for another one than the CPU.
     """
-    if not keeps_cores_awake():
+    if device.type != "cpu" or not keeps_cores_awake():
         yield
         return
     library = load()
@@ -574,5 +578,5 @@ def nearest(a: np.ndarray, b: np.ndarray, by_tiles: bool = True) -> Nearest:
         *(np.empty(len(a), dtype) for dtype in (np.int64, np.float32, np.float32)),
         *(np.empty(len(b), dtype) for dtype in (np.int64, np.float32)),
     )
-    _call("nearest", None, a, len(a), b, len(b), a.shape[1], int(by_tiles), *found)
+    _call("nearest", None, a, len(a), b, len(b), a.shape[1], by_tiles, *found)
     return found
