@@ -106,6 +106,47 @@ def test_convolution_after_upsampling_is_exact_at_every_border(k, factor, channe
 
 
 @needs_compiler
+@pytest.mark.parametrize("size", [(1, 1), (4, 4), (5, 11), (30, 40)])
+@pytest.mark.parametrize(("inputs", "outputs"), [(16, 16), (32, 48), (48, 64)])
+@pytest.mark.parametrize("relu", [False, True])
+@torch.no_grad()
+def test_convolution_by_minimal_filtering(size, inputs, outputs, relu):
+    torch.manual_seed(0)
+    x = torch.randn(1, inputs, *size)
+    weight, bias = torch.randn(outputs, inputs, 3, 3) / (3 * inputs**0.5), torch.randn(outputs)
+    plus = torch.randn(1, outputs, *size)
+    for b, p in ((bias, plus), (None, None)):
+        expected = F.conv2d(x.double(), weight.double(), padding=1)
+        expected = expected if b is None else expected + b[:, None, None] + p
+        expected = (expected.relu() if relu else expected).float()
+        conv = Conv(weight, b)
+        conv.use_winograd()
+        found = conv(x, relu, p)
+        assert found.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "conv",
+    [
+        Conv(torch.randn(16, 16, 3, 3), stride=2),
+        Conv(torch.randn(16, 16, 1, 1)),
+        Conv(torch.randn(16, 20, 3, 3)),
+        Conv(torch.randn(20, 16, 3, 3)),
+        Conv(torch.randn(16, 16, 3, 3), dtype=torch.bfloat16),
+    ],
+    ids=["stride", "1x1", "inputs", "outputs", "bf16"],
+)
+@torch.no_grad()
+def test_other_convolutions_stay_as_they_are(conv):
+    x = torch.randn(1, conv.weight.shape[1], 8, 12, dtype=conv.weight.dtype)
+    before = conv(x)
+    conv.use_winograd()
+    assert torch.equal(conv(x), before)
+
+
+@needs_compiler
 @pytest.mark.parametrize("slope", [None, 0.25, -0.1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_normalization_into_a_part_of_a_larger_map(slope, dtype):

@@ -550,8 +550,7 @@ void convolve_row(Window<LINES> &window, int y, const float *weights, float *out
           const float *from = rows[dy] + c * window.pitch + x + dx;
           const float *weight = weights + ((c * 3 + dy) * 3 + dx) * FEW;
           for (int v = 0; v < VECTORS; v++) {
-            Lanes value;
-            std::memcpy(&value, from + v * LANES, sizeof value);
+            const Lanes value = load<Lanes>(from + v * LANES);
             for (int o = 0; o < FEW; o++) sum[o][v] += weight[o] * value;
           }
         }
@@ -559,12 +558,9 @@ void convolve_row(Window<LINES> &window, int y, const float *weights, float *out
       for (int v = 0; v < VECTORS; v++) {
         const int left = width - x - v * LANES;
         float *to = out + long(o) * width + x + v * LANES;
-        Lanes total = sum[o][v];
+        const Lanes total = sum[o][v];
         if (left >= LANES) {
-          Lanes there;
-          std::memcpy(&there, to, sizeof there);
-          total += there;
-          std::memcpy(to, &total, sizeof total);
+          store(to, total + load<Lanes>(to));
         } else {
           for (int k = 0; k < left; k++) to[k] += total[k];
         }

@@ -24,18 +24,6 @@ constexpr float LEAST = -1e30f;  // below every similarity
 
 typedef int32_t Places __attribute__((vector_size(LANES * sizeof(int32_t))));
 
-template <typename V, typename T>
-inline V load(const T *from) {
-  V value;
-  std::memcpy(&value, from, sizeof value);
-  return value;
-}
-
-template <typename V, typename T>
-inline void store(T *to, V value) {
-  std::memcpy(to, &value, sizeof value);
-}
-
 inline int parts(int count, int size) { return (count + size - 1) / size; }
 
 struct Matrix {

@@ -37,8 +37,8 @@ LOG = logging.getLogger(__name__)
 
 CPU = torch.device("cpu")
 FOLDER = Path(__file__).parent
-SOURCES = [FOLDER / name for name in ("awake.cpp", "kernels.cpp", "keypoints.cpp", "matching.cpp")]
-HEADERS = [FOLDER / name for name in ("bfloat16.h", "lanes.h")]
+SOURCES = sorted(FOLDER.glob("*.cpp"))
+HEADERS = sorted(FOLDER.glob("*.h"))
 FLAGS = (
     "-std=c++17 -O3 -march=native -fopenmp -pthread -shared -fPIC "
     "-fno-math-errno -fno-trapping-math -fno-signed-zeros -ffinite-math-only -ffp-contract=fast"
@@ -214,18 +214,26 @@ ARGUMENTS = {
     "local_maxima": "piiifiplppi",
     "subpixel_points": "piiplp",
     "sample": "piiilplipi",
+    "winograd_lanes": "",
+    "winograd_columns": "i",
+    "winograd_convolution": "piiipippipi",
     "has_tiles": "",
     "nearest": "pipiiipppppi",
 }
 """Types of the C functions' arguments: pointer, long, int, float."""
 
-WITHOUT_THREADS = ("normalization", "subpixel_points", "has_tiles")
+WITHOUT_THREADS = (
+    *("normalization", "subpixel_points", "has_tiles"),
+    *("winograd_lanes", "winograd_columns"),
+)
 RETURNS = {
     "bridge_and_stem": ctypes.c_float,
     "normalize_bytes": ctypes.c_float,
     "normalize_image": ctypes.c_float,
     "local_maxima": ctypes.c_long,
     "has_tiles": ctypes.c_int,
+    "winograd_lanes": ctypes.c_int,
+    "winograd_columns": ctypes.c_int,
 }
 """Of the functions that return something."""
 TYPES = {"p": ctypes.c_void_p, "l": ctypes.c_long, "i": ctypes.c_int, "f": ctypes.c_float}
@@ -303,6 +311,63 @@ def pool(x: torch.Tensor) -> torch.Tensor:
     out = _empty(channels, (height + 1) // 2, (width + 1) // 2, x.dtype)
     _call("pool", x.dtype, x, height, width, channels, out)
     return out
+
+
+WINOGRAD = torch.tensor(
+    [
+        [1 / 4, 0, 0],
+        [-1 / 6, -1 / 6, -1 / 6],
+        [-1 / 6, 1 / 6, -1 / 6],
+        [1 / 24, 1 / 12, 1 / 6],
+        [1 / 24, -1 / 12, 1 / 6],
+        [0, 0, 1],
+    ],
+    dtype=torch.float64,
+)
+"""G of F(4x4, 3x3): transforms a side of a kernel."""
+
+
+class WinogradConv(NamedTuple):
+    """A 3x3 convolution, padded by one, in a quarter of the products: see `winograd.cpp`."""
+
+    weight: torch.Tensor
+    """(36, panels, C_in, columns): transformed, in the order that the kernel reads."""
+    outputs: int
+    """C_out."""
+
+    @classmethod
+    def fits(cls, weight: torch.Tensor) -> bool:
+        """Whether there is a kernel for (C_out, C_in, k, k)."""
+        lanes = _call("winograd_lanes", None)
+        return weight.shape[2:] == (3, 3) and not any(c % lanes for c in weight.shape[:2])
+
+    @classmethod
+    def of(cls, weight: torch.Tensor) -> WinogradConv:
+        """From (C_out, C_in, 3, 3)."""
+        outputs, inputs = weight.shape[:2]
+        transformed = torch.einsum("ia,ocab,jb->ijco", WINOGRAD, weight.double(), WINOGRAD).float()
+        columns = _call("winograd_columns", None, outputs)
+        panels = transformed.reshape(36, inputs, -1, columns).transpose(1, 2).contiguous()
+        return cls(panels, outputs)
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        relu: bool = False,
+        plus: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """(1, C_in, h, w) fp32 -> (1, C_out, h, w); bias, sum and ReLU as in `fused.Conv`."""
+        x = _last(x)
+        _, inputs, height, width = x.shape
+        out = _empty(self.outputs, height, width, torch.float32)
+        plus = None if plus is None else _last(plus)
+        _call(
+            "winograd_convolution",
+            None,
+            *(x, height, width, inputs, self.weight, self.outputs, bias, plus, relu, out),
+        )
+        return out
 
 
 def statistics(x: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,180 @@
+// 3x3 convolutions by minimal filtering, F(4x4, 3x3) (Lavin and Gray, arXiv 1509.09308): a tile of
+// 4x4 results takes 36 products of a pixel's channels with the weights in place of 144.
+//
+// The input's tiles of 6x6, which overlap by two, are transformed; each of the 36 places of a tile
+// is then a matrix product of its own over many tiles; their results are transformed back. A thread
+// takes a block of tiles through all three, so that what lies between stays in its cache.
+// Maps are (rows, columns, channels) of floats.
+
+#include <omp.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "lanes.h"
+
+namespace {
+
+constexpr int TILE = 4;
+constexpr int PATCH = TILE + 2;
+
+// Rows or columns of a patch to those of its transform: B^T d.
+inline void transform_input(const Lanes d[PATCH], Lanes out[PATCH]) {
+  const Lanes even = d[4] - 4.0f * d[2], odd = d[3] - 4.0f * d[1];
+  const Lanes near = d[4] - d[2], far = 2.0f * (d[3] - d[1]);
+  out[0] = 4.0f * d[0] - 5.0f * d[2] + d[4];
+  out[1] = even + odd;
+  out[2] = even - odd;
+  out[3] = near + far;
+  out[4] = near - far;
+  out[5] = 4.0f * d[1] - 5.0f * d[3] + d[5];
+}
+
+// And back to a tile's rows or columns: A^T m.
+inline void transform_output(const Lanes m[PATCH], Lanes out[TILE]) {
+  const Lanes sum = m[1] + m[2], difference = m[1] - m[2];
+  const Lanes sum2 = m[3] + m[4], difference2 = m[3] - m[4];
+  out[0] = m[0] + sum + sum2;
+  out[1] = difference + 2.0f * difference2;
+  out[2] = sum + 4.0f * sum2;
+  out[3] = difference + 8.0f * difference2 + m[5];
+}
+
+// Register blocks of the matrix product: ROWS tiles by VECTORS of their results.
+constexpr int ROWS = LANES == 16 ? 12 : 6;
+constexpr int BLOCK = 48;  // tiles, a multiple of ROWS
+
+// Floats from one place's block to the next: not a power of two, which the cache would hold badly.
+inline long pitch(int channels) { return long(BLOCK) * channels + 16; }
+
+struct Map {
+  int height, width, channels;
+
+  int across() const { return (width + TILE - 1) / TILE; }
+  long tiles() const { return long(across()) * ((height + TILE - 1) / TILE); }
+  long at(int row, int column) const { return (long(row) * width + column) * channels; }
+};
+
+// Patches of tiles `first` to `first + count` -> (36, BLOCK, channels).
+void to_places(const float *x, Map map, long first, int count, const float *nothing, float *out) {
+  for (int n = 0; n < count; n++) {
+    const int top = int((first + n) / map.across()) * TILE - 1;
+    const int left = int((first + n) % map.across()) * TILE - 1;
+    const float *pixel[PATCH][PATCH];
+    for (int i = 0; i < PATCH; i++)
+      for (int j = 0; j < PATCH; j++) {
+        const int row = top + i, column = left + j;
+        const bool inside = row >= 0 && row < map.height && column >= 0 && column < map.width;
+        pixel[i][j] = inside ? x + map.at(row, column) : nothing;
+      }
+    for (int c = 0; c < map.channels; c += LANES) {
+      Lanes columns[PATCH][PATCH];
+      for (int j = 0; j < PATCH; j++) {
+        Lanes d[PATCH];
+        for (int i = 0; i < PATCH; i++) d[i] = load<Lanes>(pixel[i][j] + c);
+        transform_input(d, columns[j]);
+      }
+      for (int i = 0; i < PATCH; i++) {
+        Lanes d[PATCH], v[PATCH];
+        for (int j = 0; j < PATCH; j++) d[j] = columns[j][i];
+        transform_input(d, v);
+        for (int j = 0; j < PATCH; j++)
+          store(out + (i * PATCH + j) * pitch(map.channels) + long(n) * map.channels + c, v[j]);
+      }
+    }
+  }
+}
+
+// (count, inputs) times (inputs, VECTORS * LANES) -> as many columns of (count, outputs).
+template <int VECTORS>
+void multiply(const float *a, int count, int inputs, const float *weight, float *out, int outputs) {
+  for (int row = 0; row < count; row += ROWS) {
+    const float *from = a + long(row) * inputs;
+    Lanes sum[ROWS][VECTORS] = {};
+    for (int k = 0; k < inputs; k++) {
+      Lanes w[VECTORS];
+      for (int v = 0; v < VECTORS; v++)
+        w[v] = load<Lanes>(weight + (k * VECTORS + v) * LANES);
+      for (int r = 0; r < ROWS; r++)
+        for (int v = 0; v < VECTORS; v++) sum[r][v] += from[r * inputs + k] * w[v];
+    }
+    for (int r = 0; r < ROWS; r++)
+      for (int v = 0; v < VECTORS; v++)
+        store(out + long(row + r) * outputs + v * LANES, sum[r][v]);
+  }
+}
+
+// What follows the convolution: a bias and a map to be added (null for none), and ReLU.
+struct After {
+  const float *bias, *plus;
+  bool relu;
+};
+
+// (36, BLOCK, channels) -> tiles of a map.
+void from_places(const float *products, Map map, long first, int count, After after, float *out) {
+  for (int n = 0; n < count; n++) {
+    const int top = int((first + n) / map.across()) * TILE;
+    const int left = int((first + n) % map.across()) * TILE;
+    const int rows = std::min(TILE, map.height - top), columns = std::min(TILE, map.width - left);
+    for (int c = 0; c < map.channels; c += LANES) {
+      Lanes half[PATCH][TILE];
+      for (int j = 0; j < PATCH; j++) {
+        Lanes m[PATCH];
+        for (int i = 0; i < PATCH; i++)
+          m[i] = load<Lanes>(products + (i * PATCH + j) * pitch(map.channels) + long(n) * map.channels + c);
+        transform_output(m, half[j]);
+      }
+      const Lanes bias = after.bias ? load<Lanes>(after.bias + c) : Lanes{};
+      for (int i = 0; i < rows; i++) {
+        Lanes m[PATCH], y[TILE];
+        for (int j = 0; j < PATCH; j++) m[j] = half[j][i];
+        transform_output(m, y);
+        for (int j = 0; j < columns; j++) {
+          const long place = map.at(top + i, left + j) + c;
+          Lanes value = y[j] + bias;
+          if (after.plus) value += load<Lanes>(after.plus + place);
+          if (after.relu) value = value > 0.0f ? value : Lanes{};
+          store(out + place, value);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+// Floats of a vector: channels are multiples of it.
+int winograd_lanes() { return LANES; }
+
+// Columns of results that a panel of weights holds; they are (36, panels, inputs, columns).
+int winograd_columns(int outputs) { return outputs % (2 * LANES) ? LANES : 2 * LANES; }
+
+void winograd_convolution(const float *x, int height, int width, int inputs, const float *weight,
+                          int outputs, const float *bias, const float *plus, int relu, float *out,
+                          int threads) {
+  const Map from{height, width, inputs}, to{height, width, outputs};
+  const int columns = winograd_columns(outputs);
+  const auto product = columns == LANES ? multiply<1> : multiply<2>;
+  const long tiles = from.tiles();
+#pragma omp parallel num_threads(threads)
+  {
+    const std::vector<float> nothing(inputs);
+    std::vector<float> places(PATCH * PATCH * pitch(inputs));
+    std::vector<float> products(PATCH * PATCH * pitch(outputs));
+    const int thread = omp_get_thread_num(), all = omp_get_num_threads();
+    const long end = tiles * (thread + 1) / all;
+    for (long first = tiles * thread / all; first < end; first += BLOCK) {
+      const int count = int(std::min<long>(BLOCK, end - first));
+      to_places(x, from, first, count, nothing.data(), places.data());
+      for (int place = 0; place < PATCH * PATCH; place++)
+        for (int column = 0; column < outputs; column += columns)
+          product(places.data() + place * pitch(inputs), count, inputs,
+                  weight + (long(place) * outputs + column) * inputs,
+                  products.data() + place * pitch(outputs) + column, outputs);
+      from_places(products.data(), to, first, count, After{bias, plus, bool(relu)}, out);
+    }
+  }
+}
+}
