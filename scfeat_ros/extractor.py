@@ -17,7 +17,7 @@ from scfeat_ros.acceleration import Network, choose
 from scfeat_ros.errors import ScfeatError
 from scfeat_ros.features import Features
 from scfeat_ros.model import native
-from scfeat_ros.model.sampling import sample_few
+from scfeat_ros.model.sampling import block_means, sample_few, sample_pooled
 from scfeat_ros.model.scfeat import DESCRIPTOR_STRIDE, SCFeat, load_model
 from scfeat_ros.onnx_export import OnnxSCFeat
 from scfeat_ros.parameters import ExtractorOptions, validate
@@ -196,8 +196,13 @@ class Extractor:
     ) -> Features:
         """Keypoints of an image of `size` that was shrunk to `working`, with descriptors."""
         points, scores = selected
-        sample = native.sample if self.network.compiled else sample_few
-        sampled = sample(feature_map, points, DESCRIPTOR_STRIDE)
+        kernels = (sample_few, block_means)
+        if self.network.compiled:
+            kernels = (native.sample, native.block_means)
+        if self.options.descriptor_sampling == "pooled":
+            sampled = sample_pooled(feature_map, points, DESCRIPTOR_STRIDE, *kernels)
+        else:
+            sampled = kernels[0](feature_map, points, DESCRIPTOR_STRIDE)
         normalize = l2_normalize if self.options.descriptor_norm == "l2" else fusion_normalize
         # working pixel x covers [x - 0.5, x + 0.5]; the same holds in the original
         scale = points.new_tensor([size[0] / working[0], size[1] / working[1]])

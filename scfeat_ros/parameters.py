@@ -83,6 +83,12 @@ class ExtractorOptions:
         "'bridge', after it",
         choices=("backbone", "bridge"),
     )
+    descriptor_sampling: str = option(
+        "pooled",
+        "how descriptors are sampled: 'pooled', the map close to the keypoint and the mean of its "
+        "surroundings, or 'bilinear', the paper's way (Eq. 23), with which fewer matches are right",
+        choices=("pooled", "bilinear"),
+    )
     descriptor_norm: str = option(
         "l2",
         "'l2' (paper Eq. 22) or 'fusion', the paper's ablation of Eq. 25",

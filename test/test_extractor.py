@@ -193,7 +193,8 @@ def test_descriptor_options_change_descriptors_but_not_keypoints(make):
     bridge = make(descriptor_source="bridge")(image)
     check_invariants(bridge, (200, 160), plain.descriptors.shape[1])
     fusion = make(descriptor_norm="fusion")(image)
-    for other in (bridge, fusion):
+    bilinear = make(descriptor_sampling="bilinear")(image)
+    for other in (bridge, fusion, bilinear):
         np.testing.assert_array_equal(other.keypoints, plain.keypoints)
         assert np.abs(other.descriptors - plain.descriptors).max() > 1e-2
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from scfeat_ros.model import kernels, native
 from scfeat_ros.model.fused import Conv, FusedSCFeat, taps
-from scfeat_ros.model.sampling import sample_few
+from scfeat_ros.model.sampling import block_means, sample_few
 from scfeat_ros.model.scfeat import CONFIGS, SCFeat, SCFeatConfig
 
 SMALL = SCFeatConfig("small", "resnet10", (64, 32), 32, (8, 8, 8))
@@ -205,11 +205,15 @@ def test_head_at_the_resolution_of_the_image(size, channels, kernel):
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
 def test_samples_at_points(dtype, layout):
     torch.manual_seed(0)
-    maps = torch.randn(1, 24, 5, 7).to(dtype).contiguous(memory_format=layout)
-    points = torch.rand(50, 2) * torch.tensor([40.0, 30.0]) - 5  # some lie outside
+    maps = torch.randn(1, 24, 9, 18).to(dtype).contiguous(memory_format=layout)
+    points = torch.rand(50, 2) * torch.tensor([82.0, 46.0]) - 5  # some lie outside
     for part in (maps[0], maps[0, 4:20]):
-        expected = sample_few(part, points)
-        torch.testing.assert_close(native.sample(part, points), expected, atol=1e-5, rtol=1e-5)
+        for smooth in (False, True):
+            expected = sample_few(part, points, smooth=smooth)
+            found = native.sample(part, points, smooth=smooth)
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        found = native.block_means(part)
+        torch.testing.assert_close(found, block_means(part.float()), atol=1e-5, rtol=1e-5)
     assert native.sample(maps[0], points[:0]).shape == (0, 24)
 
 

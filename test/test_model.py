@@ -14,7 +14,7 @@ from scfeat_ros.model.backbone import ConvBlock, F2RBackbone
 from scfeat_ros.model.cross_norm import CrossNorm
 from scfeat_ros.model.detector import Detector, peakiness
 from scfeat_ros.model.resnet import ResNetEncoder
-from scfeat_ros.model.sampling import sample, sample_few, upsample
+from scfeat_ros.model.sampling import sample, sample_few, sample_pooled, upsample
 from scfeat_ros.model.scfeat import CONFIGS, SCFeat, load_model, read_metadata, save_model
 
 
@@ -108,6 +108,47 @@ def test_sampling_agrees_with_upsampling_at_pixel_centres():
     large = upsample(maps, 4)[0]
     for value, (x, y) in zip(values, points[0].long(), strict=True):
         torch.testing.assert_close(value, large[:, y, x])
+
+
+def b_spline(distance):
+    """Cubic B-spline, by its two polynomials."""
+    d = abs(distance)
+    if d < 1:
+        return 2 / 3 - d**2 + d**3 / 2
+    return (2 - d) ** 3 / 6 if d < 2 else 0.0
+
+
+def spline_sample(maps, x, y):
+    """(C, H, W) at x, y on the map, weighted by cubic B-splines; the border repeats."""
+    _, height, width = maps.shape
+    total = 0.0
+    for row in range(math.floor(y) - 3, math.floor(y) + 5):
+        for column in range(math.floor(x) - 3, math.floor(x) + 5):
+            value = maps[:, min(max(row, 0), height - 1), min(max(column, 0), width - 1)]
+            total = total + value * b_spline(row - y) * b_spline(column - x)
+    return total
+
+
+def test_pooled_samples_are_splines_of_cells_and_of_blocks():
+    maps = np.random.default_rng(0).random((3, 20, 28)).astype(np.float32)
+    blocks = np.stack(
+        [
+            [maps[:, r : r + 8, c : c + 8].mean(axis=(1, 2)) for c in range(0, 28, 8)]
+            for r in range(0, 20, 8)
+        ]
+    ).transpose(2, 0, 1)
+    points = np.array([[0.0, 0.0], [50.3, 41.7], [111.0, 79.0], [30.0, 62.5]], np.float32)
+    found = sample_pooled(torch.from_numpy(maps), torch.from_numpy(points))
+    for value, (x, y) in zip(found, points, strict=True):
+        expected = spline_sample(maps, (x + 0.5) / 4 - 0.5, (y + 0.5) / 4 - 0.5)
+        expected = expected + spline_sample(blocks, (x + 0.5) / 32 - 0.5, (y + 0.5) / 32 - 0.5)
+        np.testing.assert_allclose(numpy(value), expected, atol=1e-5)
+
+
+def test_pooled_samples_change_little_where_the_cell_changes():
+    maps = torch.rand(4, 20, 28)
+    before, after = sample_pooled(maps, torch.tensor([[49.4999, 40.0], [49.5001, 40.0]]))
+    torch.testing.assert_close(before, after, atol=1e-3, rtol=0)
 
 
 def test_conv_block_is_upsampling_convolution_group_norm_elu():

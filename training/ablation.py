@@ -19,6 +19,7 @@ from scfeat_training.validation import NEAR, held_out_pairs
 THRESHOLDS = range(1, 11)
 VARIANTS = {
     "": {},
+    "bilinear samples (Eq. 23)": {"descriptor_sampling": "bilinear"},
     "w/o pruning (descriptors after the bridge)": {"descriptor_source": "bridge"},
     "fusion normalization (Eq. 25)": {"descriptor_norm": "fusion"},
 }

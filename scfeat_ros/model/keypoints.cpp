@@ -5,6 +5,7 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <vector>
@@ -31,28 +32,65 @@ bool any_neighbour(int y, int x, int radius, int height, int width, Test test) {
   return false;
 }
 
-// Bilinear samples of a channels-last map whose pixels lie `pitch` apart.
+// The four cells about a position along an axis, and their weights: linear, or a cubic B-spline's.
+// The border repeats.
+struct Cells {
+  int at[4];
+  float weight[4];
+
+  Cells(float position, int size, bool smooth) {
+    const float first = std::floor(position) - 1;
+    for (int k = 0; k < 4; k++) {
+      const float distance = std::fabs(first + k - position);
+      const float outer = std::max(2 - distance, 0.0f), inner = std::max(1 - distance, 0.0f);
+      weight[k] = smooth ? (outer * outer * outer - 4 * inner * inner * inner) / 6 : inner;
+      at[k] = std::clamp(int(first) + k, 0, size - 1);
+    }
+  }
+};
+
+// Samples of a channels-last map whose pixels lie `pitch` apart: bilinear, or smooth.
 template <typename T>
 void sample(const T *map, int height, int width, int channels, long pitch, const float *points,
-            long count, int stride, float *out, int threads) {
+            long count, int stride, bool smooth, float *out, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (long i = 0; i < count; i++) {
-    const float x = std::clamp((points[2 * i] + 0.5f) / stride - 0.5f, 0.0f, width - 1.0f);
-    const float y = std::clamp((points[2 * i + 1] + 0.5f) / stride - 0.5f, 0.0f, height - 1.0f);
-    const int left = int(x), top = int(y);
-    const int right = std::min(left + 1, width - 1), bottom = std::min(top + 1, height - 1);
-    const float h = x - left, v = y - top;
-    const float weight[4] = {(1 - v) * (1 - h), (1 - v) * h, v * (1 - h), v * h};
-    const T *a = map + (long(top) * width + left) * pitch;
-    const T *b = map + (long(top) * width + right) * pitch;
-    const T *c = map + (long(bottom) * width + left) * pitch;
-    const T *d = map + (long(bottom) * width + right) * pitch;
+    const Cells columns((points[2 * i] + 0.5f) / stride - 0.5f, width, smooth);
+    const Cells rows((points[2 * i + 1] + 0.5f) / stride - 0.5f, height, smooth);
     float *__restrict to = out + i * channels;
+    std::fill_n(to, channels, 0.0f);
+    for (int r = 0; r < 4; r++)
+      for (int c = 0; c < 4; c++) {
+        const float weight = rows.weight[r] * columns.weight[c];
+        if (weight == 0) continue;
+        const T *cell = map + (long(rows.at[r]) * width + columns.at[c]) * pitch;
 #pragma omp simd
-    for (int k = 0; k < channels; k++)
-      to[k] = weight[0] * read(a[k]) + weight[1] * read(b[k]) + weight[2] * read(c[k]) +
-              weight[3] * read(d[k]);
+        for (int k = 0; k < channels; k++) to[k] += weight * read(cell[k]);
+      }
   }
+}
+
+// (height, width, channels) with pixels `pitch` apart -> means of blocks of side x side cells; those
+// at the edge may be smaller.
+template <typename T>
+void block_means(const T *map, int height, int width, int channels, long pitch, int side,
+                 float *out, int threads) {
+  const int down = (height + side - 1) / side, across = (width + side - 1) / side;
+#pragma omp parallel for num_threads(threads) schedule(static) collapse(2)
+  for (int r = 0; r < down; r++)
+    for (int c = 0; c < across; c++) {
+      const int bottom = std::min((r + 1) * side, height), right = std::min((c + 1) * side, width);
+      float *__restrict to = out + (long(r) * across + c) * channels;
+      std::fill_n(to, channels, 0.0f);
+      for (int y = r * side; y < bottom; y++)
+        for (int x = c * side; x < right; x++) {
+          const T *cell = map + (long(y) * width + x) * pitch;
+#pragma omp simd
+          for (int k = 0; k < channels; k++) to[k] += read(cell[k]);
+        }
+      const float share = 1.0f / ((bottom - r * side) * (right - c * side));
+      for (int k = 0; k < channels; k++) to[k] *= share;
+    }
 }
 
 }  // namespace
@@ -134,13 +172,17 @@ void subpixel_points(const float *scores, int height, int width, const int64_t *
   }
 }
 
-void sample_float(const float *map, int height, int width, int channels, long pitch,
-                  const float *points, long count, int stride, float *out, int threads) {
-  sample(map, height, width, channels, pitch, points, count, stride, out, threads);
-}
+#define EXPORT(T)                                                                                  \
+  void sample_##T(const T *map, int height, int width, int channels, long pitch,                   \
+                  const float *points, long count, int stride, int smooth, float *out,             \
+                  int threads) {                                                                   \
+    sample(map, height, width, channels, pitch, points, count, stride, smooth, out, threads);      \
+  }                                                                                                \
+  void block_means_##T(const T *map, int height, int width, int channels, long pitch, int side,    \
+                       float *out, int threads) {                                                  \
+    block_means(map, height, width, channels, pitch, side, out, threads);                          \
+  }
 
-void sample_bfloat16(const bfloat16 *map, int height, int width, int channels, long pitch,
-                     const float *points, long count, int stride, float *out, int threads) {
-  sample(map, height, width, channels, pitch, points, count, stride, out, threads);
-}
+EXPORT(float)
+EXPORT(bfloat16)
 }

@@ -28,6 +28,7 @@ import numpy as np
 import torch
 
 from scfeat_ros.model.kernels import Image, Maps, Norm
+from scfeat_ros.model.sampling import POOL
 
 if TYPE_CHECKING:
     from scfeat_ros.model.fused import Conv
@@ -213,7 +214,8 @@ ARGUMENTS = {
     "score": "pffppiiii",
     "local_maxima": "piiifiplppi",
     "subpixel_points": "piiplp",
-    "sample": "piiilplipi",
+    "sample": "piiilpliipi",
+    "block_means": "piiilipi",
     "winograd_lanes": "",
     "winograd_columns": "i",
     "winograd_convolution": "piiipippipi",
@@ -593,21 +595,42 @@ def subpixel_points(scores: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     return points
 
 
-def sample(feature_map: torch.Tensor, points: torch.Tensor, stride: int = 4) -> torch.Tensor:
+def sample(
+    feature_map: torch.Tensor, points: torch.Tensor, stride: int = 4, smooth: bool = False
+) -> torch.Tensor:
     """As `sampling.sample_few`."""
+    feature_map, pitch = _pixels(feature_map)
     channels, height, width = feature_map.shape
-    pitch = feature_map.stride(2)
-    if feature_map.stride() != (1, pitch * width, pitch):
-        feature_map = feature_map.permute(1, 2, 0).contiguous().permute(2, 0, 1)
-        pitch = channels
     out = torch.empty((len(points), channels))
     _call(
         "sample",
         feature_map.dtype,
         *(feature_map, height, width, channels, pitch),
-        *(points.contiguous(), len(points), stride, out),
+        *(points.contiguous(), len(points), stride, smooth, out),
     )
     return out
+
+
+def block_means(feature_map: torch.Tensor) -> torch.Tensor:
+    """As `sampling.block_means`, in fp32."""
+    feature_map, pitch = _pixels(feature_map)
+    channels, height, width = feature_map.shape
+    out = _empty(channels, -(-height // POOL), -(-width // POOL), torch.float32)
+    _call(
+        "block_means",
+        feature_map.dtype,
+        *(feature_map, height, width, channels, pitch, POOL, out),
+    )
+    return out[0]
+
+
+def _pixels(feature_map: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """A (C, h, w) map whose channels lie beside each other, and how far apart its pixels lie."""
+    channels, _, width = feature_map.shape
+    pitch = feature_map.stride(2)
+    if feature_map.stride() == (1, pitch * width, pitch):
+        return feature_map, pitch
+    return feature_map.permute(1, 2, 0).contiguous().permute(2, 0, 1), channels
 
 
 class Nearest(NamedTuple):

@@ -7,6 +7,8 @@ cells of s x s pixels, so image position x lies at (x + 0.5) / s - 0.5 on the ma
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -33,30 +35,75 @@ def sample(feature_map: torch.Tensor, points: torch.Tensor, stride: int = 4) -> 
     return samples[..., 0].transpose(1, 2)
 
 
-def sample_few(feature_map: torch.Tensor, points: torch.Tensor, stride: int = 4) -> torch.Tensor:
+def sample_few(
+    feature_map: torch.Tensor, points: torch.Tensor, stride: int = 4, smooth: bool = False
+) -> torch.Tensor:
     """As `sample` for one image, in fp32, converting only the cells around the points.
 
     Args:
         feature_map: (C, h, w) in any precision.
         points: (N, 2) float32.
         stride: image pixels per cell of the map.
+        smooth: weigh the 4x4 cells around a point by a cubic B-spline, in place of bilinear
+            weights of 2x2 cells.
 
     Returns:
         (N, C) float32.
     """
     _, height, width = feature_map.shape
-    cells = feature_map.permute(1, 2, 0).flatten(0, 1)
     x, y = ((points + 0.5) / stride - 0.5).unbind(dim=1)
-    x, y = x.clamp(0, width - 1), y.clamp(0, height - 1)
-    left, top = x.floor(), y.floor()
-    columns = torch.stack([left, (left + 1).clamp_max(width - 1)])
-    rows = torch.stack([top, (top + 1).clamp_max(height - 1)])
-    horizontal, vertical = (
-        torch.stack([left + 1 - x, x - left]),
-        torch.stack([top + 1 - y, y - top]),
-    )
-    corners = cells[(rows[:, None] * width + columns[None]).long()].float()  # (2, 2, N, C)
-    return ((vertical[:, None] * horizontal[None])[..., None] * corners).sum(dim=(0, 1))
+    columns, horizontal = _cells(x, width, smooth)
+    rows, vertical = _cells(y, height, smooth)
+    places = (rows[:, :, None] * width + columns[:, None, :]).flatten(1)
+    weights = (vertical[:, :, None] * horizontal[:, None, :]).flatten(1)
+    cells = feature_map.permute(1, 2, 0).flatten(0, 1)[places].float()  # (N, 16, C)
+    return torch.bmm(weights[:, None], cells)[:, 0]
+
+
+def _cells(position: torch.Tensor, size: int, smooth: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """(N, 4) cells about each position along an axis, and their weights; the border repeats."""
+    cells = position.floor()[:, None] + torch.arange(-1, 3, device=position.device)
+    distance = (cells - position[:, None]).abs()
+    outer = (2 - distance).clamp_min(0)
+    inner = (1 - distance).clamp_min(0)
+    weights = (outer**3 - 4 * inner**3) / 6 if smooth else inner
+    return cells.clamp(0, size - 1).long(), weights
+
+
+POOL = 8
+"""Side of the blocks of cells whose means `sample_pooled` takes for a point's surroundings."""
+
+
+def block_means(feature_map: torch.Tensor) -> torch.Tensor:
+    """(C, h, w) -> means of blocks of `POOL` x `POOL` cells, those at the edge may be smaller."""
+    return F.avg_pool2d(feature_map[None], POOL, ceil_mode=True, count_include_pad=False)[0]
+
+
+def sample_pooled(
+    feature_map: torch.Tensor,
+    points: torch.Tensor,
+    stride: int = 4,
+    sample: Callable[..., torch.Tensor] = sample_few,
+    block_means: Callable[[torch.Tensor], torch.Tensor] = block_means,
+) -> torch.Tensor:
+    """A map close to each point, plus the mean of its surroundings.
+
+    A descriptor that has its surroundings in it is taken less often for another one that looks
+    alike, and changes less with the keypoint's place in its cell: more of the matches are right
+    than with bilinear samples. Both parts are weighted by cubic B-splines; at a stride of 4 they
+    reach over 2.3 and 21 px (standard deviations).
+
+    Args:
+        feature_map: (C, h, w).
+        points: (N, 2) float32.
+        stride: image pixels per cell of the map.
+        sample, block_means: the functions of these names here, or others like them.
+
+    Returns:
+        (N, C) float32.
+    """
+    near = sample(feature_map, points, stride, smooth=True)
+    return near + sample(block_means(feature_map), points, POOL * stride, smooth=True)
 
 
 def upsample(x: torch.Tensor, factor: int) -> torch.Tensor:
