@@ -352,7 +352,11 @@ def count_gflop(extractor: Extractor, size: tuple[int, int]) -> float:
 
     def count(module: torch.nn.Module, _: object, output: torch.Tensor) -> None:
         nonlocal total
-        total += 2 * module.weight.numel() * output.shape[-2] * output.shape[-1]
+        height, width = output.shape[-2:]
+        if isinstance(module, Conv):
+            total += 2 * module.products(height, width)
+        else:
+            total += 2 * module.weight.numel() * height * width
 
     kinds = (torch.nn.Conv2d, Conv)
     shown = getattr(network, "kernels", None)

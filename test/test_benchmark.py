@@ -11,6 +11,7 @@ from test_fused import needs_compiler
 from scfeat_ros import benchmark
 from scfeat_ros.benchmark import count_gflop, main
 from scfeat_ros.extractor import Extractor
+from scfeat_ros.model.fused import Conv
 from scfeat_ros.model.scfeat import CONFIGS, SCFeat
 
 SMALL = ["--sizes", "128x96", "--top-k", "100", "--rounds", "2", "--warm-up", "1"]
@@ -54,21 +55,22 @@ def test_arithmetic_is_counted_as_it_is_run(report):
     # the first layer alone: 7 x 7 x 3 x 64 multiply-adds at half the resolution
     stem = 2 * 7 * 7 * 3 * 64 * 64 * 48 / 1e9
     assert plain["gflop"] > stem
-    # convolutions of upsampled maps are 1x1 in scfeat-s, and computed before the upsampling by both
-    assert math.isclose(plain["gflop"], fast["gflop"], rel_tol=1e-3)
+    assert fast["gflop"] < plain["gflop"]
     peak = report["measured_peaks"]["cpu fp32"]
     share = plain["gflop"] / (plain["median_ms"] / 1e3) / peak
     assert math.isclose(plain["share_of_peak"], share)
 
 
 @needs_compiler
-def test_fast_network_needs_less_arithmetic_where_kernels_follow_an_upsampling():
-    model = SCFeat(replace(CONFIGS["scfeat-s"], upsampled_kernel=3))
-    fast, plain = (
-        count_gflop(Extractor(model, "cpu", precision="fp32", compile=compile), (128, 96))
-        for compile in ("on", "off")
-    )
-    assert 1.3 < plain / fast < 1.5
+def test_fast_network_needs_less_arithmetic_where_kernels_follow_an_upsampling(monkeypatch):
+    monkeypatch.setattr(Conv, "use_winograd", lambda conv: None)
+    for kernel, low, high in ((1, 0.999, 1.001), (3, 1.3, 1.5)):
+        model = SCFeat(replace(CONFIGS["scfeat-s"], upsampled_kernel=kernel))
+        fast, plain = (
+            count_gflop(Extractor(model, "cpu", precision="fp32", compile=compile), (128, 96))
+            for compile in ("on", "off")
+        )
+        assert low < plain / fast < high
 
 
 def test_table_names_paths_and_machine(capsys):

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import math
 import os
 import sys
 import time
@@ -120,7 +121,10 @@ def test_convolution_by_minimal_filtering(size, inputs, outputs, relu):
         expected = expected if b is None else expected + b[:, None, None] + p
         expected = (expected.relu() if relu else expected).float()
         conv = Conv(weight, b)
+        assert conv.products(*size) == 9 * inputs * outputs * size[0] * size[1]
         conv.use_winograd()
+        tiles = math.ceil(size[0] / 4) * math.ceil(size[1] / 4)
+        assert conv.products(*size) == 36 * inputs * outputs * tiles
         found = conv(x, relu, p)
         assert found.is_contiguous(memory_format=torch.channels_last)
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)

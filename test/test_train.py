@@ -265,9 +265,9 @@ def test_ablation_table(settings, data, tmp_path, capsys):
     assert main([*arguments, "--pairs", "2", "--size", "96", "64"]) == 0
     rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()]
     names = [row[0].strip() for row in rows[2:]]
-    assert names[0] == "ours" and names[3] == "again" and len(names) == 5
-    assert "pruning" in names[1] and "fusion" in names[2]
-    assert rows[2][1:] == rows[5][1:]
+    assert names[0] == "ours" and names[4] == "again" and len(names) == 6
+    assert "bilinear" in names[1] and "pruning" in names[2] and "fusion" in names[3]
+    assert rows[2][1:] == rows[6][1:]
     assert all(0 <= float(cell) <= 1 for row in rows[2:] for cell in row[1:5])
     assert main(["ablation", str(run), "--data", str(data)]) == 1
     assert "NAME=RUN" in capsys.readouterr().err

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from scfeat_ros.errors import InputError
-from scfeat_ros.model.sampling import sample
+from scfeat_ros.model.sampling import sample_pooled
 from scfeat_ros.model.scfeat import SCFeat
 from scfeat_training.config import TrainConfig
 from scfeat_training.correspondences import CorrespondencePairs, GeometryPairs, MixedPairs
@@ -340,7 +340,7 @@ class DetectorStage(Stage):
             draws = [
                 self._draw(
                     (scores[i], scores[pairs + i]),
-                    (maps[i : i + 1], maps[pairs + i : pairs + i + 1]),
+                    (maps[i], maps[pairs + i]),
                     batch["geometry"][i],
                     bool(batch["planar"][i]),
                     index // self.config.batch,
@@ -377,7 +377,7 @@ class DetectorStage(Stage):
                 score_map, options.cell, noise.to(score_map), options.sharpness
             )
             drawn.append(keypoints)
-            descriptors.append(F.normalize(sample(feature_map, keypoints.points[None])[0], dim=1))
+            descriptors.append(F.normalize(sample_pooled(feature_map, keypoints.points), dim=1))
         first, second = drawn
         with torch.no_grad():
             probability = match_probability(*descriptors, options.temperature)

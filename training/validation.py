@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from scfeat_ros.model.sampling import sample
+from scfeat_ros.model.sampling import sample_few, sample_pooled
 from scfeat_ros.model.scfeat import SCFeat
 from scfeat_ros.selection import is_local_maximum, subpixel_offsets
 from scfeat_training.datasets import (
@@ -89,7 +89,8 @@ class Validation:
             true place under a homography; line: share within `NEAR` px of the epipolar line
             of a posed pair; matches: mutual matches a pair; found: matches within 3 px a pair.
             Each at Shi-Tomasi corners for descriptors before (`corner`) and after (`bridged`)
-            the bridge, and with `detector` at the network's own keypoints (`own`).
+            the bridge, sampled bilinearly, and with `detector` at the network's own keypoints
+            with descriptors as the extractor's (`own`).
         """
         device = next(model.parameters()).device
         figures: dict[str, list[float]] = {}
@@ -103,17 +104,16 @@ class Validation:
             description = model.describe(batch)
             at_corners = [corners(image) for image in images]
             variants = [
-                ("corner", description.descriptors, at_corners),
-                ("bridged", description.bridged, at_corners),
+                ("corner", description.descriptors, at_corners, sample_few),
+                ("bridged", description.bridged, at_corners, sample_few),
             ]
             if detector:
                 scores = model.detect(batch, description)[:, 0].cpu()
                 own = [strongest(scores[i], keypoints) for i in range(2)]
-                variants.append(("own", description.descriptors, own))
-            for name, maps, points in variants:
+                variants.append(("own", description.descriptors, own, sample_pooled))
+            for name, maps, points, sample in variants:
                 found = [
-                    F.normalize(sample(maps[i : i + 1], points[i][None].to(device))[0], dim=1)
-                    for i in range(2)
+                    F.normalize(sample(maps[i], points[i].to(device)), dim=1) for i in range(2)
                 ]
                 first, second = mutual_matches(found[0].cpu(), found[1].cpu())
                 matched1 = points[0][first].double().numpy()

@@ -86,6 +86,12 @@ class Conv(nn.Module):
         if plain and native.WinogradConv.fits(self.weight):
             self._winograd = native.WinogradConv.of(self.weight)
 
+    def products(self, height: int, width: int) -> int:
+        """Multiplications for a result of a height and width."""
+        if self._winograd is not None:
+            return self._winograd.products(height, width)
+        return self.weight.numel() * height * width
+
     def forward(
         self, x: torch.Tensor, relu: bool = False, plus: torch.Tensor | None = None
     ) -> torch.Tensor:

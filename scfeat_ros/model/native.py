@@ -315,6 +315,8 @@ def pool(x: torch.Tensor) -> torch.Tensor:
     return out
 
 
+TILE = 4
+"""Side of a tile of a Winograd convolution's results, as in winograd.cpp."""
 WINOGRAD = torch.tensor(
     [
         [1 / 4, 0, 0],
@@ -351,6 +353,10 @@ class WinogradConv(NamedTuple):
         columns = _call("winograd_columns", None, outputs)
         panels = transformed.reshape(36, inputs, -1, columns).transpose(1, 2).contiguous()
         return cls(panels, outputs)
+
+    def products(self, height: int, width: int) -> int:
+        """Multiplications for a result of a height and width, without those of the transforms."""
+        return self.weight.numel() * -(-height // TILE) * -(-width // TILE)
 
     def __call__(
         self,
