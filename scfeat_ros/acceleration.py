@@ -206,10 +206,11 @@ def _compare(expected: SCFeatOutput, found: SCFeatOutput) -> str | None:
     again = (distance.amin(dim=1) <= 1.0).float().mean().item()
     if again < MIN_KEYPOINTS_FOUND:
         return f"it finds {again:.0%} of the keypoints of plain fp32 in the self-check's picture"
-    a, b = (sample(output.descriptors.float(), points[None])[0] for output in (expected, found))
-    cosine = F.cosine_similarity(a, b).median().item()
-    if cosine < MIN_COSINE:
-        return f"its descriptors have a median cosine similarity of {cosine:.4f} to plain fp32"
+    for field in ("bridged", "descriptors"):
+        a, b = (sample(getattr(o, field).float(), points[None])[0] for o in (expected, found))
+        cosine = F.cosine_similarity(a, b).median().item()
+        if cosine < MIN_COSINE:
+            return f"its descriptors have a median cosine similarity of {cosine:.4f} to plain fp32"
     return None
 
 

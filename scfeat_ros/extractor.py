@@ -168,9 +168,7 @@ class Extractor:
         else:
             tensor = preprocessing.on_device(images, new, self.device)
         output = self.network.run(tensor)
-        maps = (
-            output.descriptors if self.options.descriptor_source == "backbone" else output.bridged
-        )
+        maps = output.bridged if self.options.descriptor_source == "bridge" else output.descriptors
         width, height = new
         scores, pixels = output.scores[:, 0, :height, :width], tensor[:, :, :height, :width]
         features = []

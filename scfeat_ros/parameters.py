@@ -78,10 +78,10 @@ class ExtractorOptions:
         live=True,
     )
     descriptor_source: str = option(
-        "backbone",
-        "where descriptors are sampled: 'backbone', before the bridge (the paper's pruning), or "
-        "'bridge', after it",
-        choices=("backbone", "bridge"),
+        "bridge",
+        "where descriptors are sampled: 'bridge', after the cross normalization, or 'backbone', "
+        "before it (the paper's pruning), with which fewer matches are right",
+        choices=("bridge", "backbone"),
     )
     descriptor_sampling: str = option(
         "pooled",

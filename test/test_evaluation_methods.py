@@ -72,9 +72,9 @@ def test_scfeat_by_path_with_options(weights, image):
     assert sparse.extractor.options.score_threshold == 0.0
 
 
-def test_ablation_without_pruning_changes_descriptors_alone(weights, image):
-    plain, bridged = create_methods(f"{weights},{weights}:descriptor_source=bridge", 100)
-    a, b = plain.extract(image), bridged.extract(image)
+def test_ablation_with_pruning_changes_descriptors_alone(weights, image):
+    plain, pruned = create_methods(f"{weights},{weights}:descriptor_source=backbone", 100)
+    a, b = plain.extract(image), pruned.extract(image)
     assert np.array_equal(a.keypoints, b.keypoints)
     assert not np.allclose(a.descriptors, b.descriptors)
 

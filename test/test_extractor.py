@@ -190,11 +190,11 @@ def test_max_size_gives_keypoints_in_pixels_of_the_original(make):
 def test_descriptor_options_change_descriptors_but_not_keypoints(make):
     image = textured_image(200, 160)
     plain = make()(image)
-    bridge = make(descriptor_source="bridge")(image)
-    check_invariants(bridge, (200, 160), plain.descriptors.shape[1])
+    pruned = make(descriptor_source="backbone")(image)
+    check_invariants(pruned, (200, 160), plain.descriptors.shape[1])
     fusion = make(descriptor_norm="fusion")(image)
     bilinear = make(descriptor_sampling="bilinear")(image)
-    for other in (bridge, fusion, bilinear):
+    for other in (pruned, fusion, bilinear):
         np.testing.assert_array_equal(other.keypoints, plain.keypoints)
         assert np.abs(other.descriptors - plain.descriptors).max() > 1e-2
 

@@ -20,7 +20,7 @@ THRESHOLDS = range(1, 11)
 VARIANTS = {
     "": {},
     "bilinear samples (Eq. 23)": {"descriptor_sampling": "bilinear"},
-    "w/o pruning (descriptors after the bridge)": {"descriptor_source": "bridge"},
+    "with pruning (descriptors before the bridge)": {"descriptor_source": "backbone"},
     "fusion normalization (Eq. 25)": {"descriptor_norm": "fusion"},
 }
 """Options of the extractor that make the rows of one run."""

@@ -288,7 +288,7 @@ class DescriptorStage(Stage):
 
 
 class Detect(nn.Module):
-    """Images -> score map and D_desc; only the detector is differentiated."""
+    """Images -> score map and F_cn; only the detector is differentiated."""
 
     def __init__(self, model: SCFeat) -> None:
         super().__init__()
@@ -297,7 +297,7 @@ class Detect(nn.Module):
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         with torch.no_grad():
             description = self.model.describe(images)
-        return self.model.detect(images, description), description.descriptors
+        return self.model.detect(images, description), description.bridged
 
 
 class DetectorStage(Stage):

@@ -110,7 +110,7 @@ class Validation:
             if detector:
                 scores = model.detect(batch, description)[:, 0].cpu()
                 own = [strongest(scores[i], keypoints) for i in range(2)]
-                variants.append(("own", description.descriptors, own, sample_pooled))
+                variants.append(("own", description.bridged, own, sample_pooled))
             for name, maps, points, sample in variants:
                 found = [
                     F.normalize(sample(maps[i], points[i].to(device)), dim=1) for i in range(2)

@@ -64,9 +64,10 @@ class Description(NamedTuple):
     """What the description network knows of an image."""
 
     descriptors: torch.Tensor
-    """(B, D, H/4, W/4): D_desc, not normalized; descriptors for use are sampled here."""
+    """(B, D, H/4, W/4): D_desc, not normalized; the paper samples descriptors here."""
     bridged: torch.Tensor
-    """(B, D, H/4, W/4): F_cn, after the bridge; what the training loss and the detector read."""
+    """(B, D, H/4, W/4): F_cn, after the bridge; what the training loss and the detector read, and
+    where descriptors for use are sampled."""
     stem: torch.Tensor
     """(B, 64, H/4, W/4): F_0, the encoder's stem."""
 

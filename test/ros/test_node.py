@@ -218,7 +218,7 @@ def test_every_parameter_is_described_with_its_range(listening):
             f.metadata["maximum"],
         )
     [source] = listening.describe_parameters(["descriptor_source"])
-    assert "one of backbone, bridge" in source.additional_constraints
+    assert "one of bridge, backbone" in source.additional_constraints
 
 
 def test_live_parameters_act_on_the_next_image(listening):

@@ -224,8 +224,9 @@ class RootSIFT(SIFT):
 class SCFeatMethod(Method):
     """SCFeat: weights by name or path; options are those of `ExtractorOptions`.
 
-    `descriptor_source=bridge` is the paper's ablation without pruning, `descriptor_norm=fusion`
-    that of Eq. 25, `nms_radius=0` the one without non-maximum suppression.
+    `descriptor_source=backbone` and `descriptor_sampling=bilinear` are the paper's descriptors,
+    `descriptor_norm=fusion` its ablation of Eq. 25, `nms_radius=0` the one without non-maximum
+    suppression.
     """
 
     def __init__(
