@@ -260,14 +260,18 @@ def test_ablation_table(settings, data, tmp_path, capsys):
     plain, config = tmp_path / "plain", settings("detector", steps=1, cross_norm=False)
     main(["detector", "--config", str(config), "--run", str(plain), "--init", str(run)])
     capsys.readouterr()
+    weights = tmp_path / "model.safetensors"
+    export(run, weights)
     rows_of = [f"ours={run}", f"again={run}", f"w/o cross normalization={plain}"]
+    rows_of.append(f"exported={weights}")
     arguments = ["ablation", *rows_of, "--data", str(data)]
     assert main([*arguments, "--pairs", "2", "--size", "96", "64"]) == 0
     rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()]
     names = [row[0].strip() for row in rows[2:]]
-    assert names[0] == "ours" and names[4] == "again" and len(names) == 6
-    assert "bilinear" in names[1] and "pruning" in names[2] and "fusion" in names[3]
-    assert rows[2][1:] == rows[6][1:]
+    variants = ["ours, bilinear", "ours, with pruning", "ours, both", "ours, fusion"]
+    starts = ["ours", *variants, "again", "w/o cross normalization", "exported"]
+    assert [name.startswith(start) for name, start in zip(names, starts, strict=True)] == 8 * [True]
+    assert rows[2][1:] == rows[7][1:]
     assert all(0 <= float(cell) <= 1 for row in rows[2:] for cell in row[1:5])
     assert main(["ablation", str(run), "--data", str(data)]) == 1
     assert "NAME=RUN" in capsys.readouterr().err

@@ -10,6 +10,7 @@ import numpy as np
 from scfeat_ros.extractor import Extractor
 from scfeat_ros.features import Features
 from scfeat_ros.matcher import match
+from scfeat_ros.model.scfeat import SCFeat, available_models, load_model
 from scfeat_training.evaluation.metrics import mma_score
 from scfeat_training.geometry import epipolar_distance, transform_points
 from scfeat_training.scenes import Scene
@@ -21,6 +22,7 @@ VARIANTS = {
     "": {},
     "bilinear samples (Eq. 23)": {"descriptor_sampling": "bilinear"},
     "with pruning (descriptors before the bridge)": {"descriptor_source": "backbone"},
+    "both, as in the paper": {"descriptor_source": "backbone", "descriptor_sampling": "bilinear"},
     "fusion normalization (Eq. 25)": {"descriptor_norm": "fusion"},
 }
 """Options of the extractor that make the rows of one run."""
@@ -59,6 +61,12 @@ def measure(extractor: Extractor, pairs: Sequence[dict]) -> dict[str, float]:
     }
 
 
+def _network(run: str | Path) -> SCFeat:
+    if str(run) in available_models() or Path(run).suffix == ".safetensors":
+        return load_model(run)
+    return load_trained(run)[0]
+
+
 def _matched(first: Features, second: Features) -> tuple[np.ndarray, np.ndarray]:
     one, other = match(first, second).indices.T
     return first.keypoints[one].astype(float), second.keypoints[other].astype(float)
@@ -74,7 +82,7 @@ def table(
     """A Markdown table: every run, and the first one with every variant of the extractor.
 
     Args:
-        runs: name of a row: checkpoint or run's folder.
+        runs: name of a row: checkpoint, run's folder, or weights by name or file.
         scenes: held-out scenes.
         count: homography pairs, and as many posed pairs.
         size: (width, height) of the pairs.
@@ -85,7 +93,7 @@ def table(
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for number, (name, run) in enumerate(runs.items()):
-        model, _ = load_trained(run)
+        model = _network(run)
         for variant, options in VARIANTS.items():
             if variant and number:
                 continue

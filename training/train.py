@@ -63,7 +63,9 @@ def _parser() -> argparse.ArgumentParser:
             "--skip-bad", action="store_true", help="go on without images that cannot be used"
         )
     study = commands.add_parser("ablation", help="table of trained variants on held-out pairs")
-    study.add_argument("runs", nargs="+", metavar="NAME=RUN", help="row's name and run's folder")
+    study.add_argument(
+        "runs", nargs="+", metavar="NAME=RUN", help="row's name and run's folder, or weights"
+    )
     study.add_argument("--data", required=True, help="folder of scenes; the held-out ones count")
     study.add_argument("--pairs", type=int, default=50, help="pairs of each kind")
     study.add_argument("--size", type=int, nargs=2, default=[320, 240], metavar=("W", "H"))
