@@ -38,7 +38,7 @@ def sample(feature_map: torch.Tensor, points: torch.Tensor, stride: int = 4) -> 
 def sample_few(
     feature_map: torch.Tensor, points: torch.Tensor, stride: int = 4, smooth: bool = False
 ) -> torch.Tensor:
-    """As `sample` for one image, in fp32, converting only the cells around the points.
+    """As `sample` for one image, in fp32, and reading only the cells around the points.
 
     Args:
         feature_map: (C, h, w) in any precision.
@@ -56,8 +56,8 @@ def sample_few(
     rows, vertical = _cells(y, height, smooth)
     places = (rows[:, :, None] * width + columns[:, None, :]).flatten(1)
     weights = (vertical[:, :, None] * horizontal[:, None, :]).flatten(1)
-    cells = feature_map.permute(1, 2, 0).flatten(0, 1)[places].float()  # (N, 16, C)
-    return torch.bmm(weights[:, None], cells)[:, 0]
+    cells = feature_map.permute(1, 2, 0).float().contiguous().flatten(0, 1)
+    return F.embedding_bag(places, cells, per_sample_weights=weights, mode="sum")
 
 
 def _cells(position: torch.Tensor, size: int, smooth: bool) -> tuple[torch.Tensor, torch.Tensor]:
