@@ -136,8 +136,8 @@ def test_convolution_by_minimal_filtering(size, inputs, outputs, relu):
     [
         Conv(torch.randn(16, 16, 3, 3), stride=2),
         Conv(torch.randn(16, 16, 1, 1)),
-        Conv(torch.randn(16, 20, 3, 3)),
-        Conv(torch.randn(20, 16, 3, 3)),
+        Conv(torch.randn(16, 18, 3, 3)),
+        Conv(torch.randn(18, 16, 3, 3)),
         Conv(torch.randn(16, 16, 3, 3), dtype=torch.bfloat16),
     ],
     ids=["stride", "1x1", "inputs", "outputs", "bf16"],

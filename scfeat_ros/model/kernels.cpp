@@ -533,7 +533,7 @@ struct Window {
   }
 };
 
-constexpr int VECTORS = LANES == 16 ? 2 : 1;  // of sums for each channel in `convolve_row`
+constexpr int VECTORS = REGISTERS == 32 ? 2 : 1;  // of sums for each channel in `convolve_row`
 
 // 3x3 convolution of a window's middle row to few channels, added to the lines of `out`, `width`
 // apart; libraries leave most of the vector units idle here. Weights are (LINES, 3, 3, FEW).

@@ -5,10 +5,15 @@
 
 namespace {
 
-#ifdef __AVX512F__
-constexpr int LANES = 16;
+// Vectors that are wider than the registers would be kept in memory.
+#if defined(__AVX512F__)
+constexpr int LANES = 16, REGISTERS = 32;
+#elif defined(__AVX__)
+constexpr int LANES = 8, REGISTERS = 16;
+#elif defined(__aarch64__)
+constexpr int LANES = 4, REGISTERS = 32;
 #else
-constexpr int LANES = 8;
+constexpr int LANES = 4, REGISTERS = 16;
 #endif
 typedef float Lanes __attribute__((vector_size(LANES * sizeof(float))));
 

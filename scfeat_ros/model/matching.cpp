@@ -38,7 +38,7 @@ struct Matrix {
 class ByVectors {
  public:
   // the sums fill the registers
-  static constexpr int ROWS = LANES == 16 ? 8 : 4, VECTORS = LANES == 16 ? 3 : 2;
+  static constexpr int ROWS = REGISTERS == 32 ? 8 : 4, VECTORS = REGISTERS == 32 ? 3 : 2;
   static constexpr int COLUMNS = LANES * VECTORS;
 
   struct Thread {};  // nothing to be set up

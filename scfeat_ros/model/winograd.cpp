@@ -41,7 +41,7 @@ inline void transform_output(const Lanes m[PATCH], Lanes out[TILE]) {
 }
 
 // Register blocks of the matrix product: ROWS tiles by VECTORS of their results.
-constexpr int ROWS = LANES == 16 ? 12 : 6;
+constexpr int ROWS = LANES == 16 ? 12 : REGISTERS == 32 ? 8 : 6;
 constexpr int BLOCK = 48;  // tiles, a multiple of ROWS
 
 // Floats from one place's block to the next: not a power of two, which the cache would hold badly.
