@@ -194,13 +194,13 @@ class Extractor:
     ) -> Features:
         """Keypoints of an image of `size` that was shrunk to `working`, with descriptors."""
         points, scores = selected
-        kernels = (sample_few, block_means)
+        sample, means = sample_few, block_means
         if self.network.compiled:
-            kernels = (native.sample, native.block_means)
+            sample, means = native.sample, native.block_means
         if self.options.descriptor_sampling == "pooled":
-            sampled = sample_pooled(feature_map, points, DESCRIPTOR_STRIDE, *kernels)
+            sampled = sample_pooled(feature_map, points, DESCRIPTOR_STRIDE, sample, means)
         else:
-            sampled = kernels[0](feature_map, points, DESCRIPTOR_STRIDE)
+            sampled = sample(feature_map, points, DESCRIPTOR_STRIDE)
         normalize = l2_normalize if self.options.descriptor_norm == "l2" else fusion_normalize
         # working pixel x covers [x - 0.5, x + 0.5]; the same holds in the original
         scale = points.new_tensor([size[0] / working[0], size[1] / working[1]])

@@ -136,11 +136,12 @@ def test_convolution_by_minimal_filtering(size, inputs, outputs, relu):
     [
         Conv(torch.randn(16, 16, 3, 3), stride=2),
         Conv(torch.randn(16, 16, 1, 1)),
+        Conv(torch.randn(8, 8, 3, 3)),
         Conv(torch.randn(16, 18, 3, 3)),
         Conv(torch.randn(18, 16, 3, 3)),
         Conv(torch.randn(16, 16, 3, 3), dtype=torch.bfloat16),
     ],
-    ids=["stride", "1x1", "inputs", "outputs", "bf16"],
+    ids=["stride", "1x1", "few", "inputs", "outputs", "bf16"],
 )
 @torch.no_grad()
 def test_other_convolutions_stay_as_they_are(conv):

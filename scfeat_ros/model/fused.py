@@ -78,7 +78,7 @@ class Conv(nn.Module):
         self.padding = weight.shape[-1] // 2
         self._packed: dict[tuple[torch.Size, int], torch.Tensor] = {}
         self._winograd: native.WinogradConv | None = None
-        self.uses_onednn = _onednn_runs(dtype)
+        self._uses_onednn = _onednn_runs(dtype)
 
     def use_winograd(self) -> None:
         """Compute it in fewer products from now on, by a compiled kernel, where there is one."""
@@ -97,7 +97,7 @@ class Conv(nn.Module):
     ) -> torch.Tensor:
         if self._winograd is not None:
             return self._winograd(x, self.bias, relu, plus)
-        if x.device.type == "cpu" and self.uses_onednn:
+        if x.device.type == "cpu" and self._uses_onednn:
             return self._onednn(x, relu, plus)
         y = F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
         if plus is not None:

@@ -341,9 +341,10 @@ class WinogradConv(NamedTuple):
 
     @classmethod
     def fits(cls, weight: torch.Tensor) -> bool:
-        """Whether there is a kernel for (C_out, C_in, k, k)."""
+        """Whether there is a kernel for (C_out, C_in, k, k), and it pays."""
         lanes = _call("winograd_lanes", None)
-        return weight.shape[2:] == (3, 3) and not any(c % lanes for c in weight.shape[:2])
+        channels = weight.shape[:2]
+        return weight.shape[2:] == (3, 3) and all(c > FEW and c % lanes == 0 for c in channels)
 
     @classmethod
     def of(cls, weight: torch.Tensor) -> WinogradConv:
