@@ -145,6 +145,12 @@ def test_pooled_samples_are_splines_of_cells_and_of_blocks():
         np.testing.assert_allclose(numpy(value), expected, atol=1e-5)
 
 
+def test_no_points_give_no_samples():
+    maps = torch.rand(3, 5, 7)
+    assert sample_few(maps, torch.zeros(0, 2)).shape == (0, 3)
+    assert sample_pooled(maps, torch.zeros(0, 2)).shape == (0, 3)
+
+
 def test_pooled_samples_change_little_where_the_cell_changes():
     maps = torch.rand(4, 20, 28)
     before, after = sample_pooled(maps, torch.tensor([[49.4999, 40.0], [49.5001, 40.0]]))

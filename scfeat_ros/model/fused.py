@@ -45,7 +45,7 @@ _ONEDNN_HAS_HALF = {
 }
 
 
-def _onednn_runs(dtype: torch.dtype) -> bool:
+def onednn_runs(dtype: torch.dtype) -> bool:
     """Whether oneDNN's operators are there, and compute in this type on this CPU."""
     if _ONEDNN is None or _ONEDNN_PACK is None:
         return False
@@ -78,7 +78,7 @@ class Conv(nn.Module):
         self.padding = weight.shape[-1] // 2
         self._packed: dict[tuple[torch.Size, int], torch.Tensor] = {}
         self._winograd: native.WinogradConv | None = None
-        self._uses_onednn = _onednn_runs(dtype)
+        self._uses_onednn = onednn_runs(dtype)
 
     def use_winograd(self) -> None:
         """Compute it in fewer products from now on, by a compiled kernel, where there is one."""

@@ -44,18 +44,20 @@ inline void transform_output(const Lanes m[PATCH], Lanes out[TILE]) {
 constexpr int ROWS = LANES == 16 ? 12 : REGISTERS == 32 ? 8 : 6;
 constexpr int BLOCK = 48;  // tiles, a multiple of ROWS
 
-// Floats from one place's block to the next: not a power of two, which the cache would hold badly.
-inline long pitch(int channels) { return long(BLOCK) * channels + 16; }
-
 struct Map {
   int height, width, channels;
 
   int across() const { return (width + TILE - 1) / TILE; }
   long tiles() const { return long(across()) * ((height + TILE - 1) / TILE); }
   long at(int row, int column) const { return (long(row) * width + column) * channels; }
+
+  // Of a block of transformed tiles: floats from one place to the next (not a power of two, which
+  // the cache would hold badly), and where a tile's values at a place lie.
+  long pitch() const { return long(BLOCK) * channels + 16; }
+  long in_block(int place, int tile) const { return place * pitch() + long(tile) * channels; }
 };
 
-// Patches of tiles `first` to `first + count` -> (36, BLOCK, channels).
+// Patches of tiles `first` to `first + count` -> a block.
 void to_places(const float *x, Map map, long first, int count, const float *nothing, float *out) {
   for (int n = 0; n < count; n++) {
     const int top = int((first + n) / map.across()) * TILE - 1;
@@ -79,7 +81,7 @@ void to_places(const float *x, Map map, long first, int count, const float *noth
         for (int j = 0; j < PATCH; j++) d[j] = columns[j][i];
         transform_input(d, v);
         for (int j = 0; j < PATCH; j++)
-          store(out + (i * PATCH + j) * pitch(map.channels) + long(n) * map.channels + c, v[j]);
+          store(out + map.in_block(i * PATCH + j, n) + c, v[j]);
       }
     }
   }
@@ -110,7 +112,7 @@ struct After {
   bool relu;
 };
 
-// (36, BLOCK, channels) -> tiles of a map.
+// A block -> tiles `first` to `first + count` of a map.
 void from_places(const float *products, Map map, long first, int count, After after, float *out) {
   for (int n = 0; n < count; n++) {
     const int top = int((first + n) / map.across()) * TILE;
@@ -121,7 +123,7 @@ void from_places(const float *products, Map map, long first, int count, After af
       for (int j = 0; j < PATCH; j++) {
         Lanes m[PATCH];
         for (int i = 0; i < PATCH; i++)
-          m[i] = load<Lanes>(products + (i * PATCH + j) * pitch(map.channels) + long(n) * map.channels + c);
+          m[i] = load<Lanes>(products + map.in_block(i * PATCH + j, n) + c);
         transform_output(m, half[j]);
       }
       const Lanes bias = after.bias ? load<Lanes>(after.bias + c) : Lanes{};
@@ -161,8 +163,8 @@ void winograd_convolution(const float *x, int height, int width, int inputs, con
 #pragma omp parallel num_threads(threads)
   {
     const std::vector<float> nothing(inputs);
-    std::vector<float> places(PATCH * PATCH * pitch(inputs));
-    std::vector<float> products(PATCH * PATCH * pitch(outputs));
+    std::vector<float> places(PATCH * PATCH * from.pitch());
+    std::vector<float> products(PATCH * PATCH * to.pitch());
     const int thread = omp_get_thread_num(), all = omp_get_num_threads();
     const long end = tiles * (thread + 1) / all;
     for (long first = tiles * thread / all; first < end; first += BLOCK) {
@@ -170,9 +172,9 @@ void winograd_convolution(const float *x, int height, int width, int inputs, con
       to_places(x, from, first, count, nothing.data(), places.data());
       for (int place = 0; place < PATCH * PATCH; place++)
         for (int column = 0; column < outputs; column += columns)
-          product(places.data() + place * pitch(inputs), count, inputs,
+          product(places.data() + from.in_block(place, 0), count, inputs,
                   weight + (long(place) * outputs + column) * inputs,
-                  products.data() + place * pitch(outputs) + column, outputs);
+                  products.data() + to.in_block(place, 0) + column, outputs);
       from_places(products.data(), to, first, count, After{bias, plus, bool(relu)}, out);
     }
   }
