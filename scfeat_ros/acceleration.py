@@ -23,7 +23,7 @@ from scfeat_ros.cuda_graphs import CudaGraphs
 from scfeat_ros.errors import ScfeatError
 from scfeat_ros.memory import keep_freed_memory
 from scfeat_ros.model import native
-from scfeat_ros.model.fused import FusedSCFeat, onednn_runs
+from scfeat_ros.model.fused import FusedSCFeat, cpu_computes
 from scfeat_ros.model.sampling import sample
 from scfeat_ros.model.scfeat import SCFeat, SCFeatOutput, fold_batch_norms
 from scfeat_ros.onnx_export import OnnxSCFeat
@@ -109,7 +109,7 @@ def choose(
     for precision, fast in [(p, fast) for fast in ways for p in precisions]:
         if precision == "fp32" and not fast:
             break
-        if device.type == "cpu" and not onednn_runs(DTYPES[precision]):
+        if device.type == "cpu" and not cpu_computes(DTYPES[precision]):
             LOG.warning("%s was not taken: this CPU does not compute in it", precision)
             continue
         network = _make(model, device, precision, compile) if fast else _plain(model, precision)

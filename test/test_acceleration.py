@@ -44,14 +44,20 @@ def test_every_way_finds_the_same_features(image, precision, compile):
     assert np.median(cosine) > 0.999
     assert (extractor.network.way == "plain") == (compile == "off")
     if precision != "auto":
-        runs = fused.onednn_runs(acceleration.DTYPES[precision])
+        runs = fused.cpu_computes(acceleration.DTYPES[precision])
         assert extractor.network.precision == (precision if runs else "fp32")
 
 
 def test_a_precision_that_the_cpu_lacks_is_not_taken(model, monkeypatch, caplog):
-    monkeypatch.setattr(acceleration, "onednn_runs", lambda dtype: dtype == torch.float32)
+    monkeypatch.setattr(acceleration, "cpu_computes", lambda dtype: dtype == torch.float32)
     assert acceleration.choose(model, CPU, "bf16", "auto").precision == "fp32"
     assert "bf16 was not taken: this CPU does not compute in it" in caplog.text
+
+
+def test_without_onednn_the_fast_network_runs_all_the_same(model, monkeypatch):
+    monkeypatch.setattr(fused, "_ONEDNN", None)
+    network = acceleration.choose(model, CPU, "fp32", "auto")
+    assert (network.precision, network.way) == ("fp32", acceleration.COMPILED)
 
 
 @torch.inference_mode()

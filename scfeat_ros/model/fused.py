@@ -45,12 +45,10 @@ _ONEDNN_HAS_HALF = {
 }
 
 
-def onednn_runs(dtype: torch.dtype) -> bool:
-    """Whether oneDNN's operators are there, and compute in this type on this CPU."""
-    if _ONEDNN is None or _ONEDNN_PACK is None:
-        return False
+def cpu_computes(dtype: torch.dtype) -> bool:
+    """Whether this CPU computes in a type; yes where PyTorch cannot tell."""
     has_half = _ONEDNN_HAS_HALF.get(dtype)
-    return dtype == torch.float32 or (has_half is not None and has_half())
+    return has_half is None or has_half()
 
 
 class Conv(nn.Module):
@@ -78,7 +76,7 @@ class Conv(nn.Module):
         self.padding = weight.shape[-1] // 2
         self._packed: dict[tuple[torch.Size, int], torch.Tensor] = {}
         self._winograd: native.WinogradConv | None = None
-        self._uses_onednn = onednn_runs(dtype)
+        self._uses_onednn = _ONEDNN is not None and _ONEDNN_PACK is not None and cpu_computes(dtype)
 
     def use_winograd(self) -> None:
         """Compute it in fewer products from now on, by a compiled kernel, where there is one."""

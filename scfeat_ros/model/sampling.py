@@ -38,7 +38,7 @@ def sample(feature_map: torch.Tensor, points: torch.Tensor, stride: int = 4) -> 
 def sample_few(
     feature_map: torch.Tensor, points: torch.Tensor, stride: int = 4, smooth: bool = False
 ) -> torch.Tensor:
-    """As `sample` for one image, in fp32, and reading only the cells around the points.
+    """As `sample` for one image, in fp32, bilinear or smooth.
 
     Args:
         feature_map: (C, h, w) in any precision.
