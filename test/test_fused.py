@@ -110,24 +110,28 @@ def test_convolution_after_upsampling_is_exact_at_every_border(k, factor, channe
 @pytest.mark.parametrize("size", [(1, 1), (4, 4), (5, 11), (30, 40)])
 @pytest.mark.parametrize(("inputs", "outputs"), [(16, 16), (32, 48), (48, 64)])
 @pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
-def test_convolution_by_minimal_filtering(size, inputs, outputs, relu):
+def test_convolution_by_minimal_filtering(size, inputs, outputs, relu, dtype, monkeypatch):
+    monkeypatch.setattr(native, "has_tiles", lambda: False)  # with AMX it does not pay in bf16
     torch.manual_seed(0)
-    x = torch.randn(1, inputs, *size)
-    weight, bias = torch.randn(outputs, inputs, 3, 3) / (3 * inputs**0.5), torch.randn(outputs)
-    plus = torch.randn(1, outputs, *size)
+    x, plus = (torch.randn(1, channels, *size).to(dtype) for channels in (inputs, outputs))
+    weight = (torch.randn(outputs, inputs, 3, 3) / (3 * inputs**0.5)).to(dtype)
+    bias = torch.randn(outputs).to(dtype)
     for b, p in ((bias, plus), (None, None)):
         expected = F.conv2d(x.double(), weight.double(), padding=1)
         expected = expected if b is None else expected + b[:, None, None] + p
         expected = (expected.relu() if relu else expected).float()
-        conv = Conv(weight, b)
+        conv = Conv(weight, b, dtype=dtype)
         assert conv.products(*size) == 9 * inputs * outputs * size[0] * size[1]
         conv.use_winograd()
         tiles = math.ceil(size[0] / 4) * math.ceil(size[1] / 4)
         assert conv.products(*size) == 36 * inputs * outputs * tiles
         found = conv(x, relu, p)
         assert found.is_contiguous(memory_format=torch.channels_last)
-        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+        # all but the result is fp32: it is off by the rounding of the result alone
+        rounding = 0 if dtype is torch.float32 else 2**-8
+        torch.testing.assert_close(found.float(), expected, atol=1e-4, rtol=rounding)
 
 
 @needs_compiler
@@ -141,10 +145,11 @@ def test_convolution_by_minimal_filtering(size, inputs, outputs, relu):
         Conv(torch.randn(18, 16, 3, 3)),
         Conv(torch.randn(16, 16, 3, 3), dtype=torch.bfloat16),
     ],
-    ids=["stride", "1x1", "few", "inputs", "outputs", "bf16"],
+    ids=["stride", "1x1", "few", "inputs", "outputs", "bf16 by tiles"],
 )
 @torch.no_grad()
-def test_other_convolutions_stay_as_they_are(conv):
+def test_other_convolutions_stay_as_they_are(conv, monkeypatch):
+    monkeypatch.setattr(native, "has_tiles", lambda: True)
     x = torch.randn(1, conv.weight.shape[1], 8, 12, dtype=conv.weight.dtype)
     before = conv(x)
     conv.use_winograd()

@@ -80,8 +80,8 @@ class Conv(nn.Module):
 
     def use_winograd(self) -> None:
         """Compute it in fewer products from now on, by a compiled kernel, where there is one."""
-        plain = self.stride == 1 and self.weight.dtype == torch.float32
-        if plain and native.WinogradConv.fits(self.weight):
+        pays = self.weight.dtype == torch.float32 or not native.has_tiles()
+        if pays and self.stride == 1 and native.WinogradConv.fits(self.weight):
             self._winograd = native.WinogradConv.of(self.weight)
 
     def products(self, height: int, width: int) -> int:

@@ -366,14 +366,15 @@ class WinogradConv(NamedTuple):
         relu: bool = False,
         plus: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """(1, C_in, h, w) fp32 -> (1, C_out, h, w); bias, sum and ReLU as in `fused.Conv`."""
+        """(1, C_in, h, w) -> (1, C_out, h, w) of its type; bias, sum, ReLU as in `fused.Conv`."""
         x = _last(x)
         _, inputs, height, width = x.shape
-        out = _empty(self.outputs, height, width, torch.float32)
+        out = _empty(self.outputs, height, width, x.dtype)
         plus = None if plus is None else _last(plus)
+        bias = None if bias is None else bias.float()
         _call(
             "winograd_convolution",
-            None,
+            x.dtype,
             *(x, height, width, inputs, self.weight, self.outputs, bias, plus, relu, out),
         )
         return out

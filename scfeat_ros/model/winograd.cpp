@@ -4,16 +4,34 @@
 // The input's tiles of 6x6, which overlap by two, are transformed; each of the 36 places of a tile
 // is then a matrix product of its own over many tiles; their results are transformed back. A thread
 // takes a block of tiles through all three, so that what lies between stays in its cache.
-// Maps are (rows, columns, channels) of floats.
+// Maps are (rows, columns, channels) of fp32 or bf16; what lies between is fp32.
 
 #include <omp.h>
 
 #include <algorithm>
 #include <vector>
 
+#include "bfloat16.h"
 #include "lanes.h"
 
 namespace {
+
+typedef uint16_t HalfLanes __attribute__((vector_size(LANES * sizeof(uint16_t))));
+typedef uint32_t WordLanes __attribute__((vector_size(LANES * sizeof(uint32_t))));
+
+inline Lanes read_lanes(const float *from) { return load<Lanes>(from); }
+
+inline Lanes read_lanes(const bfloat16 *from) {
+  const WordLanes bits = __builtin_convertvector(load<HalfLanes>(from), WordLanes) << 16;
+  return load<Lanes>(&bits);
+}
+
+inline void write_lanes(float *to, Lanes value) { store(to, value); }
+
+inline void write_lanes(bfloat16 *to, Lanes value) {  // rounded as by `write`
+  const WordLanes bits = load<WordLanes>(&value);
+  store(to, __builtin_convertvector((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, HalfLanes));
+}
 
 constexpr int TILE = 4;
 constexpr int PATCH = TILE + 2;
@@ -58,11 +76,12 @@ struct Map {
 };
 
 // Patches of tiles `first` to `first + count` -> a block.
-void to_places(const float *x, Map map, long first, int count, const float *nothing, float *out) {
+template <typename T>
+void to_places(const T *x, Map map, long first, int count, const T *nothing, float *out) {
   for (int n = 0; n < count; n++) {
     const int top = int((first + n) / map.across()) * TILE - 1;
     const int left = int((first + n) % map.across()) * TILE - 1;
-    const float *pixel[PATCH][PATCH];
+    const T *pixel[PATCH][PATCH];
     for (int i = 0; i < PATCH; i++)
       for (int j = 0; j < PATCH; j++) {
         const int row = top + i, column = left + j;
@@ -73,7 +92,7 @@ void to_places(const float *x, Map map, long first, int count, const float *noth
       Lanes columns[PATCH][PATCH];
       for (int j = 0; j < PATCH; j++) {
         Lanes d[PATCH];
-        for (int i = 0; i < PATCH; i++) d[i] = load<Lanes>(pixel[i][j] + c);
+        for (int i = 0; i < PATCH; i++) d[i] = read_lanes(pixel[i][j] + c);
         transform_input(d, columns[j]);
       }
       for (int i = 0; i < PATCH; i++) {
@@ -107,13 +126,16 @@ void multiply(const float *a, int count, int inputs, const float *weight, float 
 }
 
 // What follows the convolution: a bias and a map to be added (null for none), and ReLU.
+template <typename T>
 struct After {
-  const float *bias, *plus;
+  const float *bias;
+  const T *plus;
   bool relu;
 };
 
 // A block -> tiles `first` to `first + count` of a map.
-void from_places(const float *products, Map map, long first, int count, After after, float *out) {
+template <typename T>
+void from_places(const float *products, Map map, long first, int count, After<T> after, T *out) {
   for (int n = 0; n < count; n++) {
     const int top = int((first + n) / map.across()) * TILE;
     const int left = int((first + n) % map.across()) * TILE;
@@ -134,11 +156,36 @@ void from_places(const float *products, Map map, long first, int count, After af
         for (int j = 0; j < columns; j++) {
           const long place = map.at(top + i, left + j) + c;
           Lanes value = y[j] + bias;
-          if (after.plus) value += load<Lanes>(after.plus + place);
+          if (after.plus) value += read_lanes(after.plus + place);
           if (after.relu) value = value > 0.0f ? value : Lanes{};
-          store(out + place, value);
+          write_lanes(out + place, value);
         }
       }
+    }
+  }
+}
+
+template <typename T>
+void convolve(const T *x, Map from, const float *weight, Map to, int columns, After<T> after,
+              T *out, int threads) {
+  const auto product = columns == LANES ? multiply<1> : multiply<2>;
+  const long tiles = from.tiles();
+#pragma omp parallel num_threads(threads)
+  {
+    const std::vector<T> nothing(from.channels);
+    std::vector<float> places(PATCH * PATCH * from.pitch());
+    std::vector<float> products(PATCH * PATCH * to.pitch());
+    const int thread = omp_get_thread_num(), all = omp_get_num_threads();
+    const long end = tiles * (thread + 1) / all;
+    for (long first = tiles * thread / all; first < end; first += BLOCK) {
+      const int count = int(std::min<long>(BLOCK, end - first));
+      to_places(x, from, first, count, nothing.data(), places.data());
+      for (int place = 0; place < PATCH * PATCH; place++)
+        for (int column = 0; column < to.channels; column += columns)
+          product(places.data() + from.in_block(place, 0), count, from.channels,
+                  weight + (long(place) * to.channels + column) * from.channels,
+                  products.data() + to.in_block(place, 0) + column, to.channels);
+      from_places(products.data(), to, first, count, after, out);
     }
   }
 }
@@ -153,30 +200,14 @@ int winograd_lanes() { return LANES; }
 // Columns of results that a panel of weights holds; they are (36, panels, inputs, columns).
 int winograd_columns(int outputs) { return outputs % (2 * LANES) ? LANES : 2 * LANES; }
 
-void winograd_convolution(const float *x, int height, int width, int inputs, const float *weight,
-                          int outputs, const float *bias, const float *plus, int relu, float *out,
-                          int threads) {
-  const Map from{height, width, inputs}, to{height, width, outputs};
-  const int columns = winograd_columns(outputs);
-  const auto product = columns == LANES ? multiply<1> : multiply<2>;
-  const long tiles = from.tiles();
-#pragma omp parallel num_threads(threads)
-  {
-    const std::vector<float> nothing(inputs);
-    std::vector<float> places(PATCH * PATCH * from.pitch());
-    std::vector<float> products(PATCH * PATCH * to.pitch());
-    const int thread = omp_get_thread_num(), all = omp_get_num_threads();
-    const long end = tiles * (thread + 1) / all;
-    for (long first = tiles * thread / all; first < end; first += BLOCK) {
-      const int count = int(std::min<long>(BLOCK, end - first));
-      to_places(x, from, first, count, nothing.data(), places.data());
-      for (int place = 0; place < PATCH * PATCH; place++)
-        for (int column = 0; column < outputs; column += columns)
-          product(places.data() + from.in_block(place, 0), count, inputs,
-                  weight + (long(place) * outputs + column) * inputs,
-                  products.data() + to.in_block(place, 0) + column, outputs);
-      from_places(products.data(), to, first, count, After{bias, plus, bool(relu)}, out);
-    }
+#define WINOGRAD_CONVOLUTION(T)                                                                  \
+  void winograd_convolution_##T(const T *x, int height, int width, int inputs,                   \
+                                const float *weight, int outputs, const float *bias,             \
+                                const T *plus, int relu, T *out, int threads) {                  \
+    convolve(x, Map{height, width, inputs}, weight, Map{height, width, outputs},                 \
+             winograd_columns(outputs), After<T>{bias, plus, bool(relu)}, out, threads);         \
   }
-}
+
+WINOGRAD_CONVOLUTION(float)
+WINOGRAD_CONVOLUTION(bfloat16)
 }
