@@ -1,5 +1,6 @@
 """Scenes of every layout, and the pairs drawn from them."""
 
+import shutil
 from dataclasses import replace
 
 import cv2
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from scfeat_ros.errors import InputError
+from scfeat_training.config import TrainConfig
 from scfeat_training.datasets import (
     HomographyPairs,
     HomographyPairsConfig,
@@ -28,10 +30,12 @@ from scfeat_training.scenes import (
     photo_paths,
     read_caps,
     read_colmap,
+    read_photos,
     read_scene,
     read_scenes,
     split_scenes,
 )
+from scfeat_training.stages import homography_pairs
 
 WIDTH, HEIGHT = 200, 150
 K = np.array([[180.0, 0, 99.5], [0, 184, 74.5], [0, 0, 1]])
@@ -308,6 +312,21 @@ def test_homography_maps_the_first_view_to_the_second(scene_folder, mirror):
         assert abs(shown[0] - shown[1]).max() < 2.5  # the coordinate in the photo, in its pixels
         across = views[0][32, 90, 0] - views[0][32, 5, 0]  # of the first view, which is not turned
         assert across < 0 if mirror else across > 0
+
+
+def test_photos_without_poses_are_homographies_too(scene_folder, tmp_path):
+    scene = read_scene(scene_folder)
+    (tmp_path / "more/street").mkdir(parents=True)
+    photo = tmp_path / "more/street/one.JPG"
+    shutil.copy(scene.paths[0], photo)
+    (tmp_path / "more/notes.txt").write_text("no photo")
+    assert read_photos(tmp_path / "more") == [photo]
+    config = TrainConfig("warmup", photos=[str(tmp_path / "more")])
+    assert homography_pairs(config, [scene], False).photos == [*scene.paths, photo]
+    (tmp_path / "empty").mkdir()
+    for folder in ("empty", "nowhere"):
+        with pytest.raises(InputError, match=rf"{folder}: no photo in it \(\.jpg"):
+            read_photos(tmp_path / folder)
 
 
 def test_homography_views_overlap(scene_folder):

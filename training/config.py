@@ -22,6 +22,7 @@ class TrainConfig:
         encoder_weights: a torchvision ResNet state dict to start the encoder from.
         data: folder of scenes as `datasets.read_scenes` takes it.
         scenes: names of the scenes to use; empty for all.
+        photos: folders of photos without poses, further ones for the homographies.
         batch: pairs a step, over all processes together.
         steps: steps of the whole run; the learning-rate schedule ends there.
         lr, lr_encoder: peak learning rates.
@@ -46,6 +47,7 @@ class TrainConfig:
     encoder_weights: str | None = None
     data: str = "data/train"
     scenes: list[str] = field(default_factory=list)
+    photos: list[str] = field(default_factory=list)
     size: list[int] = field(default_factory=lambda: [320, 240])
     batch: int = 4
     steps: int = 10_000

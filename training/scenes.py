@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from scfeat_ros.errors import InputError
+from scfeat_ros.sources import IMAGE_SUFFIXES
 
 SCENE_FILE = "scene.npz"
 POINTS_FILE = "points.npz"
@@ -499,6 +500,19 @@ def split_scenes(scenes: Sequence[Scene]) -> tuple[list[Scene], list[Scene]]:
 def photo_paths(scenes: Sequence[Scene]) -> list[Path]:
     """The image files of all scenes."""
     return [path for scene in scenes for path in scene.paths]
+
+
+def read_photos(folder: str | Path) -> list[Path]:
+    """The image files in a folder and those below it, by name.
+
+    Raises:
+        InputError: there is no such folder, or no image in it.
+    """
+    folder = Path(folder)
+    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    if not found:
+        raise InputError(f"{folder}: no photo in it ({', '.join(IMAGE_SUFFIXES)})")
+    return found
 
 
 def _read_npz(path: Path, keys: tuple[str, ...]) -> dict[str, np.ndarray]:

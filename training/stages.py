@@ -45,7 +45,7 @@ from scfeat_training.keypoint_policy import (
 from scfeat_training.photometric import Photometric
 from scfeat_training.pictures import pictures_of
 from scfeat_training.sampling_order import generator_of, uniform
-from scfeat_training.scenes import Scene, photo_paths
+from scfeat_training.scenes import Scene, photo_paths, read_photos
 from scfeat_training.synthetic import SyntheticPairs, SyntheticPairsConfig, WithSynthetic
 from scfeat_training.warmup_loss import WarmupOptions, warmup_loss
 
@@ -185,7 +185,8 @@ def homography_pairs(
     """Pairs of views of single photos as the configuration says."""
     values = {**common_options(config), **config.homography}
     options = options_of(HomographyPairsConfig, values, "homography")
-    return HomographyPairs(photo_paths(scenes), options, skip_bad=skip_bad)
+    photos = photo_paths(scenes) + [p for folder in config.photos for p in read_photos(folder)]
+    return HomographyPairs(photos, options, skip_bad=skip_bad)
 
 
 def correspondence_pairs(
