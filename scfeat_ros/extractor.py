@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from scfeat_ros import preprocessing, selection
+from scfeat_ros import preprocessing, pyramid, selection
 from scfeat_ros.acceleration import Network, choose
 from scfeat_ros.errors import ScfeatError
 from scfeat_ros.features import Features
@@ -161,7 +161,22 @@ class Extractor:
         size = images[0].shape[1::-1]
         if min(size) == 0:
             return [Features.empty(self.descriptor_dim, size) for _ in images]
-        new = preprocessing.working_size(size, self.options.max_size)
+        largest = preprocessing.working_size(size, self.options.max_size)
+        levels = [
+            self._extract_at(images, masks, level)
+            for level in pyramid.level_sizes(largest, self.options.levels)
+        ]
+        if len(levels) == 1:
+            return levels[0]
+        radius = round(self.options.nms_radius * size[0] / largest[0])
+        count = self.options.max_keypoints
+        return [pyramid.merge(found, count, radius) for found in zip(*levels, strict=True)]
+
+    def _extract_at(
+        self, images: list[np.ndarray], masks: Sequence[np.ndarray | None], new: tuple[int, int]
+    ) -> list[Features]:
+        """Features of images that are shrunk to the (width, height) `new`."""
+        size = images[0].shape[1::-1]
         on_cpu = self.device.type == "cpu"
         if on_cpu:
             tensor = preprocessing.on_cpu(images, new)

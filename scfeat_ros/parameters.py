@@ -77,6 +77,14 @@ class ExtractorOptions:
         100_000,
         live=True,
     )
+    levels: int = option(
+        1,
+        "sizes at which the network sees the image, each smaller by the square root of 2: 3 finds "
+        "more again from twice the distance or more, for 1.75 times the work",
+        1,
+        9,
+        live=True,
+    )
     descriptor_source: str = option(
         "bridge",
         "where descriptors are sampled: 'bridge', after the cross normalization, or 'backbone', "
