@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from scfeat_ros.model import kernels, native
+from scfeat_ros.model import fused, kernels, native
 from scfeat_ros.model.fused import Conv, FusedSCFeat, taps
 from scfeat_ros.model.sampling import block_means, sample_few
 from scfeat_ros.model.scfeat import CONFIGS, SCFeat, SCFeatConfig
@@ -154,6 +154,20 @@ def test_other_convolutions_stay_as_they_are(conv, monkeypatch):
     before = conv(x)
     conv.use_winograd()
     assert torch.equal(conv(x), before)
+
+
+@pytest.mark.skipif(fused._ONEDNN_PACK is None, reason="this PyTorch lacks oneDNN's operators")
+@torch.no_grad()
+def test_weights_are_put_in_order_once_for_each_of_a_few_sizes(monkeypatch):
+    packed = []
+    pack = fused._ONEDNN_PACK
+    monkeypatch.setattr(fused, "_ONEDNN_PACK", lambda *a: packed.append(a[-1][2]) or pack(*a))
+    conv = Conv(torch.randn(16, 16, 3, 3))
+    for height in (8, 12, 20, 8, 12, 20, 24, 28, 28, 8):
+        x = torch.randn(1, 16, height, 12)
+        expected = F.conv2d(x, conv.weight, padding=1)
+        torch.testing.assert_close(conv(x), expected, atol=1e-4, rtol=1e-4)
+    assert packed == [8, 12, 20, 24, 28, 8]
 
 
 @needs_compiler

@@ -13,8 +13,9 @@ it exact in real numbers:
   is written, and are applied together with the activation, into the place where the next layer
   reads;
 - cross normalization's weights are folded into its convolutions and its scales;
-- with compiled kernels, 3x3 convolutions in fp32 run by minimal filtering (Winograd), in a quarter
-  of the products (see `winograd.cpp`).
+- with compiled kernels, 3x3 convolutions run by minimal filtering (Winograd), in a quarter of the
+  products (see `winograd.cpp`); between maps of bf16 too, but on CPUs with AMX, whose tiles are
+  faster.
 
 Convolutions run in `dtype`; sums, normalizations, peakiness and scores in fp32, and so does what
 the head computes at the image's resolution: keypoints are where one score is larger than the next,
@@ -43,6 +44,9 @@ _ONEDNN_HAS_HALF = {
     torch.bfloat16: getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None),
     torch.float16: getattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", None),
 }
+
+KEPT = 4
+"""Sizes of images for which a convolution keeps its weights in oneDNN's order."""
 
 
 def cpu_computes(dtype: torch.dtype) -> bool:
@@ -79,7 +83,7 @@ class Conv(nn.Module):
         self._uses_onednn = _ONEDNN is not None and _ONEDNN_PACK is not None and cpu_computes(dtype)
 
     def use_winograd(self) -> None:
-        """Compute it in fewer products from now on, by a compiled kernel, where there is one."""
+        """Compute it in fewer products from now on, by a compiled kernel, where that is faster."""
         pays = self.weight.dtype == torch.float32 or not native.has_tiles()
         if pays and self.stride == 1 and native.WinogradConv.fits(self.weight):
             self._winograd = native.WinogradConv.of(self.weight)
@@ -105,12 +109,13 @@ class Conv(nn.Module):
     def _onednn(self, x: torch.Tensor, relu: bool, plus: torch.Tensor | None) -> torch.Tensor:
         """Sum and ReLU inside the convolution, and weights in the order that it wants."""
         place = [self.padding] * 2, [self.stride] * 2, [1, 1], 1
-        # the order depends on the size and the number of threads; one is kept
+        # the order depends on the size and the number of threads; those of the last few are kept
         key = x.shape, torch.get_num_threads()
         weight = self._packed.get(key)
         if weight is None:
             weight = _ONEDNN_PACK(self.weight, *place, list(x.shape))
-            self._packed = {key: weight}
+            kept = list(self._packed.items())[1 - KEPT :]
+            self._packed = dict([*kept, (key, weight)])  # whole, since other threads may read it
         after = "relu" if relu else "none"
         if plus is None:
             return _ONEDNN(x, weight, self.bias, *place, after, [], "")

@@ -231,6 +231,9 @@ def test_live_parameters_act_on_the_next_image(listening):
     points, full = decode_features(after), decode_features(before)[:50]
     np.testing.assert_array_equal(points["u"], full["u"])
     np.testing.assert_array_equal(points["descriptor"], np.rint(full["descriptor"] * 127))
+    assert listening.set_parameter("levels", 3) == (True, "")
+    [[pyramid]] = send_and_take(listening, count=1, start=1015)
+    assert pyramid.width == 50 and (decode_features(pyramid)["u"] != points["u"]).any()
     # nothing is this similar
     assert listening.set_parameter("min_similarity", 1.0) == (True, "")
     seen = len(listening.messages[MATCHES])
@@ -240,6 +243,7 @@ def test_live_parameters_act_on_the_next_image(listening):
         "max_keypoints": 200,
         "descriptor_type": "float32",
         "min_similarity": -1.0,
+        "levels": 1,
     }.items():
         assert listening.set_parameter(name, value) == (True, "")
 
