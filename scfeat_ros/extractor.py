@@ -17,8 +17,14 @@ from scfeat_ros.acceleration import Network, choose
 from scfeat_ros.errors import ScfeatError
 from scfeat_ros.features import Features
 from scfeat_ros.model import native
-from scfeat_ros.model.sampling import block_means, sample_few, sample_pooled
-from scfeat_ros.model.scfeat import DESCRIPTOR_STRIDE, SCFeat, load_model
+from scfeat_ros.model.sampling import (
+    CONTEXT_FACTOR,
+    block_means,
+    sample_context,
+    sample_few,
+    sample_pooled,
+)
+from scfeat_ros.model.scfeat import DESCRIPTOR_STRIDE, SCFeat, SCFeatOutput, load_model
 from scfeat_ros.onnx_export import OnnxSCFeat
 from scfeat_ros.parameters import ExtractorOptions, validate
 from scfeat_ros.selection import Selected
@@ -106,7 +112,8 @@ class Extractor:
     @property
     def descriptor_dim(self) -> int:
         """Length of a descriptor."""
-        return self.model.config.descriptor_dim
+        halves = 2 if self.options.descriptor_sampling == "context" else 1
+        return halves * self.model.config.descriptor_dim
 
     def set_options(self, **changes: object) -> None:
         """Change options; the next image is processed with them.
@@ -178,12 +185,9 @@ class Extractor:
         """Features of images that are shrunk to the (width, height) `new`."""
         size = images[0].shape[1::-1]
         on_cpu = self.device.type == "cpu"
-        if on_cpu:
-            tensor = preprocessing.on_cpu(images, new)
-        else:
-            tensor = preprocessing.on_device(images, new, self.device)
+        tensor = self._prepare(images, new)
         output = self.network.run(tensor)
-        maps = output.bridged if self.options.descriptor_source == "bridge" else output.descriptors
+        maps, contexts = self._maps(output), self._contexts(images, new)
         width, height = new
         scores, pixels = output.scores[:, 0, :height, :width], tensor[:, :, :height, :width]
         features = []
@@ -197,13 +201,32 @@ class Extractor:
             else:
                 mask = None if mask is None else torch.from_numpy(mask).to(self.device) != 0
                 selected = selection.on_device(scores[i], pixels[i], mask, self.options)
-            features.append(self._describe(selected, maps[i], size, new))
+            features.append(self._describe(selected, maps[i], contexts[i], size, new))
         return features
+
+    def _prepare(self, images: list[np.ndarray], size: tuple[int, int]) -> torch.Tensor:
+        """What the network takes, see `preprocessing`."""
+        if self.device.type == "cpu":
+            return preprocessing.on_cpu(images, size)
+        return preprocessing.on_device(images, size, self.device)
+
+    def _maps(self, output: SCFeatOutput) -> torch.Tensor:
+        """Where descriptors are sampled."""
+        return output.bridged if self.options.descriptor_source == "bridge" else output.descriptors
+
+    def _contexts(
+        self, images: list[np.ndarray], size: tuple[int, int]
+    ) -> Sequence[torch.Tensor | None]:
+        """Maps of the images at a `CONTEXT_FACTOR`-th of `size`, None where they are not used."""
+        if self.options.descriptor_sampling != "context":
+            return [None] * len(images)
+        return self._maps(self.network.run(self._prepare(images, _context_size(size))))
 
     def _describe(
         self,
         selected: Selected,
         feature_map: torch.Tensor,
+        context: torch.Tensor | None,
         size: tuple[int, int],
         working: tuple[int, int],
     ) -> Features:
@@ -212,7 +235,12 @@ class Extractor:
         sample, means = sample_few, block_means
         if self.network.compiled:
             sample, means = native.sample, native.block_means
-        if self.options.descriptor_sampling == "pooled":
+        if context is not None:
+            small = _context_size(working)
+            scale = points.new_tensor([small[0] / working[0], small[1] / working[1]])
+            maps = feature_map, context, points, scale
+            sampled = sample_context(*maps, DESCRIPTOR_STRIDE, sample, means)
+        elif self.options.descriptor_sampling == "pooled":
             sampled = sample_pooled(feature_map, points, DESCRIPTOR_STRIDE, sample, means)
         else:
             sampled = sample(feature_map, points, DESCRIPTOR_STRIDE)
@@ -224,6 +252,12 @@ class Extractor:
         return Features(
             keypoints=keypoints, scores=scores, descriptors=descriptors, image_size=size
         )
+
+
+def _context_size(size: tuple[int, int]) -> tuple[int, int]:
+    """(width, height) of the small image that shows the surroundings."""
+    width, height = size
+    return max(1, round(width / CONTEXT_FACTOR)), max(1, round(height / CONTEXT_FACTOR))
 
 
 def _on_host(

@@ -106,6 +106,41 @@ def sample_pooled(
     return near + sample(block_means(feature_map), points, POOL * stride, smooth=True)
 
 
+CONTEXT_FACTOR = 4
+"""How much smaller the image is that `sample_context` sees the surroundings in."""
+
+
+def sample_context(
+    feature_map: torch.Tensor,
+    small_map: torch.Tensor,
+    points: torch.Tensor,
+    scale: torch.Tensor,
+    stride: int = 4,
+    sample: Callable[..., torch.Tensor] = sample_few,
+    block_means: Callable[[torch.Tensor], torch.Tensor] = block_means,
+) -> torch.Tensor:
+    """A map close to each point and, beside it, the point's surroundings.
+
+    These are the mean that `sample_pooled` adds, plus the network's map of the small image, in
+    which a cell sees more of the scene. Inner products of such descriptors are means of two: the
+    places look alike, and so do their surroundings.
+
+    Args:
+        feature_map: (C, h, w).
+        small_map: (C, h', w'), of the image at a `CONTEXT_FACTOR`-th of its size.
+        points: (N, 2) float32.
+        scale: (2,) width and height of the small image by those of the image.
+        stride, sample, block_means: as for `sample_pooled`.
+
+    Returns:
+        (N, 2 C) float32; each half has unit norm.
+    """
+    near = sample(feature_map, points, stride, smooth=True)
+    around = sample(block_means(feature_map), points, POOL * stride, smooth=True)
+    around = around + sample(small_map, (points + 0.5) * scale - 0.5, stride, smooth=True)
+    return torch.cat([F.normalize(near, dim=1), F.normalize(around, dim=1)], dim=1)
+
+
 def upsample(x: torch.Tensor, factor: int) -> torch.Tensor:
     """Bilinear upsampling of a (B, C, h, w) map by a whole factor."""
     if factor == 1:
