@@ -114,6 +114,7 @@ def test_convolution_after_upsampling_is_exact_at_every_border(k, factor, channe
 @torch.no_grad()
 def test_convolution_by_minimal_filtering(size, inputs, outputs, relu, dtype, monkeypatch):
     monkeypatch.setattr(native, "has_tiles", lambda: False)  # with AMX it does not pay in bf16
+    monkeypatch.setattr(native, "MIN_TILES", 1)  # nor for a map of few tiles
     torch.manual_seed(0)
     x, plus = (torch.randn(1, channels, *size).to(dtype) for channels in (inputs, outputs))
     weight = (torch.randn(outputs, inputs, 3, 3) / (3 * inputs**0.5)).to(dtype)
@@ -154,6 +155,17 @@ def test_other_convolutions_stay_as_they_are(conv, monkeypatch):
     before = conv(x)
     conv.use_winograd()
     assert torch.equal(conv(x), before)
+
+
+@needs_compiler
+@torch.no_grad()
+def test_small_maps_are_convolved_as_before():
+    conv, plain = (Conv(torch.ones(16, 16, 3, 3)) for _ in range(2))
+    conv.use_winograd()
+    for size, small in (((12, 20), True), ((13, 16), False)):
+        assert (conv.products(*size) == plain.products(*size)) == small
+        x = torch.randn(1, 16, *size)
+        assert torch.equal(conv(x), plain(x)) == small
 
 
 @pytest.mark.skipif(fused._ONEDNN_PACK is None, reason="this PyTorch lacks oneDNN's operators")

@@ -83,21 +83,24 @@ class Conv(nn.Module):
         self._uses_onednn = _ONEDNN is not None and _ONEDNN_PACK is not None and cpu_computes(dtype)
 
     def use_winograd(self) -> None:
-        """Compute it in fewer products from now on, by a compiled kernel, where that is faster."""
+        """Compute it in fewer products from now on, by a compiled kernel, where that is faster.
+
+        Small maps stay as they are.
+        """
         pays = self.weight.dtype == torch.float32 or not native.has_tiles()
         if pays and self.stride == 1 and native.WinogradConv.fits(self.weight):
             self._winograd = native.WinogradConv.of(self.weight)
 
     def products(self, height: int, width: int) -> int:
         """Multiplications for a result of a height and width."""
-        if self._winograd is not None:
+        if self._winograd is not None and self._winograd.pays(height, width):
             return self._winograd.products(height, width)
         return self.weight.numel() * height * width
 
     def forward(
         self, x: torch.Tensor, relu: bool = False, plus: torch.Tensor | None = None
     ) -> torch.Tensor:
-        if self._winograd is not None:
+        if self._winograd is not None and self._winograd.pays(*x.shape[2:]):
             return self._winograd(x, self.bias, relu, plus)
         if x.device.type == "cpu" and self._uses_onednn:
             return self._onednn(x, relu, plus)

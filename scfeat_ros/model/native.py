@@ -317,6 +317,8 @@ def pool(x: torch.Tensor) -> torch.Tensor:
 
 TILE = 4
 """Side of a tile of a Winograd convolution's results, as in winograd.cpp."""
+MIN_TILES = 16
+"""Tiles of a map from which on a Winograd convolution pays: it reads four times as many weights."""
 WINOGRAD = torch.tensor(
     [
         [1 / 4, 0, 0],
@@ -329,6 +331,10 @@ WINOGRAD = torch.tensor(
     dtype=torch.float64,
 )
 """G of F(4x4, 3x3): transforms a side of a kernel."""
+
+
+def _tiles(height: int, width: int) -> int:
+    return -(-height // TILE) * -(-width // TILE)
 
 
 class WinogradConv(NamedTuple):
@@ -355,9 +361,14 @@ class WinogradConv(NamedTuple):
         panels = transformed.reshape(36, inputs, -1, columns).transpose(1, 2).contiguous()
         return cls(panels, outputs)
 
+    @staticmethod
+    def pays(height: int, width: int) -> bool:
+        """Whether it is faster than a plain convolution, for a result of a height and width."""
+        return _tiles(height, width) >= MIN_TILES
+
     def products(self, height: int, width: int) -> int:
         """Multiplications for a result of a height and width, without those of the transforms."""
-        return self.weight.numel() * -(-height // TILE) * -(-width // TILE)
+        return self.weight.numel() * _tiles(height, width)
 
     def __call__(
         self,
