@@ -80,7 +80,7 @@ class ExtractorOptions:
     levels: int = option(
         1,
         "sizes at which the network sees the image, each smaller by the square root of 2: 3 finds "
-        "more again from twice the distance or more, for 1.75 times the work",
+        "more again from twice the distance or more, in about twice the time",
         1,
         9,
         live=True,

@@ -45,8 +45,9 @@ _ONEDNN_HAS_HALF = {
     torch.float16: getattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", None),
 }
 
-KEPT = 4
-"""Sizes of images for which a convolution keeps its weights in oneDNN's order."""
+KEPT = 6
+"""Sizes of images for which a convolution keeps its weights in oneDNN's order: three levels of an
+image, each with its context, take as many in turn."""
 
 
 def cpu_computes(dtype: torch.dtype) -> bool:
@@ -87,8 +88,8 @@ class Conv(nn.Module):
 
         Small maps stay as they are.
         """
-        pays = self.weight.dtype == torch.float32 or not native.has_tiles()
-        if pays and self.stride == 1 and native.WinogradConv.fits(self.weight):
+        by_tiles = self.weight.dtype == torch.bfloat16 and native.has_tiles()  # of AMX
+        if not by_tiles and self.stride == 1 and native.WinogradConv.fits(self.weight):
             self._winograd = native.WinogradConv.of(self.weight)
 
     def products(self, height: int, width: int) -> int:
