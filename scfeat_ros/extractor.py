@@ -256,8 +256,7 @@ class Extractor:
 
 def _context_size(size: tuple[int, int]) -> tuple[int, int]:
     """(width, height) of the small image that shows the surroundings."""
-    width, height = size
-    return max(1, round(width / CONTEXT_FACTOR)), max(1, round(height / CONTEXT_FACTOR))
+    return preprocessing.scaled(size, 1 / CONTEXT_FACTOR)
 
 
 def _on_host(

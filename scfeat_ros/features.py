@@ -28,6 +28,12 @@ class Features:
     def __len__(self) -> int:
         return len(self.keypoints)
 
+    def select(self, keep: np.ndarray) -> Features:
+        """The features where the boolean mask or index array `keep` says so."""
+        return Features(
+            self.keypoints[keep], self.scores[keep], self.descriptors[keep], self.image_size
+        )
+
     @classmethod
     def empty(cls, descriptor_dim: int, image_size: tuple[int, int]) -> Features:
         """Features without a single keypoint, with the right shapes and dtypes."""

@@ -15,13 +15,17 @@ import torch
 from scfeat_ros.model.scfeat import STRIDE
 
 
+def scaled(size: tuple[int, int], factor: float) -> tuple[int, int]:
+    """A (width, height) times a factor, in whole pixels, at least one."""
+    width, height = size
+    return max(1, round(width * factor)), max(1, round(height * factor))
+
+
 def working_size(size: tuple[int, int], max_size: int) -> tuple[int, int]:
     """(width, height) shrunk to a longer side of at most `max_size`; 0 never shrinks."""
-    width, height = size
     if not max_size or max(size) <= max_size:
         return size
-    factor = max_size / max(size)
-    return max(1, round(width * factor)), max(1, round(height * factor))
+    return scaled(size, max_size / max(size))
 
 
 def on_cpu(images: Sequence[np.ndarray], size: tuple[int, int]) -> torch.Tensor:

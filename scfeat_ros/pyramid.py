@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 
 from scfeat_ros.features import Features
+from scfeat_ros.preprocessing import scaled
 
 FACTOR = math.sqrt(2)
 """How much smaller the image is on each level."""
@@ -25,7 +26,7 @@ def level_sizes(size: tuple[int, int], levels: int) -> list[tuple[int, int]]:
 
     Levels with a side below `MIN_SIDE` are left out.
     """
-    smaller = [tuple(round(side / FACTOR**k) for side in size) for k in range(1, levels)]
+    smaller = [scaled(size, FACTOR**-k) for k in range(1, levels)]
     return [size, *(level for level in smaller if min(level) >= MIN_SIDE)]
 
 
@@ -38,27 +39,24 @@ def merge(levels: Sequence[Features], count: int, radius: int) -> Features:
         radius: a keypoint is dropped where another level has a better one at most this many
             pixels away in x and in y; 0 keeps them all.
     """
-    width, height = levels[0].image_size
     if radius > 0:
-        window = np.ones((2 * radius + 1, 2 * radius + 1), np.uint8)
         places = [_places(level) for level in levels]
-        best = np.zeros((len(levels), height, width), np.float32)
-        for i in range(len(levels)):
-            np.maximum.at(best[i], places[i], levels[i].scores)
-            cv2.dilate(best[i], window, dst=best[i])
+        best = [_best_nearby(*both, radius) for both in zip(levels, places, strict=True)]
         levels = [
-            _select(level, level.scores >= np.delete(best, i, axis=0).max(axis=0)[places[i]])
-            for i, level in enumerate(levels)
+            level.select(
+                np.all([level.scores >= other[at] for other in best if other is not own], axis=0)
+            )
+            for level, at, own in zip(levels, places, best, strict=True)
         ]
     together = Features(
         *(
             np.concatenate([getattr(level, name) for level in levels])
             for name in ("keypoints", "scores", "descriptors")
         ),
-        image_size=(width, height),
+        image_size=levels[0].image_size,
     )
     # stable, so that of equal scores the larger level's comes first
-    return _select(together, np.argsort(-together.scores, kind="stable")[:count])
+    return together.select(np.argsort(-together.scores, kind="stable")[:count])
 
 
 def _places(features: Features) -> tuple[np.ndarray, np.ndarray]:
@@ -68,11 +66,11 @@ def _places(features: Features) -> tuple[np.ndarray, np.ndarray]:
     return rows.clip(0, height - 1), columns.clip(0, width - 1)
 
 
-def _select(features: Features, keep: np.ndarray) -> Features:
-    """The features where the boolean mask or index array `keep` says so."""
-    return Features(
-        features.keypoints[keep],
-        features.scores[keep],
-        features.descriptors[keep],
-        features.image_size,
-    )
+def _best_nearby(
+    features: Features, places: tuple[np.ndarray, np.ndarray], radius: int
+) -> np.ndarray:
+    """(height, width) of the image: the best score at most `radius` pixels away, 0 for none."""
+    width, height = features.image_size
+    best = np.zeros((height, width), np.float32)
+    np.maximum.at(best, places, features.scores)
+    return cv2.dilate(best, np.ones((2 * radius + 1, 2 * radius + 1), np.uint8))

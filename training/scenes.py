@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from scfeat_ros.errors import InputError
-from scfeat_ros.sources import IMAGE_SUFFIXES
+from scfeat_training.evaluation.data import IMAGE_SUFFIXES, list_images
 
 SCENE_FILE = "scene.npz"
 POINTS_FILE = "points.npz"
@@ -508,8 +508,7 @@ def read_photos(folder: str | Path) -> list[Path]:
     Raises:
         InputError: there is no such folder, or no image in it.
     """
-    folder = Path(folder)
-    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    found = list_images(Path(folder))
     if not found:
         raise InputError(f"{folder}: no photo in it ({', '.join(IMAGE_SUFFIXES)})")
     return found

@@ -90,19 +90,23 @@ class Conv(nn.Module):
         """
         by_tiles = self.weight.dtype == torch.bfloat16 and native.has_tiles()  # of AMX
         if not by_tiles and self.stride == 1 and native.WinogradConv.fits(self.weight):
-            self._winograd = native.WinogradConv.of(self.weight)
+            self._winograd = native.WinogradConv.of(self.weight, self.bias)
+
+    def _filters(self, height: int, width: int) -> bool:
+        """Whether a result of a height and width is computed in fewer products."""
+        return self._winograd is not None and self._winograd.pays(height, width)
 
     def products(self, height: int, width: int) -> int:
         """Multiplications for a result of a height and width."""
-        if self._winograd is not None and self._winograd.pays(height, width):
+        if self._filters(height, width):
             return self._winograd.products(height, width)
         return self.weight.numel() * height * width
 
     def forward(
         self, x: torch.Tensor, relu: bool = False, plus: torch.Tensor | None = None
     ) -> torch.Tensor:
-        if self._winograd is not None and self._winograd.pays(*x.shape[2:]):
-            return self._winograd(x, self.bias, relu, plus)
+        if self._filters(*x.shape[2:]):
+            return self._winograd(x, relu, plus)
         if x.device.type == "cpu" and self._uses_onednn:
             return self._onednn(x, relu, plus)
         y = F.conv2d(x, self.weight, self.bias, self.stride, self.padding)

@@ -342,6 +342,8 @@ class WinogradConv(NamedTuple):
 
     weight: torch.Tensor
     """(36, panels, C_in, columns): transformed, in the order that the kernel reads."""
+    bias: torch.Tensor | None
+    """(C_out,) in fp32."""
     outputs: int
     """C_out."""
 
@@ -353,13 +355,13 @@ class WinogradConv(NamedTuple):
         return weight.shape[2:] == (3, 3) and all(c > FEW and c % lanes == 0 for c in channels)
 
     @classmethod
-    def of(cls, weight: torch.Tensor) -> WinogradConv:
-        """From (C_out, C_in, 3, 3)."""
+    def of(cls, weight: torch.Tensor, bias: torch.Tensor | None = None) -> WinogradConv:
+        """From (C_out, C_in, 3, 3) and (C_out,)."""
         outputs, inputs = weight.shape[:2]
         transformed = torch.einsum("ia,ocab,jb->ijco", WINOGRAD, weight.double(), WINOGRAD).float()
         columns = _call("winograd_columns", None, outputs)
         panels = transformed.reshape(36, inputs, -1, columns).transpose(1, 2).contiguous()
-        return cls(panels, outputs)
+        return cls(panels, None if bias is None else bias.float(), outputs)
 
     @staticmethod
     def pays(height: int, width: int) -> bool:
@@ -371,22 +373,17 @@ class WinogradConv(NamedTuple):
         return self.weight.numel() * _tiles(height, width)
 
     def __call__(
-        self,
-        x: torch.Tensor,
-        bias: torch.Tensor | None = None,
-        relu: bool = False,
-        plus: torch.Tensor | None = None,
+        self, x: torch.Tensor, relu: bool = False, plus: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """(1, C_in, h, w) -> (1, C_out, h, w) of its type; bias, sum, ReLU as in `fused.Conv`."""
+        """(1, C_in, h, w) -> (1, C_out, h, w) of its type; sum and ReLU as in `fused.Conv`."""
         x = _last(x)
         _, inputs, height, width = x.shape
         out = _empty(self.outputs, height, width, x.dtype)
         plus = None if plus is None else _last(plus)
-        bias = None if bias is None else bias.float()
         _call(
             "winograd_convolution",
             x.dtype,
-            *(x, height, width, inputs, self.weight, self.outputs, bias, plus, relu, out),
+            *(x, height, width, inputs, self.weight, self.outputs, self.bias, plus, relu, out),
         )
         return out
 
