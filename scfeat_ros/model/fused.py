@@ -4,7 +4,8 @@ Built from a trained `SCFeat`, which stays the readable reference. What is done 
 it exact in real numbers:
 
 - batch normalization is folded into the convolution before it;
-- ReLU comes after max pooling, on a quarter of the values: the two commute;
+- ReLU comes after max pooling, on a quarter of the values: the two commute; with compiled kernels
+  the stem is one pass from the image to the pooled map (see `stem.cpp`);
 - a 3x3 convolution of a map upsampled by s runs as nine 1x1 convolutions on the small map, whose
   results are upsampled, moved and added: 1/s^2 of the arithmetic (see `kernels.upsampled_sum`);
 - so does the head's Layer_1 over the upsampled branch: no upsampled map of the branch exists;
@@ -132,11 +133,40 @@ class Conv(nn.Module):
         )
 
 
-def fold(conv: nn.Conv2d, norm: nn.BatchNorm2d, dtype: torch.dtype) -> Conv:
-    """A convolution and the batch normalization after it, as one convolution."""
+class Stem(Conv):
+    """The encoder's first convolution, ReLU and max pooling, in `dtype`.
+
+    Args:
+        weight, bias: (64, 3, 7, 7) and (64,) in fp32.
+        dtype: of the result.
+        compiled: compute it by the compiled kernel, in fp32.
+    """
+
+    def __init__(
+        self, weight: torch.Tensor, bias: torch.Tensor, dtype: torch.dtype, compiled: bool
+    ) -> None:
+        super().__init__(weight, bias, 2, dtype)
+        self._filtered = native.WinogradStem.of(weight, bias) if compiled else None
+
+    def products(self, height: int, width: int) -> int:
+        """Multiplications for a pooled map of a height and width."""
+        if self._filtered is not None:
+            return self._filtered.products(height, width)
+        return super().products(2 * height, 2 * width)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) normalized, in fp32 -> (B, 64, H/4, W/4)."""
+        if self._filtered is not None and len(image) == 1:
+            return self._filtered(image, self.weight.dtype)
+        x = super().forward(image.to(self.weight.dtype, memory_format=torch.channels_last))
+        return F.max_pool2d(x, 3, stride=2, padding=1).relu_()
+
+
+def folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weight and bias of a convolution that is one and the batch normalization after it."""
     scale = norm.weight / (norm.running_var + norm.eps).sqrt()
-    bias = norm.bias - norm.running_mean * scale
-    return Conv(conv.weight * scale[:, None, None, None], bias, conv.stride[0], dtype)
+    weight = conv.weight * scale[:, None, None, None]
+    return weight.detach(), (norm.bias - norm.running_mean * scale).detach()
 
 
 def taps(weight: torch.Tensor, dtype: torch.dtype) -> Conv:
@@ -168,8 +198,13 @@ class Block(nn.Module):
         pairs = [(block.conv1, block.bn1), (block.conv2, block.bn2)]
         if isinstance(block, Bottleneck):
             pairs.append((block.conv3, block.bn3))
-        self.convs = nn.ModuleList(fold(conv, norm, dtype) for conv, norm in pairs)
-        self.shortcut = None if block.downsample is None else fold(*block.downsample, dtype)
+        self.convs = nn.ModuleList(
+            Conv(*folded(conv, norm), conv.stride[0], dtype) for conv, norm in pairs
+        )
+        self.shortcut = None
+        if block.downsample is not None:
+            conv, norm = block.downsample
+            self.shortcut = Conv(*folded(conv, norm), conv.stride[0], dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         shortcut = x if self.shortcut is None else self.shortcut(x)
@@ -206,7 +241,7 @@ class FusedSCFeat(nn.Module):
         encoder = backbone.encoder
         self.register_buffer("mean", model.mean.detach().flatten().clone())
         self.register_buffer("deviation", model.deviation.detach().flatten().clone())
-        self.stem = fold(encoder.conv1, encoder.bn1, dtype)
+        self.stem = Stem(*folded(encoder.conv1, encoder.bn1), dtype, compiled)
         self.layers = nn.ModuleList(
             nn.Sequential(*(Block(block, dtype) for block in layer))
             for layer in (encoder.layer1, encoder.layer2, encoder.layer3)
@@ -257,8 +292,8 @@ class FusedSCFeat(nn.Module):
 
     def _forward(self, image: torch.Tensor) -> SCFeatOutput:
         k = self.kernels
-        normalized = k.normalize_image(image, self.mean, self.deviation, self.dtype)
-        stem = k.pool(self.stem(normalized.rounded))
+        normalized = k.normalize_image(image, self.mean, self.deviation)
+        stem = self.stem(normalized.values)
         descriptors = self._describe(stem)
         maps = k.bridge_and_stem(descriptors, stem, self.spatial, self.norms["bridge"])
         scores = self._detect(normalized, maps)

@@ -114,39 +114,6 @@ inline Position locate(int pixel, int factor, int size) {
   return {first, std::min(first + 1, size - 1), at - first};
 }
 
-inline float larger(float x, float y) { return std::max(x, y); }
-
-// As whole numbers, which is right unless both are negative: then the result is negative, at least.
-inline bfloat16 larger(bfloat16 x, bfloat16 y) { return int16_t(x) > int16_t(y) ? x : y; }
-
-// ReLU of the maximum over 3x3 at every second place, padded by one.
-template <typename T>
-void pool(const T *x, int height, int width, int channels, T *out, int threads) {
-  const int H = (height + 1) / 2, W = (width + 1) / 2, C = channels;
-  const long row = long(width) * C;
-#pragma omp parallel num_threads(threads)
-  {
-    std::vector<T> columns(row);
-#pragma omp for schedule(static)
-    for (int y = 0; y < H; y++) {
-      const T *above = x + std::max(2 * y - 1, 0) * row, *here = x + 2 * y * row;
-      const T *below = x + std::min(2 * y + 1, height - 1) * row;
-      T *__restrict line = columns.data();
-#pragma omp simd
-      for (long k = 0; k < row; k++)
-        line[k] = larger(larger(above[k], below[k]), larger(here[k], T(0)));
-      for (int column = 0; column < W; column++) {
-        const T *left = line + std::max(2 * column - 1, 0) * long(C);
-        const T *middle = line + 2 * column * long(C);
-        const T *right = line + std::min(2 * column + 1, width - 1) * long(C);
-        T *__restrict to = out + (long(y) * W + column) * C;
-#pragma omp simd
-        for (int c = 0; c < C; c++) to[c] = larger(larger(left[c], right[c]), middle[c]);
-      }
-    }
-  }
-}
-
 template <typename T>
 void channel_sums(const T *x, long rows, int columns, int channels, double *totals, int threads) {
   Totals all(channels, threads);
@@ -423,10 +390,10 @@ void weigh_by_peakiness(const float *maps, const float *mean, float scale, int h
   }
 }
 
-// RGB -> normalized, as planes for the peakiness and channels-last for the stem.
-template <typename S, typename T>
+// RGB -> normalized planes, and the largest magnitude.
+template <typename S>
 float normalize_image(const S *image, long pixels, const float *mean, const float *deviation,
-                      float *planes, T *out, int threads) {
+                      float *planes, int threads) {
   float largest = 0;
 #pragma omp parallel for num_threads(threads) schedule(static) reduction(max : largest)
   for (long block = 0; block < pixels; block += 4096) {
@@ -441,7 +408,6 @@ float normalize_image(const S *image, long pixels, const float *mean, const floa
         peak = std::max(peak, std::fabs(v));
       }
       largest = std::max(largest, peak);
-      for (long i = block; i < end; i++) write(out[3 * i + c], plane[i]);
     }
   }
   return largest;
@@ -720,13 +686,6 @@ void response(const T *x, long rows, int columns, int channels, const float *sca
 
 // One C function per kernel and type: NAME_float and NAME_bfloat16.
 #define EXPORT(T)                                                                                  \
-  float normalize_bytes_##T(const uint8_t *image, long pixels, const float *mean,                  \
-                            const float *deviation, float *planes, T *out, int threads) {          \
-    return normalize_image(image, pixels, mean, deviation, planes, out, threads);                  \
-  }                                                                                                \
-  void pool_##T(const T *x, int height, int width, int channels, T *out, int threads) {            \
-    pool(x, height, width, channels, out, threads);                                                \
-  }                                                                                                \
   void hidden_##T(const float *right, const float *scale, const float *shift, float slope,         \
                   const float *weights, const T *left, int height, int width, int channels,        \
                   const float *left_weights, float *out, double *totals, int threads) {            \
@@ -765,10 +724,6 @@ void response(const T *x, long rows, int columns, int channels, const float *sca
                               int width, int channels, float *peaks, T *out, int threads) {        \
     weigh_by_peakiness(maps, mean, scale, height, width, channels, peaks, out, threads);           \
   }                                                                                                \
-  float normalize_image_##T(const float *image, long pixels, const float *mean,                    \
-                            const float *deviation, float *planes, T *out, int threads) {          \
-    return normalize_image(image, pixels, mean, deviation, planes, out, threads);                  \
-  }                                                                                                \
   void weigh_image_by_peakiness_##T(const float *planes, float scale, int height, int width,       \
                                     float *peaks, T *out, int threads) {                           \
     weigh_image_by_peakiness(planes, scale, height, width, peaks, out, threads);                   \
@@ -782,6 +737,16 @@ void response(const T *x, long rows, int columns, int channels, const float *sca
 extern "C" {
 EXPORT(float)
 EXPORT(bfloat16)
+
+float normalize_bytes(const uint8_t *image, long pixels, const float *mean, const float *deviation,
+                      float *planes, int threads) {
+  return normalize_image(image, pixels, mean, deviation, planes, threads);
+}
+
+float normalize_floats(const float *image, long pixels, const float *mean, const float *deviation,
+                       float *planes, int threads) {
+  return normalize_image(image, pixels, mean, deviation, planes, threads);
+}
 
 // Group or instance normalization as a scale and a shift of each channel, from its sums.
 void normalization(const double *totals, long pixels, int channels, int groups,

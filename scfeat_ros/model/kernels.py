@@ -46,23 +46,13 @@ class Image(NamedTuple):
 
     values: torch.Tensor
     """(B, 3, H, W) fp32."""
-    rounded: torch.Tensor
-    """The same in the type of the convolutions, channels-last."""
     largest: float | None = None
     """Largest magnitude, where the kernels want it."""
 
 
-def normalize_image(
-    image: torch.Tensor, mean: torch.Tensor, deviation: torch.Tensor, dtype: torch.dtype
-) -> Image:
+def normalize_image(image: torch.Tensor, mean: torch.Tensor, deviation: torch.Tensor) -> Image:
     """(B, 3, H, W) RGB, uint8 or float in [0, 1] -> normalized image."""
-    values = (unit_range(image) - mean.view(3, 1, 1)) / deviation.view(3, 1, 1)
-    return Image(values, values.to(dtype, memory_format=torch.channels_last))
-
-
-def pool(x: torch.Tensor) -> torch.Tensor:
-    """The stem's max pooling, and the ReLU before it: (B, C, H, W) -> (B, C, H / 2, W / 2)."""
-    return F.max_pool2d(x, 3, stride=2, padding=1).relu_()
+    return Image((unit_range(image) - mean.view(3, 1, 1)) / deviation.view(3, 1, 1))
 
 
 def statistics(x: torch.Tensor) -> torch.Tensor:

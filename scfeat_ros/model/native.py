@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from scfeat_ros.model.kernels import Image, Maps, Norm
 from scfeat_ros.model.sampling import POOL
@@ -195,7 +196,6 @@ def has_cpu_quota(
 
 
 ARGUMENTS = {
-    "pool": "piiipi",
     "channel_sums": "pliipi",
     "upsampled": "piiiipppi",
     "upsampled_sum": "piiiipppi",
@@ -203,8 +203,8 @@ ARGUMENTS = {
     "pixel_statistics": "pliipppi",
     "bridge_and_stem": "ppliippppppppi",
     "weigh_by_peakiness": "ppfiiippi",
-    "normalize_bytes": "plppppi",
-    "normalize_image": "plppppi",
+    "normalize_bytes": "plpppi",
+    "normalize_floats": "plpppi",
     "weigh_image_by_peakiness": "pfiippi",
     "response": "pliippfpppi",
     "normalization": "pliipppp",
@@ -216,6 +216,7 @@ ARGUMENTS = {
     "subpixel_points": "piiplp",
     "sample": "piiilpliipi",
     "block_means": "piiilipi",
+    "stem": "piipipipi",
     "winograd_lanes": "",
     "winograd_columns": "i",
     "winograd_convolution": "piiipippipi",
@@ -231,7 +232,7 @@ WITHOUT_THREADS = (
 RETURNS = {
     "bridge_and_stem": ctypes.c_float,
     "normalize_bytes": ctypes.c_float,
-    "normalize_image": ctypes.c_float,
+    "normalize_floats": ctypes.c_float,
     "local_maxima": ctypes.c_long,
     "has_tiles": ctypes.c_int,
     "winograd_lanes": ctypes.c_int,
@@ -288,9 +289,7 @@ def _totals(channels: int) -> torch.Tensor:
     return torch.empty((1, 2, channels), dtype=torch.float64)
 
 
-def normalize_image(
-    image: torch.Tensor, mean: torch.Tensor, deviation: torch.Tensor, dtype: torch.dtype
-) -> Image:
+def normalize_image(image: torch.Tensor, mean: torch.Tensor, deviation: torch.Tensor) -> Image:
     if image.dtype == torch.uint8:  # normalized by whole numbers
         mean, deviation = 255 * mean, 255 * deviation
     else:
@@ -298,43 +297,44 @@ def normalize_image(
     image = _last(image)
     _, _, height, width = image.shape
     values = torch.empty((1, 3, height, width))
-    rounded = _empty(3, height, width, dtype)
     largest = _call(
-        "normalize_bytes" if image.dtype == torch.uint8 else "normalize_image",
-        dtype,
-        *(image, height * width, mean, deviation, values, rounded),
+        "normalize_bytes" if image.dtype == torch.uint8 else "normalize_floats",
+        None,
+        *(image, height * width, mean, deviation, values),
     )
-    return Image(values, rounded, largest)
-
-
-def pool(x: torch.Tensor) -> torch.Tensor:
-    x = _last(x)
-    _, channels, height, width = x.shape
-    out = _empty(channels, (height + 1) // 2, (width + 1) // 2, x.dtype)
-    _call("pool", x.dtype, x, height, width, channels, out)
-    return out
+    return Image(values, largest)
 
 
 TILE = 4
-"""Side of a tile of a Winograd convolution's results, as in winograd.cpp."""
+"""Side of a tile of a 3x3 convolution's results, as in winograd.cpp."""
+STEM_TILE = 3
+"""Side of a tile of the stem's results, as in stem.cpp."""
 MIN_TILES = 16
 """Tiles of a map from which on a Winograd convolution pays: it reads four times as many weights."""
-WINOGRAD = torch.tensor(
-    [
-        [1 / 4, 0, 0],
-        [-1 / 6, -1 / 6, -1 / 6],
-        [-1 / 6, 1 / 6, -1 / 6],
-        [1 / 24, 1 / 12, 1 / 6],
-        [1 / 24, -1 / 12, 1 / 6],
-        [0, 0, 1],
-    ],
-    dtype=torch.float64,
-)
-"""G of F(4x4, 3x3): transforms a side of a kernel."""
 
 
-def _tiles(height: int, width: int) -> int:
-    return -(-height // TILE) * -(-width // TILE)
+def _tiles(height: int, width: int, side: int) -> int:
+    return -(-height // side) * -(-width // side)
+
+
+def _transformed(weight: torch.Tensor) -> torch.Tensor:
+    """Weights of minimal filtering: G w G^T at its 36 places, for kernels of 3x3 and 4x4.
+
+    Args:
+        weight: (C_out, C_in, k, k).
+
+    Returns:
+        (36, panels, C_in, columns) fp32, in the order that the kernels read.
+    """
+    outputs, inputs, taps, _ = weight.shape
+    scales = torch.tensor([1 / 4, -1 / 6, -1 / 6, 1 / 24, 1 / 24], dtype=torch.float64)
+    points = torch.tensor([0, 1, -1, 2, -2], dtype=torch.float64)
+    at_points = scales[:, None] * points[:, None] ** torch.arange(taps)
+    at_infinity = torch.eye(taps, dtype=torch.float64)[-1:]
+    G = torch.cat([at_points, at_infinity])
+    transformed = torch.einsum("ia,ocab,jb->ijco", G, weight.double(), G).float()
+    columns = _call("winograd_columns", None, outputs)
+    return transformed.reshape(36, inputs, -1, columns).transpose(1, 2).contiguous()
 
 
 class WinogradConv(NamedTuple):
@@ -357,20 +357,16 @@ class WinogradConv(NamedTuple):
     @classmethod
     def of(cls, weight: torch.Tensor, bias: torch.Tensor | None = None) -> WinogradConv:
         """From (C_out, C_in, 3, 3) and (C_out,)."""
-        outputs, inputs = weight.shape[:2]
-        transformed = torch.einsum("ia,ocab,jb->ijco", WINOGRAD, weight.double(), WINOGRAD).float()
-        columns = _call("winograd_columns", None, outputs)
-        panels = transformed.reshape(36, inputs, -1, columns).transpose(1, 2).contiguous()
-        return cls(panels, None if bias is None else bias.float(), outputs)
+        return cls(_transformed(weight), None if bias is None else bias.float(), len(weight))
 
     @staticmethod
     def pays(height: int, width: int) -> bool:
         """Whether it is faster than a plain convolution, for a result of a height and width."""
-        return _tiles(height, width) >= MIN_TILES
+        return _tiles(height, width, TILE) >= MIN_TILES
 
     def products(self, height: int, width: int) -> int:
         """Multiplications for a result of a height and width, without those of the transforms."""
-        return self.weight.numel() * _tiles(height, width)
+        return self.weight.numel() * _tiles(height, width, TILE)
 
     def __call__(
         self, x: torch.Tensor, relu: bool = False, plus: torch.Tensor | None = None
@@ -384,6 +380,40 @@ class WinogradConv(NamedTuple):
             "winograd_convolution",
             x.dtype,
             *(x, height, width, inputs, self.weight, self.outputs, self.bias, plus, relu, out),
+        )
+        return out
+
+
+class WinogradStem(NamedTuple):
+    """The encoder's 7x7 convolution of stride 2, ReLU and max pooling in one: see `stem.cpp`."""
+
+    weight: torch.Tensor
+    """(36, panels, 12, columns): transformed, in the order that the kernel reads."""
+    bias: torch.Tensor
+    """(C_out,) in fp32."""
+
+    @classmethod
+    def of(cls, weight: torch.Tensor, bias: torch.Tensor) -> WinogradStem:
+        """From (C_out, 3, 7, 7) and (C_out,)."""
+        # an eighth tap of zeros before the others, and two taps each way are a cell's
+        cells = F.pad(weight, (1, 0, 1, 0)).unflatten(3, (4, 2)).unflatten(2, (4, 2))
+        cells = cells.permute(0, 1, 3, 5, 2, 4).flatten(1, 3)
+        return cls(_transformed(cells), bias.float())
+
+    def products(self, height: int, width: int) -> int:
+        """Multiplications for a pooled map of a height and width, without the transforms'."""
+        return self.weight.numel() * _tiles(2 * height, 2 * width, STEM_TILE)
+
+    def __call__(self, image: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """(1, 3, H, W) fp32 -> (1, C_out, H / 4, W / 4) in `dtype`; H and W multiples of 4."""
+        image = image.contiguous()
+        _, _, height, width = image.shape
+        _, _, _, columns = self.weight.shape
+        out = _empty(len(self.bias), height // 4, width // 4, dtype)
+        _call(
+            "stem",
+            dtype,
+            *(image, height, width, self.weight, columns, self.bias, len(self.bias), out),
         )
         return out
 

@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "bfloat16.h"
-#include "lanes.h"
+#include "winograd.h"
 
 namespace {
 
@@ -34,19 +34,6 @@ inline void write_lanes(bfloat16 *to, Lanes value) {  // rounded as by `write`
 }
 
 constexpr int TILE = 4;
-constexpr int PATCH = TILE + 2;
-
-// Rows or columns of a patch to those of its transform: B^T d.
-inline void transform_input(const Lanes d[PATCH], Lanes out[PATCH]) {
-  const Lanes even = d[4] - 4.0f * d[2], odd = d[3] - 4.0f * d[1];
-  const Lanes near = d[4] - d[2], far = 2.0f * (d[3] - d[1]);
-  out[0] = 4.0f * d[0] - 5.0f * d[2] + d[4];
-  out[1] = even + odd;
-  out[2] = even - odd;
-  out[3] = near + far;
-  out[4] = near - far;
-  out[5] = 4.0f * d[1] - 5.0f * d[3] + d[5];
-}
 
 // And back to a tile's rows or columns: A^T m.
 inline void transform_output(const Lanes m[PATCH], Lanes out[TILE]) {
@@ -58,8 +45,6 @@ inline void transform_output(const Lanes m[PATCH], Lanes out[TILE]) {
   out[3] = difference + 8.0f * difference2 + m[5];
 }
 
-// Register blocks of the matrix product: ROWS tiles by VECTORS of their results.
-constexpr int ROWS = LANES == 16 ? 12 : REGISTERS == 32 ? 8 : 6;
 constexpr int BLOCK = 48;  // tiles, a multiple of ROWS
 
 struct Map {
@@ -106,25 +91,6 @@ void to_places(const T *x, Map map, long first, int count, const T *nothing, flo
   }
 }
 
-// (count, inputs) times (inputs, VECTORS * LANES) -> as many columns of (count, outputs).
-template <int VECTORS>
-void multiply(const float *a, int count, int inputs, const float *weight, float *out, int outputs) {
-  for (int row = 0; row < count; row += ROWS) {
-    const float *from = a + long(row) * inputs;
-    Lanes sum[ROWS][VECTORS] = {};
-    for (int k = 0; k < inputs; k++) {
-      Lanes w[VECTORS];
-      for (int v = 0; v < VECTORS; v++)
-        w[v] = load<Lanes>(weight + (k * VECTORS + v) * LANES);
-      for (int r = 0; r < ROWS; r++)
-        for (int v = 0; v < VECTORS; v++) sum[r][v] += from[r * inputs + k] * w[v];
-    }
-    for (int r = 0; r < ROWS; r++)
-      for (int v = 0; v < VECTORS; v++)
-        store(out + long(row + r) * outputs + v * LANES, sum[r][v]);
-  }
-}
-
 // What follows the convolution: a bias and a map to be added (null for none), and ReLU.
 template <typename T>
 struct After {
@@ -168,7 +134,6 @@ void from_places(const float *products, Map map, long first, int count, After<T>
 template <typename T>
 void convolve(const T *x, Map from, const float *weight, Map to, int columns, After<T> after,
               T *out, int threads) {
-  const auto product = columns == LANES ? multiply<1> : multiply<2>;
   const long tiles = from.tiles();
 #pragma omp parallel num_threads(threads)
   {
@@ -180,11 +145,8 @@ void convolve(const T *x, Map from, const float *weight, Map to, int columns, Af
     for (long first = tiles * thread / all; first < end; first += BLOCK) {
       const int count = int(std::min<long>(BLOCK, end - first));
       to_places(x, from, first, count, nothing.data(), places.data());
-      for (int place = 0; place < PATCH * PATCH; place++)
-        for (int column = 0; column < to.channels; column += columns)
-          product(places.data() + from.in_block(place, 0), count, from.channels,
-                  weight + (long(place) * to.channels + column) * from.channels,
-                  products.data() + to.in_block(place, 0) + column, to.channels);
+      multiply_places(places.data(), from.pitch(), count, from.channels, weight, columns,
+                      to.channels, products.data(), to.pitch());
       from_places(products.data(), to, first, count, after, out);
     }
   }

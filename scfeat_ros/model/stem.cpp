@@ -1,0 +1,188 @@
+// The encoder's stem: a 7x7 convolution of stride 2 of the image, ReLU and max pooling, in one pass.
+//
+// Of every 2x2 pixels and three planes one cell of 12 channels: on the cells the convolution is one of
+// 4x4 and stride 1, and runs by minimal filtering, F(3x3, 4x4), in a third of the products. Its
+// result, four times as large as the pooled map, is never stored as a whole: a thread keeps two rows
+// of tiles and pools them.
+
+#include <omp.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "bfloat16.h"
+#include "winograd.h"
+
+namespace {
+
+constexpr int TILE = 3;
+constexpr int CHANNELS = 12;  // of a cell: three planes of two rows of two pixels
+constexpr int BEFORE = 2;     // cells left of and above its own that a result depends on
+constexpr int BLOCK = 24;     // tiles, a multiple of ROWS
+constexpr int KEPT = 2 * TILE;  // rows of results
+
+// Back to a tile's rows or columns: A^T m.
+inline void transform_output(const Lanes m[PATCH], Lanes out[TILE]) {
+  const Lanes sum = m[1] + m[2], difference = m[1] - m[2];
+  const Lanes sum2 = m[3] + m[4], difference2 = m[3] - m[4];
+  out[0] = m[0] + sum + sum2;
+  out[1] = difference + 2.0f * difference2;
+  out[2] = sum + 4.0f * sum2 + m[5];
+}
+
+// One image's way through the stem, by one thread.
+class Stem {
+ public:
+  Stem(const float *planes, int height, int width, const float *weight, int columns, int outputs)
+      : planes(planes), weight(weight), width(width), rows(height / 2), across(width / 2),
+        tiles((across + TILE - 1) / TILE), columns(columns), outputs(outputs),
+        strip(long(PATCH) * cells() * CHANNELS + LANES),
+        places(PATCH * PATCH * places_pitch() + LANES), products(PATCH * PATCH * products_pitch()),
+        results(long(KEPT) * across * outputs), line(long(across) * outputs) {}
+
+  // Rows `row` to `end` of the pooled map: ReLU(largest result of 3x3 + bias).
+  template <typename T>
+  void run(int row, int end, const float *bias, T *out) {
+    if (row >= end) return;
+    const int first = std::max(2 * row - 1, 0), last = std::min(2 * end - 1, rows - 1);
+    for (int tile_row = first / TILE; tile_row <= last / TILE; tile_row++) {
+      convolve(tile_row);
+      const int known = TILE * (tile_row + 1);
+      for (; row < end && std::min(2 * row + 2, rows) <= known; row++) pool(row, bias, out);
+    }
+  }
+
+ private:
+  const float *planes, *weight;
+  int width, rows, across, tiles, columns, outputs;
+  std::vector<float> strip, places, products, results, line;
+
+  // Of a row of patches, which overlap.
+  long cells() const { return long(tiles) * TILE + PATCH - TILE; }
+  // From one place to the next: not a power of two, which the cache would hold badly.
+  long places_pitch() const { return long(BLOCK) * CHANNELS + 16; }
+  long products_pitch() const { return long(BLOCK) * outputs + 16; }
+
+  float *result(int row, int column) {
+    return results.data() + (long(row % KEPT) * across + column) * outputs;
+  }
+
+  void convolve(int tile_row) {
+    for (int i = 0; i < PATCH; i++) gather(TILE * tile_row - BEFORE + i, i);
+    for (int first = 0; first < tiles; first += BLOCK) {
+      const int count = std::min(BLOCK, tiles - first);
+      for (int n = 0; n < count; n++) to_places(first + n, n);
+      multiply_places(places.data(), places_pitch(), count, CHANNELS, weight, columns, outputs,
+                      products.data(), products_pitch());
+      for (int n = 0; n < count; n++) from_places(n, TILE * tile_row, TILE * (first + n));
+    }
+  }
+
+  // A row of cells, zeros about the image, to line `i` of the strip.
+  void gather(int row, int i) {
+    float *to = strip.data() + i * cells() * CHANNELS, *end = to + cells() * CHANNELS;
+    if (row < 0 || row >= rows) return std::fill(to, end, 0.0f);
+    float *inside = to + BEFORE * CHANNELS;
+    std::fill(to, inside, 0.0f);
+    std::fill(inside + long(across) * CHANNELS, end, 0.0f);
+    for (int half = 0; half < 6; half++) {  // a row of two pixels of a plane
+      const long above = long(half / 2) * 2 * rows + 2 * row + half % 2;
+      const float *from = planes + above * width;
+      for (int x = 0; x < across; x++) {
+        inside[x * CHANNELS + 2 * half] = from[2 * x];
+        inside[x * CHANNELS + 2 * half + 1] = from[2 * x + 1];
+      }
+    }
+  }
+
+  // A patch of the strip to tile `n` of the block. Vectors reach over a cell's end; what they leave
+  // behind there the next tile overwrites.
+  void to_places(int patch, int n) {
+    const float *from = strip.data() + long(patch) * TILE * CHANNELS;
+    float *to = places.data() + n * CHANNELS;
+    for (int c = 0; c < CHANNELS; c += LANES) {
+      Lanes transformed[PATCH][PATCH];
+      for (int j = 0; j < PATCH; j++) {
+        Lanes d[PATCH];
+        for (int i = 0; i < PATCH; i++) d[i] = load<Lanes>(from + (i * cells() + j) * CHANNELS + c);
+        transform_input(d, transformed[j]);
+      }
+      for (int i = 0; i < PATCH; i++) {
+        Lanes d[PATCH], v[PATCH];
+        for (int j = 0; j < PATCH; j++) d[j] = transformed[j][i];
+        transform_input(d, v);
+        for (int j = 0; j < PATCH; j++) store(to + (i * PATCH + j) * places_pitch() + c, v[j]);
+      }
+    }
+  }
+
+  // Tile `n` of the block to the results at a row and column.
+  void from_places(int n, int row, int column) {
+    const int inside = std::min(TILE, across - column);
+    const float *from = products.data() + long(n) * outputs;
+    for (int c = 0; c < outputs; c += LANES) {
+      Lanes half[PATCH][TILE];
+      for (int j = 0; j < PATCH; j++) {
+        Lanes m[PATCH];
+        for (int i = 0; i < PATCH; i++)
+          m[i] = load<Lanes>(from + (i * PATCH + j) * products_pitch() + c);
+        transform_output(m, half[j]);
+      }
+      for (int i = 0; i < TILE; i++) {
+        Lanes m[PATCH], y[TILE];
+        for (int j = 0; j < PATCH; j++) m[j] = half[j][i];
+        transform_output(m, y);
+        for (int j = 0; j < inside; j++) store(result(row + i, column + j) + c, y[j]);
+      }
+    }
+  }
+
+  template <typename T>
+  void pool(int row, const float *bias, T *out) {
+    const float *above = result(std::max(2 * row - 1, 0), 0), *here = result(2 * row, 0);
+    const float *below = result(std::min(2 * row + 1, rows - 1), 0);
+    float *__restrict largest = line.data();
+    const long values = long(across) * outputs;
+#pragma omp simd
+    for (long k = 0; k < values; k++)
+      largest[k] = std::max(std::max(above[k], below[k]), here[k]);
+    const int pooled = (across + 1) / 2;
+    for (int column = 0; column < pooled; column++) {
+      const float *left = largest + std::max(2 * column - 1, 0) * long(outputs);
+      const float *middle = largest + 2 * column * long(outputs);
+      const float *right = largest + std::min(2 * column + 1, across - 1) * long(outputs);
+      T *__restrict to = out + (long(row) * pooled + column) * outputs;
+#pragma omp simd
+      for (int k = 0; k < outputs; k++) {
+        const float value = std::max(std::max(left[k], right[k]), middle[k]);
+        write(to[k], std::max(value + bias[k], 0.0f));
+      }
+    }
+  }
+};
+
+template <typename T>
+void stem(const float *planes, int height, int width, const float *weight, int columns,
+          const float *bias, int outputs, T *out, int threads) {
+  const int pooled = (height / 2 + 1) / 2;
+#pragma omp parallel num_threads(threads)
+  {
+    const int thread = omp_get_thread_num(), all = omp_get_num_threads();
+    Stem(planes, height, width, weight, columns, outputs)
+        .run(pooled * thread / all, pooled * (thread + 1) / all, bias, out);
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+#define STEM(T)                                                                                   \
+  void stem_##T(const float *planes, int height, int width, const float *weight, int columns,     \
+                const float *bias, int outputs, T *out, int threads) {                            \
+    stem(planes, height, width, weight, columns, bias, outputs, out, threads);                    \
+  }
+
+STEM(float)
+STEM(bfloat16)
+}
