@@ -23,33 +23,42 @@ inline void transform_input(const Lanes d[PATCH], Lanes out[PATCH]) {
   out[5] = 4.0f * d[1] - 5.0f * d[3] + d[5];
 }
 
-// Register blocks of the matrix product: ROWS tiles by VECTORS of their results.
+// Register blocks of the matrix product: ROWS tiles by VECTORS of their results. What is left of the
+// tiles is taken by REST at a time.
 constexpr int ROWS = LANES == 16 ? 12 : REGISTERS == 32 ? 8 : 6;
+constexpr int REST = LANES == 16 ? 4 : 2;
 
-// (count, inputs) times (inputs, VECTORS * LANES) -> as many columns of (count, outputs).
+// (TILES, inputs) times (inputs, VECTORS * LANES) -> as many columns of (TILES, outputs).
+template <int TILES, int VECTORS>
+void multiply_few(const float *a, int inputs, const float *weight, float *out, int outputs) {
+  Lanes sum[TILES][VECTORS] = {};
+  for (int k = 0; k < inputs; k++) {
+    Lanes w[VECTORS];
+    for (int v = 0; v < VECTORS; v++) w[v] = load<Lanes>(weight + (k * VECTORS + v) * LANES);
+    for (int r = 0; r < TILES; r++)
+      for (int v = 0; v < VECTORS; v++) sum[r][v] += a[r * inputs + k] * w[v];
+  }
+  for (int r = 0; r < TILES; r++)
+    for (int v = 0; v < VECTORS; v++) store(out + long(r) * outputs + v * LANES, sum[r][v]);
+}
+
+// The same for `count` tiles.
 template <int VECTORS>
 void multiply(const float *a, int count, int inputs, const float *weight, float *out, int outputs) {
-  for (int row = 0; row < count; row += ROWS) {
-    const float *from = a + long(row) * inputs;
-    Lanes sum[ROWS][VECTORS] = {};
-    for (int k = 0; k < inputs; k++) {
-      Lanes w[VECTORS];
-      for (int v = 0; v < VECTORS; v++)
-        w[v] = load<Lanes>(weight + (k * VECTORS + v) * LANES);
-      for (int r = 0; r < ROWS; r++)
-        for (int v = 0; v < VECTORS; v++) sum[r][v] += from[r * inputs + k] * w[v];
-    }
-    for (int r = 0; r < ROWS; r++)
-      for (int v = 0; v < VECTORS; v++)
-        store(out + long(row + r) * outputs + v * LANES, sum[r][v]);
-  }
+  int row = 0;
+  for (; row + ROWS <= count; row += ROWS)
+    multiply_few<ROWS, VECTORS>(a + long(row) * inputs, inputs, weight, out + long(row) * outputs,
+                                outputs);
+  for (; row < count; row += REST)
+    multiply_few<REST, VECTORS>(a + long(row) * inputs, inputs, weight, out + long(row) * outputs,
+                                outputs);
 }
 
 // The products of a block of tiles at all places.
 //
 // places: (36, tiles, inputs), `pitch_in` floats from one place to the next; weight: (36, panels,
 // inputs, columns); products: (36, tiles, outputs), `pitch_out` floats apart. Both blocks have room
-// for a multiple of ROWS tiles.
+// for a multiple of REST tiles.
 inline void multiply_places(const float *places, long pitch_in, int count, int inputs,
                             const float *weight, int columns, int outputs, float *products,
                             long pitch_out) {
