@@ -17,13 +17,14 @@ from scfeat_ros.acceleration import Network, choose
 from scfeat_ros.errors import ScfeatError
 from scfeat_ros.features import Features
 from scfeat_ros.model import native
-from scfeat_ros.model.sampling import (
+from scfeat_ros.model.descriptors import (
     CONTEXT_FACTOR,
-    block_means,
-    sample_context,
-    sample_few,
-    sample_pooled,
+    CONTEXT_SCALES,
+    SCALES,
+    Projection,
+    sample_scales,
 )
+from scfeat_ros.model.sampling import sample_few
 from scfeat_ros.model.scfeat import DESCRIPTOR_STRIDE, SCFeat, SCFeatOutput, load_model
 from scfeat_ros.onnx_export import OnnxSCFeat
 from scfeat_ros.parameters import ExtractorOptions, validate
@@ -112,8 +113,7 @@ class Extractor:
     @property
     def descriptor_dim(self) -> int:
         """Length of a descriptor."""
-        halves = 2 if self.options.descriptor_sampling == "context" else 1
-        return halves * self.model.config.descriptor_dim
+        return self.model.config.descriptor_dim
 
     def set_options(self, **changes: object) -> None:
         """Change options; the next image is processed with them.
@@ -222,6 +222,12 @@ class Extractor:
             return [None] * len(images)
         return self._maps(self.network.run(self._prepare(images, _context_size(size))))
 
+    def _projection(self) -> Projection:
+        """From samples to descriptors; fitted to the maps after the bridge alone."""
+        if self.options.descriptor_source == "bridge":
+            return self.model.projection
+        return Projection(self.model.config.descriptor_dim).to(self.device)
+
     def _describe(
         self,
         selected: Selected,
@@ -232,18 +238,19 @@ class Extractor:
     ) -> Features:
         """Keypoints of an image of `size` that was shrunk to `working`, with descriptors."""
         points, scores = selected
-        sample, means = sample_few, block_means
+        sample, scales = sample_few, sample_scales
         if self.network.compiled:
-            sample, means = native.sample, native.block_means
-        if context is not None:
-            small = _context_size(working)
-            scale = points.new_tensor([small[0] / working[0], small[1] / working[1]])
-            maps = feature_map, context, points, scale
-            sampled = sample_context(*maps, DESCRIPTOR_STRIDE, sample, means)
-        elif self.options.descriptor_sampling == "pooled":
-            sampled = sample_pooled(feature_map, points, DESCRIPTOR_STRIDE, sample, means)
-        else:
+            sample, scales = native.sample, native.sample_scales
+        if self.options.descriptor_sampling == "bilinear":
             sampled = sample(feature_map, points, DESCRIPTOR_STRIDE)
+        else:
+            parts = [scales(feature_map, points, SCALES, DESCRIPTOR_STRIDE)]
+            if context is not None:
+                small = _context_size(working)
+                scale = points.new_tensor([small[0] / working[0], small[1] / working[1]])
+                there = (points + 0.5) * scale - 0.5
+                parts.append(scales(context, there, CONTEXT_SCALES, DESCRIPTOR_STRIDE))
+            sampled = self._projection()(*parts)
         normalize = l2_normalize if self.options.descriptor_norm == "l2" else fusion_normalize
         # working pixel x covers [x - 0.5, x + 0.5]; the same holds in the original
         scale = points.new_tensor([size[0] / working[0], size[1] / working[1]])

@@ -2,11 +2,12 @@
 
 The file takes one input `image`, (batch, 3, height, width) fp32 RGB in [0, 1] with height and width
 multiples of 16, all three free, and gives `descriptors`, `bridged` and `scores` as `SCFeat` does.
-The configuration and the precision are in its metadata.
+The configuration, the precision and the projection to descriptors are in its metadata.
 """
 
 from __future__ import annotations
 
+import base64
 import inspect
 import json
 import os
@@ -15,9 +16,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from safetensors.torch import load, save
 from torch import nn
 
 from scfeat_ros.errors import ModelError, ScfeatError
+from scfeat_ros.model.descriptors import Projection
 from scfeat_ros.model.scfeat import (
     STRIDE,
     SCFeat,
@@ -82,6 +85,7 @@ def export_onnx(
         written = onnx.load(partial)
         metadata = {"format": "scfeat", "precision": precision}
         metadata["config"] = json.dumps(asdict(model.config))
+        metadata["projection"] = base64.b64encode(save(model.projection.state_dict())).decode()
         onnx.helper.set_model_props(written, metadata)
         onnx.checker.check_model(written)
         onnx.save(written, partial)
@@ -151,6 +155,9 @@ class OnnxSCFeat(nn.Module):
         lists = {key: tuple(v) if isinstance(v, list) else v for key, v in config.items()}
         self.config = SCFeatConfig(**lists)
         self.precision = metadata["precision"]
+        self.projection = Projection(self.config.descriptor_dim)
+        if "projection" in metadata:  # the file may have been written before there was one
+            self.projection.load_state_dict(load(base64.b64decode(metadata["projection"])))
 
     def _open(self, providers: list[str]) -> object:
         options = self._runtime.SessionOptions()

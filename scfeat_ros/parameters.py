@@ -88,14 +88,15 @@ class ExtractorOptions:
     descriptor_source: str = option(
         "bridge",
         "where descriptors are sampled: 'bridge', after the cross normalization, or 'backbone', "
-        "before it (the paper's pruning), with which fewer matches are right",
+        "before it (the paper's pruning), with which fewer matches are right; the projection is "
+        "not fitted to the latter",
         choices=("bridge", "backbone"),
     )
     descriptor_sampling: str = option(
         "pooled",
-        "how descriptors are sampled: 'pooled', the map close to the keypoint and the mean of its "
-        "surroundings; 'context', both beside each other and the surroundings in a quarter-size "
-        "image too: twice as long, for more right matches between views far apart; 'bilinear', "
+        "how descriptors are sampled: 'pooled', the map close to the keypoint and the means of its "
+        "surroundings, projected; 'context', the same and the network's map of a quarter-size "
+        "image: takes a tenth longer, for more right matches between views far apart; 'bilinear', "
         "the paper's way (Eq. 23), with which fewer matches are right",
         choices=("pooled", "context", "bilinear"),
     )

@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 from scfeat_ros.errors import ModelError
 from scfeat_ros.model.backbone import ConvBlock, F2RBackbone
 from scfeat_ros.model.cross_norm import CrossNorm
+from scfeat_ros.model.descriptors import CONTEXT_SCALES, SCALES, Projection, sample_scales
 from scfeat_ros.model.detector import Detector, peakiness
 from scfeat_ros.model.resnet import ResNetEncoder
-from scfeat_ros.model.sampling import sample, sample_few, sample_pooled, upsample
+from scfeat_ros.model.sampling import sample, sample_few, upsample
 from scfeat_ros.model.scfeat import CONFIGS, SCFeat, load_model, read_metadata, save_model
 
 
@@ -129,32 +130,52 @@ def spline_sample(maps, x, y):
     return total
 
 
-def test_pooled_samples_are_splines_of_cells_and_of_blocks():
+def means(maps, side):
+    """(C, H, W) -> means of blocks of side x side cells, smaller ones at the edge."""
+    _, height, width = maps.shape
+    rows, columns = range(0, height, side), range(0, width, side)
+    blocks = [
+        [maps[:, r : r + side, c : c + side].mean(axis=(1, 2)) for c in columns] for r in rows
+    ]
+    return np.stack(blocks).transpose(2, 0, 1)
+
+
+def test_samples_at_scales_are_splines_of_cells_and_of_blocks():
     maps = np.random.default_rng(0).random((3, 20, 28)).astype(np.float32)
-    blocks = np.stack(
-        [
-            [maps[:, r : r + 8, c : c + 8].mean(axis=(1, 2)) for c in range(0, 28, 8)]
-            for r in range(0, 20, 8)
-        ]
-    ).transpose(2, 0, 1)
     points = np.array([[0.0, 0.0], [50.3, 41.7], [111.0, 79.0], [30.0, 62.5]], np.float32)
-    found = sample_pooled(torch.from_numpy(maps), torch.from_numpy(points))
+    found = sample_scales(torch.from_numpy(maps), torch.from_numpy(points), (1, 4, 8))
+    blocks = means(maps, 4)
     for value, (x, y) in zip(found, points, strict=True):
-        expected = spline_sample(maps, (x + 0.5) / 4 - 0.5, (y + 0.5) / 4 - 0.5)
-        expected = expected + spline_sample(blocks, (x + 0.5) / 32 - 0.5, (y + 0.5) / 32 - 0.5)
-        np.testing.assert_allclose(numpy(value), expected, atol=1e-5)
+        expected = []
+        for side, level in ((1, maps), (4, blocks), (8, means(blocks, 2))):
+            stride = 4 * side
+            part = spline_sample(level, (x + 0.5) / stride - 0.5, (y + 0.5) / stride - 0.5)
+            expected.append(part / np.linalg.norm(part))
+        np.testing.assert_allclose(numpy(value), np.concatenate(expected), atol=1e-5)
 
 
 def test_no_points_give_no_samples():
     maps = torch.rand(3, 5, 7)
     assert sample_few(maps, torch.zeros(0, 2)).shape == (0, 3)
-    assert sample_pooled(maps, torch.zeros(0, 2)).shape == (0, 3)
+    assert sample_scales(maps, torch.zeros(0, 2)).shape == (0, 3 * len(SCALES))
 
 
-def test_pooled_samples_change_little_where_the_cell_changes():
+def test_samples_at_scales_change_little_where_the_cell_changes():
     maps = torch.rand(4, 20, 28)
-    before, after = sample_pooled(maps, torch.tensor([[49.4999, 40.0], [49.5001, 40.0]]))
+    before, after = sample_scales(maps, torch.tensor([[49.4999, 40.0], [49.5001, 40.0]]))
     torch.testing.assert_close(before, after, atol=1e-3, rtol=0)
+
+
+def test_projection_starts_as_the_place_plus_its_surroundings():
+    projection = Projection(6)
+    samples = torch.rand(5, len(SCALES) * 6)
+    parts = dict(zip(SCALES, samples.split(6, dim=1), strict=True))
+    torch.testing.assert_close(projection(samples), parts[1] + parts[8])
+    context = torch.rand(5, len(CONTEXT_SCALES) * 6)
+    torch.testing.assert_close(projection(samples, context), parts[1] + parts[8])
+    torch.nn.init.normal_(projection.context)
+    expected = torch.cat([samples, context], dim=1) @ projection.context.T
+    torch.testing.assert_close(projection(samples, context), expected)
 
 
 def test_conv_block_is_upsampling_convolution_group_norm_elu():

@@ -10,11 +10,10 @@ import numpy as np
 from scfeat_ros.extractor import Extractor
 from scfeat_ros.features import Features
 from scfeat_ros.matcher import match
-from scfeat_ros.model.scfeat import SCFeat, available_models, load_model
 from scfeat_training.evaluation.metrics import mma_score
 from scfeat_training.geometry import epipolar_distance, transform_points
 from scfeat_training.scenes import Scene
-from scfeat_training.trained import load_trained
+from scfeat_training.trained import load_network
 from scfeat_training.validation import NEAR, held_out_pairs
 
 THRESHOLDS = range(1, 11)
@@ -62,12 +61,6 @@ def measure(extractor: Extractor, pairs: Sequence[dict]) -> dict[str, float]:
     }
 
 
-def _network(run: str | Path) -> SCFeat:
-    if str(run) in available_models() or Path(run).suffix == ".safetensors":
-        return load_model(run)
-    return load_trained(run)[0]
-
-
 def _matched(first: Features, second: Features) -> tuple[np.ndarray, np.ndarray]:
     one, other = match(first, second).indices.T
     return first.keypoints[one].astype(float), second.keypoints[other].astype(float)
@@ -94,7 +87,7 @@ def table(
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for number, (name, run) in enumerate(runs.items()):
-        model = _network(run)
+        model, _ = load_network(run)
         for variant, options in VARIANTS.items():
             if variant and number:
                 continue

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from scfeat_ros.errors import InputError
-from scfeat_ros.model.sampling import sample_pooled
+from scfeat_ros.model.descriptors import sample_scales
 from scfeat_ros.model.scfeat import SCFeat
 from scfeat_training.config import TrainConfig
 from scfeat_training.correspondences import CorrespondencePairs, GeometryPairs, MixedPairs
@@ -378,7 +378,8 @@ class DetectorStage(Stage):
                 score_map, options.cell, noise.to(score_map), options.sharpness
             )
             drawn.append(keypoints)
-            descriptors.append(F.normalize(sample_pooled(feature_map, keypoints.points), dim=1))
+            samples = sample_scales(feature_map, keypoints.points)
+            descriptors.append(F.normalize(self.model.projection(samples), dim=1))
         first, second = drawn
         with torch.no_grad():
             probability = match_probability(*descriptors, options.temperature)

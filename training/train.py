@@ -6,12 +6,15 @@ import argparse
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
+from scfeat_ros import __version__
 from scfeat_ros.errors import InputError, OutputExistsError, ScfeatError
-from scfeat_ros.model.scfeat import save_model
+from scfeat_ros.model.cross_norm import CrossNorm
+from scfeat_ros.model.scfeat import SCFeat, save_model
 from scfeat_training.config import STAGES, read_config
 from scfeat_training.scenes import read_scenes, split_scenes
-from scfeat_training.trained import load_trained
+from scfeat_training.trained import load_network
 from scfeat_training.trainer import Trainer
 
 HELP = {
@@ -28,13 +31,54 @@ def export(checkpoint: str | Path, output: str | Path, overwrite: bool = False) 
         InputError: the checkpoint cannot be read, or has no bridge (an ablation).
         OutputExistsError: the output is there and `overwrite` is not set.
     """
-    output = Path(output)
-    if output.exists() and not overwrite:
+    model, provenance = _complete_network(checkpoint, output, overwrite)
+    save_model(model, output, provenance)
+
+
+def project(
+    run: str | Path,
+    data: str | Path,
+    output: str | Path,
+    pairs: int,
+    size: tuple[int, int],
+    overwrite: bool = False,
+) -> None:
+    """Write weights with a projection that is fitted on the training scenes; see `projection`.
+
+    Args:
+        run: a checkpoint, a run's folder, or weights by name or file.
+        data: folder of scenes; the held-out ones are not used.
+        output: a .safetensors file.
+        pairs, size: see `projection.fit_projection`.
+        overwrite: replace a file that is there.
+
+    Raises:
+        InputError: the network or the scenes cannot be used.
+        OutputExistsError: the output is there and `overwrite` is not set.
+    """
+    # here, since training itself needs nothing of the extractor
+    from scfeat_training.projection import fit_projection
+
+    model, provenance = _complete_network(run, output, overwrite)
+    scenes, _ = split_scenes(read_scenes(data))
+    if not scenes:
+        raise InputError(f"{data}: all scenes are held out for validation, none to fit on")
+    model.projection = fit_projection(model, scenes, pairs, size)
+    names = sorted(scene.name for scene in scenes)
+    made = {"pairs": pairs, "size": list(size), "scenes": names, "version": __version__}
+    save_model(model, output, {**provenance, "projection": made})
+
+
+def _complete_network(
+    run: str | Path, output: str | Path, overwrite: bool
+) -> tuple[SCFeat, dict[str, Any]]:
+    """A network that may be written to `output`, and how it was made."""
+    if Path(output).exists() and not overwrite:
         raise OutputExistsError(f"{output}: exists already; use --overwrite")
-    model, state = load_trained(checkpoint)
-    if not state["history"][-1]["config"]["cross_norm"]:
-        raise InputError(f"{checkpoint}: was trained without cross normalization; only for study")
-    save_model(model, output, {"stage": state["stage"], "history": state["history"]})
+    model, provenance = load_network(run)
+    if not isinstance(model.bridge, CrossNorm):
+        raise InputError(f"{run}: was trained without cross normalization; only for study")
+    return model, provenance
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -70,6 +114,15 @@ def _parser() -> argparse.ArgumentParser:
     study.add_argument("--pairs", type=int, default=50, help="pairs of each kind")
     study.add_argument("--size", type=int, nargs=2, default=[320, 240], metavar=("W", "H"))
     study.add_argument("-o", "--output", help="Markdown file, in place of the screen")
+    fit = commands.add_parser(
+        "project", help="fit the projection to descriptors, after the training"
+    )
+    fit.add_argument("run", help="checkpoint file, a run's folder, or weights by name or file")
+    fit.add_argument("--data", required=True, help="folder of scenes; held-out ones are not used")
+    fit.add_argument("-o", "--output", required=True, help="a .safetensors file")
+    fit.add_argument("--pairs", type=int, default=250, help="pairs of each kind")
+    fit.add_argument("--size", type=int, nargs=2, default=[640, 480], metavar=("W", "H"))
+    fit.add_argument("--overwrite", action="store_true")
     out = commands.add_parser("export", help="checkpoint -> safetensors weights")
     out.add_argument("checkpoint", help="checkpoint file or a run's folder")
     out.add_argument("-o", "--output", required=True, help="a .safetensors file")
@@ -84,6 +137,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.command == "export":
             export(args.checkpoint, args.output, args.overwrite)
+            print(f"wrote {args.output}")
+            return 0
+        if args.command == "project":
+            where = args.run, args.data, args.output
+            project(*where, args.pairs, tuple(args.size), args.overwrite)
             print(f"wrote {args.output}")
             return 0
         if args.command == "ablation":

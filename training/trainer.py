@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from scfeat_ros.errors import InputError, ScfeatError
 from scfeat_ros.memory import keep_freed_memory
+from scfeat_ros.model.descriptors import Projection
 from scfeat_ros.model.scfeat import CONFIGS, SCFeat, SCFeatConfig, load_model, read_metadata
 from scfeat_training.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
 from scfeat_training.config import TrainConfig
@@ -141,6 +142,8 @@ class Trainer:
             if not config.cross_norm:  # an ablation may start from a network that has the bridge
                 weights = {k: v for k, v in weights.items() if not k.startswith("bridge.")}
             _load_weights(self.model, weights, str(init))
+            if config.stage != "detector":  # it was fitted to the descriptors of then
+                self.model.projection = Projection(self.model.config.descriptor_dim)
         self.model.to(self.device, memory_format=torch.channels_last)
         self.step = 0
         self.ema = Ema(self.model, config.ema)

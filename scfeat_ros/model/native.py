@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -29,7 +29,6 @@ import torch
 import torch.nn.functional as F
 
 from scfeat_ros.model.kernels import Image, Maps, Norm
-from scfeat_ros.model.sampling import POOL
 
 if TYPE_CHECKING:
     from scfeat_ros.model.fused import Conv
@@ -214,7 +213,7 @@ ARGUMENTS = {
     "score": "pffppiiii",
     "local_maxima": "piiifiplppi",
     "subpixel_points": "piiplp",
-    "sample": "piiilpliipi",
+    "sample": "piiilpliiipli",
     "block_means": "piiilipi",
     "stem": "piipipipi",
     "winograd_lanes": "",
@@ -645,27 +644,53 @@ def sample(
     feature_map: torch.Tensor, points: torch.Tensor, stride: int = 4, smooth: bool = False
 ) -> torch.Tensor:
     """As `sampling.sample_few`."""
+    out = torch.empty((len(points), len(feature_map)))
+    _sample(feature_map, points, stride, smooth, False, out)
+    return out
+
+
+def sample_scales(
+    feature_map: torch.Tensor, points: torch.Tensor, scales: Sequence[int], stride: int = 4
+) -> torch.Tensor:
+    """As `descriptors.sample_scales`."""
+    channels = len(feature_map)
+    out = torch.empty((len(points), len(scales) * channels))
+    side = 1
+    for scale, part in zip(scales, out.split(channels, dim=1), strict=True):
+        if scale > side:
+            feature_map, side = block_means(feature_map, scale // side), scale
+        _sample(feature_map, points, side * stride, True, True, part)
+    return out
+
+
+def _sample(
+    feature_map: torch.Tensor,
+    points: torch.Tensor,
+    stride: int,
+    smooth: bool,
+    unit: bool,
+    out: torch.Tensor,
+) -> None:
+    """Samples, `unit` of unit norm, to `out`, columns of an array."""
     feature_map, pitch = _pixels(feature_map)
     channels, height, width = feature_map.shape
-    out = torch.empty((len(points), channels))
     _call(
         "sample",
         feature_map.dtype,
         *(feature_map, height, width, channels, pitch),
-        *(points.contiguous(), len(points), stride, smooth, out),
+        *(points.contiguous(), len(points), stride, smooth, unit, out, out.stride(0)),
     )
-    return out
 
 
-def block_means(feature_map: torch.Tensor) -> torch.Tensor:
-    """As `sampling.block_means`, in fp32."""
+def block_means(feature_map: torch.Tensor, side: int) -> torch.Tensor:
+    """As `sampling.block_means`."""
     feature_map, pitch = _pixels(feature_map)
     channels, height, width = feature_map.shape
-    out = _empty(channels, -(-height // POOL), -(-width // POOL), torch.float32)
+    out = _empty(channels, -(-height // side), -(-width // side), torch.float32)
     _call(
         "block_means",
         feature_map.dtype,
-        *(feature_map, height, width, channels, pitch, POOL, out),
+        *(feature_map, height, width, channels, pitch, side, out),
     )
     return out[0]
 

@@ -7,8 +7,6 @@ cells of s x s pixels, so image position x lies at (x + 0.5) / s - 0.5 on the ma
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -70,75 +68,9 @@ def _cells(position: torch.Tensor, size: int, smooth: bool) -> tuple[torch.Tenso
     return cells.clamp(0, size - 1).long(), weights
 
 
-POOL = 8
-"""Side of the blocks of cells whose means `sample_pooled` takes for a point's surroundings."""
-
-
-def block_means(feature_map: torch.Tensor) -> torch.Tensor:
-    """(C, h, w) -> means of blocks of `POOL` x `POOL` cells, those at the edge may be smaller."""
-    return F.avg_pool2d(feature_map[None], POOL, ceil_mode=True, count_include_pad=False)[0]
-
-
-def sample_pooled(
-    feature_map: torch.Tensor,
-    points: torch.Tensor,
-    stride: int = 4,
-    sample: Callable[..., torch.Tensor] = sample_few,
-    block_means: Callable[[torch.Tensor], torch.Tensor] = block_means,
-) -> torch.Tensor:
-    """A map close to each point, plus the mean of its surroundings.
-
-    A descriptor that has its surroundings in it is taken less often for another one that looks
-    alike, and changes less with the keypoint's place in its cell: more of the matches are right
-    than with bilinear samples. Both parts are weighted by cubic B-splines; at a stride of 4 they
-    reach over 2.3 and 21 px (standard deviations).
-
-    Args:
-        feature_map: (C, h, w).
-        points: (N, 2) float32.
-        stride: image pixels per cell of the map.
-        sample, block_means: the functions of these names here, or others like them.
-
-    Returns:
-        (N, C) float32.
-    """
-    near = sample(feature_map, points, stride, smooth=True)
-    return near + sample(block_means(feature_map), points, POOL * stride, smooth=True)
-
-
-CONTEXT_FACTOR = 4
-"""How much smaller the image is that `sample_context` sees the surroundings in."""
-
-
-def sample_context(
-    feature_map: torch.Tensor,
-    small_map: torch.Tensor,
-    points: torch.Tensor,
-    scale: torch.Tensor,
-    stride: int = 4,
-    sample: Callable[..., torch.Tensor] = sample_few,
-    block_means: Callable[[torch.Tensor], torch.Tensor] = block_means,
-) -> torch.Tensor:
-    """A map close to each point and, beside it, the point's surroundings.
-
-    These are the mean that `sample_pooled` adds, plus the network's map of the small image, in
-    which a cell sees more of the scene. Inner products of such descriptors are means of two: the
-    places look alike, and so do their surroundings.
-
-    Args:
-        feature_map: (C, h, w).
-        small_map: (C, h', w'), of the image at a `CONTEXT_FACTOR`-th of its size.
-        points: (N, 2) float32.
-        scale: (2,) width and height of the small image by those of the image.
-        stride, sample, block_means: as for `sample_pooled`.
-
-    Returns:
-        (N, 2 C) float32; each half has unit norm.
-    """
-    near = sample(feature_map, points, stride, smooth=True)
-    around = sample(block_means(feature_map), points, POOL * stride, smooth=True)
-    around = around + sample(small_map, (points + 0.5) * scale - 0.5, stride, smooth=True)
-    return torch.cat([F.normalize(near, dim=1), F.normalize(around, dim=1)], dim=1)
+def block_means(feature_map: torch.Tensor, side: int) -> torch.Tensor:
+    """(C, h, w) -> fp32 means of blocks of `side` x `side` cells; those at the edge are smaller."""
+    return F.avg_pool2d(feature_map[None].float(), side, ceil_mode=True, count_include_pad=False)[0]
 
 
 def upsample(x: torch.Tensor, factor: int) -> torch.Tensor:

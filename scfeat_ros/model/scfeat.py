@@ -20,6 +20,7 @@ from scfeat_ros import __version__
 from scfeat_ros.errors import ModelError
 from scfeat_ros.model.backbone import F2RBackbone
 from scfeat_ros.model.cross_norm import CrossNorm
+from scfeat_ros.model.descriptors import Projection
 from scfeat_ros.model.detector import Detector
 from scfeat_ros.model.resnet import STEM_CHANNELS, BasicBlock, Bottleneck, ResNetEncoder
 
@@ -87,7 +88,7 @@ def unit_range(image: torch.Tensor) -> torch.Tensor:
 
 
 class SCFeat(nn.Module):
-    """The whole network (Fig. 3).
+    """The whole network (Fig. 3), and what makes descriptors of its map.
 
     Images are (B, 3, H, W) RGB, float in [0, 1] or uint8, with H and W multiples of `STRIDE`; they
     are normalized with ImageNet's mean and deviation inside.
@@ -106,6 +107,7 @@ class SCFeat(nn.Module):
         self.detector = Detector(
             config.descriptor_dim + STEM_CHANNELS, *config.head_channels, config.upsampled_kernel
         )
+        self.projection = Projection(config.descriptor_dim)
         mean = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
         deviation = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
         self.register_buffer("mean", mean, persistent=False)
@@ -258,6 +260,8 @@ def load_model(name_or_path: str | os.PathLike, device: str | torch.device = "cp
         raise ModelError(f"{path}: the config describes no network ({error})") from error
     tensors = load_file(path)
     for key, value in model.state_dict().items():
+        if key not in tensors and key.startswith("projection."):
+            tensors[key] = value  # written before there was one
         if key not in tensors:
             raise ModelError(f"{path}: weight '{key}' is missing")
         if tensors[key].shape != value.shape:

@@ -1,0 +1,73 @@
+"""The projection from samples to descriptors: its fit, on its own and by the command."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_train import data  # noqa: F401 - a fixture
+
+from scfeat_ros.model.descriptors import Projection
+from scfeat_ros.model.scfeat import find_weights, load_model, read_metadata
+from scfeat_training.projection import Scatter, discriminant
+from scfeat_training.train import main
+
+
+def test_discriminant_finds_what_tells_places_apart():
+    random = np.random.default_rng(0)
+    mixing = np.linalg.qr(random.normal(size=(12, 12)))[0]
+    place = random.normal(size=(4000, 3))  # what differs between places, in few directions
+    scatter = Scatter()
+    views = []
+    for _ in range(2):
+        values = np.zeros((4000, 12))
+        values[:, :3] = place + 0.1 * random.normal(size=place.shape)
+        values[:, 3:] = random.normal(size=(4000, 9))  # chance, in many
+        views.append((values @ mixing).astype(np.float32))
+    scatter.add(*views, np.repeat(np.arange(4000)[:, None], 2, axis=1))
+    np.testing.assert_allclose(scatter.total(), np.cov(np.concatenate(views).T), atol=0.01)
+    rows = discriminant(scatter.total(), scatter.within(), 3)
+    assert rows.shape == (3, 12) and np.abs(rows).max() == 1
+    share = np.linalg.norm(rows @ mixing[:3].T) / np.linalg.norm(rows)
+    assert share > 0.99, share
+    found = [view @ rows.T for view in views]
+    nearest = np.linalg.norm(found[0][:200, None] - found[1][None, :200], axis=2).argmin(axis=1)
+    raw = np.linalg.norm(views[0][:200, None] - views[1][None, :200], axis=2).argmin(axis=1)
+    assert (nearest == np.arange(200)).mean() > 0.7 > 0.3 > (raw == np.arange(200)).mean()
+
+
+def test_project_writes_weights_that_differ_in_the_projection_alone(data, tmp_path, capsys):  # noqa: F811
+    output = tmp_path / "model.safetensors"
+    arguments = ["project", "scfeat-s", "--data", str(data), "-o", str(output)]
+    arguments += ["--size", "160", "112"]
+    assert main([*arguments, "--pairs", "1"]) == 1
+    assert "give more pairs" in capsys.readouterr().err and not output.exists()
+    assert main([*arguments, "--pairs", "40"]) == 0
+    before, after = load_file(find_weights("scfeat-s")), load_file(output)
+    assert before.keys() == after.keys()
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    assert changed == {"projection.surroundings", "projection.context"}
+    assert all(after[key].isfinite().all() and after[key].abs().max() == 1 for key in changed)
+    made = read_metadata(output)["provenance"]
+    assert made["projection"]["scenes"] == ["wall"] and made["projection"]["pairs"] == 40
+    assert made["history"] == read_metadata(find_weights("scfeat-s"))["provenance"]["history"]
+    assert main([*arguments, "--pairs", "40"]) == 1
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_weights_from_before_there_was_a_projection(tmp_path):
+    tensors = load_file(find_weights("scfeat-s"))
+    older = {key: value for key, value in tensors.items() if not key.startswith("projection.")}
+    metadata = read_metadata(find_weights("scfeat-s"))
+    path = tmp_path / "older.safetensors"
+    save_file(older, path, {"format": "scfeat", "config": json.dumps(metadata["config"])})
+    found, start = load_model(path).projection, Projection(64)
+    assert torch.equal(found.surroundings, start.surroundings)
+    assert torch.equal(found.context, start.context)
+
+
+@pytest.mark.parametrize("stage", ["surroundings", "context"])
+def test_published_weights_have_a_fitted_projection(stage):
+    published = getattr(load_model("scfeat-s").projection, stage)
+    assert not torch.equal(published, getattr(Projection(64), stage))
