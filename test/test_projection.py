@@ -27,7 +27,7 @@ def test_discriminant_finds_what_tells_places_apart():
         views.append((values @ mixing).astype(np.float32))
     scatter.add(*views, np.repeat(np.arange(4000)[:, None], 2, axis=1))
     np.testing.assert_allclose(scatter.total(), np.cov(np.concatenate(views).T), atol=0.01)
-    rows = discriminant(scatter.total(), scatter.within(), 3)
+    rows = discriminant(mixing[-1], scatter.total(), scatter.within(), 3)
     assert rows.shape == (3, 12) and np.abs(rows).max() == 1
     share = np.linalg.norm(rows @ mixing[:3].T) / np.linalg.norm(rows)
     assert share > 0.99, share
@@ -71,3 +71,12 @@ def test_weights_from_before_there_was_a_projection(tmp_path):
 def test_published_weights_have_a_fitted_projection(stage):
     published = getattr(load_model("scfeat-s").projection, stage)
     assert not torch.equal(published, getattr(Projection(64), stage))
+
+
+def test_three_tenths_are_left_of_what_all_samples_have_in_common():
+    mean, other = np.random.default_rng(0).normal(size=(2, 8))
+    other -= mean * (other @ mean) / (mean @ mean)
+    covariances = np.diag(np.arange(8.0)), np.eye(8)
+    # in the first direction the four best have no part: nothing is taken away
+    whole, rows = (discriminant(common, *covariances, 4) for common in (np.eye(8)[0], mean))
+    np.testing.assert_allclose(rows @ mean / (rows @ other), 0.3 * (whole @ mean) / (whole @ other))

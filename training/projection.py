@@ -2,9 +2,9 @@
 
 A discriminant analysis of the samples at the network's own keypoints. Two samples of one place
 differ by chance (`within`), those of all places by what tells them apart as well (`total`): the
-projection's rows are the directions in which the second is largest against the first, scaled so that
-the first is the same in all. What is the same place is known from the homography between two views
-of a photo, and from camera poses: mutual nearest neighbours on each other's epipolar lines.
+projection's rows are the directions in which the second is largest against the first, scaled so
+that the first is the same in all. What is the same place is known from the homography between two
+views of a photo, and from camera poses: mutual nearest neighbours on each other's epipolar lines.
 """
 
 from __future__ import annotations
@@ -35,6 +35,9 @@ ON_THE_LINE = 1.0
 """Largest distance of a match from both epipolar lines, pixels."""
 REGULARIZATION = 0.3
 """Share of the mean variance within a place that is added in every direction."""
+COMMON = 0.7
+"""Share that is taken away of what all samples have in common. With all of it the descriptors'
+differences are lost in rounding to int8; without any, samples like nothing in particular match."""
 SEED = 5
 
 
@@ -60,20 +63,24 @@ class Scatter:
         self.places += len(difference)
         self.differences += difference.T @ difference
 
+    def mean(self) -> np.ndarray:
+        """(S,) mean of all samples."""
+        return self.sum / self.count
+
     def total(self) -> np.ndarray:
         """(S, S) covariance of all samples."""
-        mean = self.sum / self.count
-        return self.squares / self.count - np.outer(mean, mean)
+        return self.squares / self.count - np.outer(self.mean(), self.mean())
 
     def within(self) -> np.ndarray:
         """(S, S) covariance of samples of one place."""
         return self.differences / (2 * self.places)
 
 
-def discriminant(total: np.ndarray, within: np.ndarray, dim: int) -> np.ndarray:
+def discriminant(mean: np.ndarray, total: np.ndarray, within: np.ndarray, dim: int) -> np.ndarray:
     """(dim, S) rows of the projection, see the top of this file.
 
     Args:
+        mean: (S,) of all samples.
         total, within: (S, S) covariances.
         dim: rows, those with the largest ratio.
     """
@@ -83,6 +90,8 @@ def discriminant(total: np.ndarray, within: np.ndarray, dim: int) -> np.ndarray:
     whitening = (vectors / np.sqrt(values)) @ vectors.T
     _, directions = np.linalg.eigh(whitening @ total @ whitening)
     rows = directions[:, ::-1][:, :dim].T @ whitening
+    common = mean / np.linalg.norm(mean)
+    rows -= COMMON * np.outer(rows @ common, common)
     return rows / np.abs(rows).max()  # for fp16; the descriptors' length is normalized anyway
 
 
@@ -117,6 +126,7 @@ def fit_projection(
         _scatter(extractor, start, (kind[i] for i in range(pairs)), pairs, name)
         for kind, name in ((homographies, "homographies"), (posed, "posed pairs"))
     ]
+    mean = np.mean([scatter.mean() for scatter in scatters], axis=0)
     total, within = (
         np.mean([covariance / np.trace(covariance) for covariance in kinds], axis=0)
         for kinds in ([s.total() for s in scatters], [s.within() for s in scatters])
@@ -124,7 +134,8 @@ def fit_projection(
     fitted, dim = Projection(model.config.descriptor_dim), model.config.descriptor_dim
     for matrix in (fitted.surroundings, fitted.context):
         known = slice(matrix.shape[1])  # context comes after the surroundings
-        matrix.copy_(torch.from_numpy(discriminant(total[known, known], within[known, known], dim)))
+        rows = discriminant(mean[known], total[known, known], within[known, known], dim)
+        matrix.copy_(torch.from_numpy(rows))
     return fitted
 
 
