@@ -140,7 +140,7 @@ def test_colmap(tmp_path, folder, expected, tiny_extractor):
 def test_matcher_options_count(tmp_path, folder, tiny_extractor):
     loose = export(folder, tmp_path / "loose.npz", tiny_extractor, progress=False)
     for name, options in (
-        ("ratio", MatcherOptions(ratio=0.6)),
+        ("ratio", MatcherOptions(ratio=0.9)),
         ("epipolar", MatcherOptions(epipolar_threshold=0.5)),
     ):
         strict = export(

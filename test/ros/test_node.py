@@ -346,6 +346,7 @@ def test_descriptors_with_context(unconfigured):
 
     rig = unconfigured
     found = []
+    assert rig.set_parameter("weights", "scfeat-s") == (True, "")  # whose projection is fitted
     for sampling in ("context", "pooled"):
         assert rig.set_parameter("descriptor_sampling", sampling) == (True, "")
         assert rig.transition("configure") and rig.transition("activate")
