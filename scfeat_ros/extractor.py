@@ -17,14 +17,8 @@ from scfeat_ros.acceleration import Network, choose
 from scfeat_ros.errors import ScfeatError
 from scfeat_ros.features import Features
 from scfeat_ros.model import native
-from scfeat_ros.model.descriptors import (
-    CONTEXT_FACTOR,
-    CONTEXT_SCALES,
-    SCALES,
-    Projection,
-    sample_scales,
-)
-from scfeat_ros.model.sampling import sample_few
+from scfeat_ros.model.descriptors import Maps, Projection
+from scfeat_ros.model.sampling import block_means, sample_few
 from scfeat_ros.model.scfeat import DESCRIPTOR_STRIDE, SCFeat, SCFeatOutput, load_model
 from scfeat_ros.onnx_export import OnnxSCFeat
 from scfeat_ros.parameters import ExtractorOptions, validate
@@ -187,7 +181,6 @@ class Extractor:
         on_cpu = self.device.type == "cpu"
         tensor = self._prepare(images, new)
         output = self.network.run(tensor)
-        maps, contexts = self._maps(output), self._contexts(images, new)
         width, height = new
         scores, pixels = output.scores[:, 0, :height, :width], tensor[:, :, :height, :width]
         features = []
@@ -201,7 +194,7 @@ class Extractor:
             else:
                 mask = None if mask is None else torch.from_numpy(mask).to(self.device) != 0
                 selected = selection.on_device(scores[i], pixels[i], mask, self.options)
-            features.append(self._describe(selected, maps[i], contexts[i], size, new))
+            features.append(self._describe(selected, self._maps(output, i), size, new))
         return features
 
     def _prepare(self, images: list[np.ndarray], size: tuple[int, int]) -> torch.Tensor:
@@ -210,47 +203,36 @@ class Extractor:
             return preprocessing.on_cpu(images, size)
         return preprocessing.on_device(images, size, self.device)
 
-    def _maps(self, output: SCFeatOutput) -> torch.Tensor:
-        """Where descriptors are sampled."""
-        return output.bridged if self.options.descriptor_source == "bridge" else output.descriptors
-
-    def _contexts(
-        self, images: list[np.ndarray], size: tuple[int, int]
-    ) -> Sequence[torch.Tensor | None]:
-        """Maps of the images at a `CONTEXT_FACTOR`-th of `size`, None where they are not used."""
-        if self.options.descriptor_sampling != "context":
-            return [None] * len(images)
-        return self._maps(self.network.run(self._prepare(images, _context_size(size))))
+    def _maps(self, output: SCFeatOutput, i: int) -> Maps:
+        """What descriptors of an image of the batch are made of."""
+        source = output.bridged
+        if self.options.descriptor_source == "backbone":
+            source = output.descriptors
+        return Maps(source[i], output.layer2[i], output.layer3[i])
 
     def _projection(self) -> Projection:
-        """From samples to descriptors; fitted to the maps after the bridge alone."""
+        """What makes descriptors of maps; it is fitted to the maps after the bridge alone."""
+        fitted = self.model.projection
         if self.options.descriptor_source == "bridge":
-            return self.model.projection
-        return Projection(self.model.config.descriptor_dim).to(self.device)
+            return fitted
+        return fitted.unfitted()
 
     def _describe(
         self,
         selected: Selected,
-        feature_map: torch.Tensor,
-        context: torch.Tensor | None,
+        maps: Maps,
         size: tuple[int, int],
         working: tuple[int, int],
     ) -> Features:
         """Keypoints of an image of `size` that was shrunk to `working`, with descriptors."""
         points, scores = selected
-        sample, scales = sample_few, sample_scales
+        sample, means = sample_few, block_means
         if self.network.compiled:
-            sample, scales = native.sample, native.sample_scales
+            sample, means = native.sample, native.block_means
         if self.options.descriptor_sampling == "bilinear":
-            sampled = sample(feature_map, points, DESCRIPTOR_STRIDE)
+            sampled = sample(maps.bridged, points, DESCRIPTOR_STRIDE)
         else:
-            parts = [scales(feature_map, points, SCALES, DESCRIPTOR_STRIDE)]
-            if context is not None:
-                small = _context_size(working)
-                scale = points.new_tensor([small[0] / working[0], small[1] / working[1]])
-                there = (points + 0.5) * scale - 0.5
-                parts.append(scales(context, there, CONTEXT_SCALES, DESCRIPTOR_STRIDE))
-            sampled = self._projection()(*parts)
+            sampled = self._projection()(maps, points, sample, means)
         normalize = l2_normalize if self.options.descriptor_norm == "l2" else fusion_normalize
         # working pixel x covers [x - 0.5, x + 0.5]; the same holds in the original
         scale = points.new_tensor([size[0] / working[0], size[1] / working[1]])
@@ -259,11 +241,6 @@ class Extractor:
         return Features(
             keypoints=keypoints, scores=scores, descriptors=descriptors, image_size=size
         )
-
-
-def _context_size(size: tuple[int, int]) -> tuple[int, int]:
-    """(width, height) of the small image that shows the surroundings."""
-    return preprocessing.scaled(size, 1 / CONTEXT_FACTOR)
 
 
 def _on_host(

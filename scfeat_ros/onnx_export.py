@@ -1,7 +1,7 @@
 """The network as an ONNX file: `scfeat export --onnx`, and running such a file in the Extractor.
 
 The file takes one input `image`, (batch, 3, height, width) fp32 RGB in [0, 1] with height and width
-multiples of 16, all three free, and gives `descriptors`, `bridged` and `scores` as `SCFeat` does.
+multiples of 16, all three free, and gives what `SCFeat` does: the fields of `SCFeatOutput`.
 The configuration, the precision and the projection to descriptors are in its metadata.
 """
 
@@ -85,6 +85,7 @@ def export_onnx(
         written = onnx.load(partial)
         metadata = {"format": "scfeat", "precision": precision}
         metadata["config"] = json.dumps(asdict(model.config))
+        metadata["encoder_channels"] = json.dumps(model.projection.channels[-2:])
         metadata["projection"] = base64.b64encode(save(model.projection.state_dict())).decode()
         onnx.helper.set_model_props(written, metadata)
         onnx.checker.check_model(written)
@@ -112,7 +113,9 @@ def _write(network: SCFeat, path: Path) -> None:
     if "dynamo" in inspect.signature(torch.onnx.export).parameters:
         arguments["dynamo"] = False  # the tracer: free sizes, and no further package
     sizes = {0: "batch", 2: "height", 3: "width"}
-    small = {0: "batch", 2: "height_4", 3: "width_4"}
+    small = {s: {0: "batch", 2: f"height_{s}", 3: f"width_{s}"} for s in (4, 8, 16)}
+    axes = {"image": sizes, "scores": sizes, "layer2": small[8], "layer3": small[16]}
+    axes |= {"descriptors": small[4], "bridged": small[4]}
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the tracer, on numbers that are constants here
         torch.onnx.export(
@@ -121,7 +124,7 @@ def _write(network: SCFeat, path: Path) -> None:
             str(path),
             input_names=["image"],
             output_names=list(OUTPUTS),
-            dynamic_axes={"image": sizes, "scores": sizes, "descriptors": small, "bridged": small},
+            dynamic_axes=axes,
             opset_version=OPSET,
             **arguments,
         )
@@ -155,9 +158,12 @@ class OnnxSCFeat(nn.Module):
         lists = {key: tuple(v) if isinstance(v, list) else v for key, v in config.items()}
         self.config = SCFeatConfig(**lists)
         self.precision = metadata["precision"]
-        self.projection = Projection(self.config.descriptor_dim)
-        if "projection" in metadata:  # the file may have been written before there was one
-            self.projection.load_state_dict(load(base64.b64decode(metadata["projection"])))
+        if "projection" not in metadata:
+            raise ModelError(f"{path}: written by an earlier version; export it again")
+        self.projection = Projection(
+            self.config.descriptor_dim, *json.loads(metadata["encoder_channels"])
+        )
+        self.projection.load_state_dict(load(base64.b64decode(metadata["projection"])))
 
     def _open(self, providers: list[str]) -> object:
         options = self._runtime.SessionOptions()

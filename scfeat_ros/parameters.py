@@ -95,10 +95,9 @@ class ExtractorOptions:
     descriptor_sampling: str = option(
         "pooled",
         "how descriptors are sampled: 'pooled', the map close to the keypoint and the means of its "
-        "surroundings, projected; 'context', the same and the network's map of a quarter-size "
-        "image: takes a tenth longer, for more right matches between views far apart; 'bilinear', "
-        "the paper's way (Eq. 23), with which fewer matches are right",
-        choices=("pooled", "context", "bilinear"),
+        "surroundings, projected, or 'bilinear', the paper's way (Eq. 23), with which fewer "
+        "matches are right",
+        choices=("pooled", "bilinear"),
     )
     descriptor_norm: str = option(
         "l2",

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from scfeat_ros.model import fused, kernels, native
-from scfeat_ros.model.descriptors import sample_scales
 from scfeat_ros.model.fused import Conv, FusedSCFeat, Stem, taps
 from scfeat_ros.model.sampling import block_means, sample_few
 from scfeat_ros.model.scfeat import CONFIGS, SCFeat, SCFeatConfig
@@ -265,12 +264,7 @@ def test_samples_at_points(dtype, layout):
             torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
         found = native.block_means(part, 8)
         torch.testing.assert_close(found, block_means(part, 8), atol=1e-5, rtol=1e-5)
-        found, expected = (
-            f(part, points, (1, 4, 8)) for f in (native.sample_scales, sample_scales)
-        )
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     assert native.sample(maps[0], points[:0]).shape == (0, 24)
-    assert native.sample_scales(maps[0], points[:0], (1, 4)).shape == (0, 48)
 
 
 def idle_threads():

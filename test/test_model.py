@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from scfeat_ros.errors import ModelError
 from scfeat_ros.model.backbone import ConvBlock, F2RBackbone
 from scfeat_ros.model.cross_norm import CrossNorm
-from scfeat_ros.model.descriptors import CONTEXT_SCALES, SCALES, Projection, sample_scales
+from scfeat_ros.model.descriptors import Maps, Projection
 from scfeat_ros.model.detector import Detector, peakiness
 from scfeat_ros.model.resnet import ResNetEncoder
-from scfeat_ros.model.sampling import sample, sample_few, upsample
+from scfeat_ros.model.sampling import block_means, sample, sample_few, upsample
 from scfeat_ros.model.scfeat import CONFIGS, SCFeat, load_model, read_metadata, save_model
 
 
@@ -140,42 +140,59 @@ def means(maps, side):
     return np.stack(blocks).transpose(2, 0, 1)
 
 
-def test_samples_at_scales_are_splines_of_cells_and_of_blocks():
-    maps = np.random.default_rng(0).random((3, 20, 28)).astype(np.float32)
-    points = np.array([[0.0, 0.0], [50.3, 41.7], [111.0, 79.0], [30.0, 62.5]], np.float32)
-    found = sample_scales(torch.from_numpy(maps), torch.from_numpy(points), (1, 4, 8))
-    blocks = means(maps, 4)
+def unit(x, axis=0):
+    return x / np.linalg.norm(x, axis=axis, keepdims=True)
+
+
+def test_descriptors_are_projected_from_the_place_and_its_surroundings():
+    random = np.random.default_rng(0)
+    layers = [
+        random.normal(size=s).astype(np.float32) for s in ((3, 40, 56), (4, 20, 28), (5, 10, 14))
+    ]
+    bridged, layer2, layer3 = layers
+    points = np.array([[0.0, 0.0], [50.3, 41.7], [223.0, 159.0], [130.0, 62.5]], np.float32)
+    projection = Projection(3, 4, 5)
+    projection.matrix = torch.from_numpy(random.normal(size=(3, 21)).astype(np.float32))
+    maps = Maps(*map(torch.from_numpy, layers))
+    found = projection(maps, torch.from_numpy(points))
+    level, blocks = bridged, []
+    for side in (4, 2, 2):
+        level = means(level, side)
+        blocks.append(level)
+    blocks += [means(layer2, 8), means(layer3, 8)]
     for value, (x, y) in zip(found, points, strict=True):
-        expected = []
-        for side, level in ((1, maps), (4, blocks), (8, means(blocks, 2))):
-            stride = 4 * side
-            part = spline_sample(level, (x + 0.5) / stride - 0.5, (y + 0.5) / stride - 0.5)
-            expected.append(part / np.linalg.norm(part))
-        np.testing.assert_allclose(numpy(value), np.concatenate(expected), atol=1e-5)
+        parts = [unit(spline_sample(bridged, (x + 0.5) / 4 - 0.5, (y + 0.5) / 4 - 0.5))]
+        for block, stride in zip(blocks, (16, 32, 64, 64, 128), strict=True):
+            parts.append(
+                spline_sample(unit(block), (x + 0.5) / stride - 0.5, (y + 0.5) / stride - 0.5)
+            )
+        expected = projection.matrix.numpy() @ np.concatenate(parts)
+        np.testing.assert_allclose(numpy(value), expected, atol=1e-4)
+    assert projection(maps, torch.zeros(0, 2)).shape == (0, 3)
 
 
-def test_no_points_give_no_samples():
-    maps = torch.rand(3, 5, 7)
-    assert sample_few(maps, torch.zeros(0, 2)).shape == (0, 3)
-    assert sample_scales(maps, torch.zeros(0, 2)).shape == (0, 3 * len(SCALES))
-
-
-def test_samples_at_scales_change_little_where_the_cell_changes():
-    maps = torch.rand(4, 20, 28)
-    before, after = sample_scales(maps, torch.tensor([[49.4999, 40.0], [49.5001, 40.0]]))
+def test_descriptors_change_little_where_the_cell_changes():
+    maps = Maps(torch.rand(4, 20, 28), torch.rand(8, 10, 14), torch.rand(8, 5, 7))
+    projection = Projection(4, 8, 8)
+    torch.nn.init.normal_(projection.matrix)
+    before, after = projection(maps, torch.tensor([[49.4999, 40.0], [49.5001, 40.0]]))
     torch.testing.assert_close(before, after, atol=1e-3, rtol=0)
 
 
 def test_projection_starts_as_the_place_plus_its_surroundings():
-    projection = Projection(6)
-    samples = torch.rand(5, len(SCALES) * 6)
-    parts = dict(zip(SCALES, samples.split(6, dim=1), strict=True))
-    torch.testing.assert_close(projection(samples), parts[1] + parts[8])
-    context = torch.rand(5, len(CONTEXT_SCALES) * 6)
-    torch.testing.assert_close(projection(samples, context), parts[1] + parts[8])
-    torch.nn.init.normal_(projection.context)
-    expected = torch.cat([samples, context], dim=1) @ projection.context.T
-    torch.testing.assert_close(projection(samples, context), expected)
+    maps = Maps(torch.rand(6, 40, 56), torch.rand(8, 20, 28), torch.rand(9, 10, 14))
+    points = torch.tensor([[30.0, 40.0]])
+    near = F.normalize(sample_few(maps.bridged, points, smooth=True), dim=1)
+    around = F.normalize(block_means(block_means(maps.bridged, 4), 2), dim=0)
+    expected = near + sample_few(around, points, 32, smooth=True)
+    fitted = Projection(6, 8, 9)
+    torch.testing.assert_close(fitted(maps, points), expected)
+    torch.nn.init.normal_(fitted.matrix)
+    torch.testing.assert_close(fitted.unfitted()(maps, points), expected)
+
+
+def test_no_points_give_no_samples():
+    assert sample_few(torch.rand(3, 5, 7), torch.zeros(0, 2)).shape == (0, 3)
 
 
 def test_conv_block_is_upsampling_convolution_group_norm_elu():

@@ -3,12 +3,10 @@
 import json
 
 import numpy as np
-import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_train import data  # noqa: F401 - a fixture
 
-from scfeat_ros.model.descriptors import Projection
 from scfeat_ros.model.scfeat import find_weights, load_model, read_metadata
 from scfeat_training.projection import Scatter, discriminant
 from scfeat_training.train import main
@@ -18,16 +16,19 @@ def test_discriminant_finds_what_tells_places_apart():
     random = np.random.default_rng(0)
     mixing = np.linalg.qr(random.normal(size=(12, 12)))[0]
     place = random.normal(size=(4000, 3))  # what differs between places, in few directions
-    scatter = Scatter()
     views = []
     for _ in range(2):
         values = np.zeros((4000, 12))
         values[:, :3] = place + 0.1 * random.normal(size=place.shape)
         values[:, 3:] = random.normal(size=(4000, 9))  # chance, in many
         views.append((values @ mixing).astype(np.float32))
-    scatter.add(*views, np.repeat(np.arange(4000)[:, None], 2, axis=1))
-    np.testing.assert_allclose(scatter.total(), np.cov(np.concatenate(views).T), atol=0.01)
-    rows = discriminant(mixing[-1], scatter.total(), scatter.within(), 3)
+    rows = np.arange(4000)
+    scatter = Scatter()
+    scatter.add(*views, np.stack([rows, rows], axis=1), np.stack([rows - 1, rows - 2], axis=1))
+    difference = views[0] - views[1]
+    np.testing.assert_allclose(scatter.within(), difference.T @ difference / 4000, atol=1e-4)
+    np.testing.assert_allclose(np.trace(scatter.between()), 2 * (9 + 3 * 1.01), rtol=0.05)
+    rows = discriminant(mixing[-1], scatter.between(), scatter.within(), 3)
     assert rows.shape == (3, 12) and np.abs(rows).max() == 1
     share = np.linalg.norm(rows @ mixing[:3].T) / np.linalg.norm(rows)
     assert share > 0.99, share
@@ -47,7 +48,7 @@ def test_project_writes_weights_that_differ_in_the_projection_alone(data, tmp_pa
     before, after = load_file(find_weights("scfeat-s")), load_file(output)
     assert before.keys() == after.keys()
     changed = {key for key in before if not torch.equal(before[key], after[key])}
-    assert changed == {"projection.surroundings", "projection.context"}
+    assert changed == {"projection.matrix"}
     assert all(after[key].isfinite().all() and after[key].abs().max() == 1 for key in changed)
     made = read_metadata(output)["provenance"]
     assert made["projection"]["scenes"] == ["wall"] and made["projection"]["pairs"] == 40
@@ -62,15 +63,13 @@ def test_weights_from_before_there_was_a_projection(tmp_path):
     metadata = read_metadata(find_weights("scfeat-s"))
     path = tmp_path / "older.safetensors"
     save_file(older, path, {"format": "scfeat", "config": json.dumps(metadata["config"])})
-    found, start = load_model(path).projection, Projection(64)
-    assert torch.equal(found.surroundings, start.surroundings)
-    assert torch.equal(found.context, start.context)
+    found = load_model(path).projection
+    assert torch.equal(found.matrix, found.unfitted().matrix)
 
 
-@pytest.mark.parametrize("stage", ["surroundings", "context"])
-def test_published_weights_have_a_fitted_projection(stage):
-    published = getattr(load_model("scfeat-s").projection, stage)
-    assert not torch.equal(published, getattr(Projection(64), stage))
+def test_published_weights_have_a_fitted_projection():
+    published = load_model("scfeat-s").projection
+    assert not torch.equal(published.matrix, published.unfitted().matrix)
 
 
 def test_three_tenths_are_left_of_what_all_samples_have_in_common():

@@ -19,7 +19,6 @@ from scfeat_training.validation import NEAR, held_out_pairs
 THRESHOLDS = range(1, 11)
 VARIANTS = {
     "": {},
-    "with context": {"descriptor_sampling": "context"},
     "bilinear samples (Eq. 23)": {"descriptor_sampling": "bilinear"},
     "with pruning (descriptors before the bridge)": {"descriptor_source": "backbone"},
     "both, as in the paper": {"descriptor_source": "backbone", "descriptor_sampling": "bilinear"},

@@ -1,10 +1,11 @@
 """`scfeat train project`: the linear map from samples about a keypoint to its descriptor.
 
 A discriminant analysis of the samples at the network's own keypoints. Two samples of one place
-differ by chance (`within`), those of all places by what tells them apart as well (`total`): the
-projection's rows are the directions in which the second is largest against the first, scaled so
-that the first is the same in all. What is the same place is known from the homography between two
-views of a photo, and from camera poses: mutual nearest neighbours on each other's epipolar lines.
+differ by chance (`within`), a place and those that look like it by what tells them apart
+(`between`): the projection's rows are the directions in which the second differences are largest
+against the first, scaled so that the first are the same in all. What is the same place is known
+from the homography between two views of a photo, and from camera poses: mutual nearest neighbours
+on each other's epipolar lines.
 """
 
 from __future__ import annotations
@@ -33,6 +34,10 @@ SAME_PLACE = 1.5
 """Largest distance of two keypoints of one place under a homography, pixels."""
 ON_THE_LINE = 1.0
 """Largest distance of a match from both epipolar lines, pixels."""
+LOOK_ALIKES = 5
+"""Wrong places that a place is told apart from: the nearest by unfitted descriptors."""
+APART = 8.0
+"""Least distance of a wrong place from the right one, pixels."""
 REGULARIZATION = 0.3
 """Share of the mean variance within a place that is added in every direction."""
 COMMON = 0.7
@@ -42,53 +47,60 @@ SEED = 5
 
 
 class Scatter:
-    """Sums over samples of one kind of pairs: how they spread in all, and within a place."""
+    """Sums over samples of one kind of pairs: how they spread within a place and between places."""
 
     def __init__(self) -> None:
-        self.count = self.places = 0
-        self.sum = self.squares = self.differences = 0.0
+        self.count = self.places = self.others = 0
+        self.sum = self.within_sum = self.between_sum = 0.0
 
-    def add(self, first: np.ndarray, second: np.ndarray, same: np.ndarray) -> None:
+    def add(
+        self, first: np.ndarray, second: np.ndarray, same: np.ndarray, alike: np.ndarray
+    ) -> None:
         """Take in a pair.
 
         Args:
             first, second: (N, S) and (M, S) samples of both images.
             same: (K, 2) rows that show one place.
+            alike: (K, L) rows of `second` that look like row `same[:, 0]` of `first`, and are
+                other places.
         """
-        for samples in (first.astype(np.float64), second.astype(np.float64)):
-            self.count += len(samples)
-            self.sum += samples.sum(axis=0)
-            self.squares += samples.T @ samples
-        difference = (first[same[:, 0]] - second[same[:, 1]]).astype(np.float64)
+        first, second = first.astype(np.float64), second.astype(np.float64)
+        self.count += len(first) + len(second)
+        self.sum += first.sum(axis=0) + second.sum(axis=0)
+        difference = first[same[:, 0]] - second[same[:, 1]]
         self.places += len(difference)
-        self.differences += difference.T @ difference
+        self.within_sum += difference.T @ difference
+        for column in alike.T:
+            difference = first[same[:, 0]] - second[column]
+            self.others += len(difference)
+            self.between_sum += difference.T @ difference
 
     def mean(self) -> np.ndarray:
         """(S,) mean of all samples."""
         return self.sum / self.count
 
-    def total(self) -> np.ndarray:
-        """(S, S) covariance of all samples."""
-        return self.squares / self.count - np.outer(self.mean(), self.mean())
-
     def within(self) -> np.ndarray:
-        """(S, S) covariance of samples of one place."""
-        return self.differences / (2 * self.places)
+        """(S, S) mean outer product of differences between samples of one place."""
+        return self.within_sum / self.places
+
+    def between(self) -> np.ndarray:
+        """(S, S) mean outer product of differences between a place and its look-alikes."""
+        return self.between_sum / self.others
 
 
-def discriminant(mean: np.ndarray, total: np.ndarray, within: np.ndarray, dim: int) -> np.ndarray:
+def discriminant(mean: np.ndarray, between: np.ndarray, within: np.ndarray, dim: int) -> np.ndarray:
     """(dim, S) rows of the projection, see the top of this file.
 
     Args:
         mean: (S,) of all samples.
-        total, within: (S, S) covariances.
+        between, within: (S, S), see `Scatter`.
         dim: rows, those with the largest ratio.
     """
     size = len(within)
     within = within + REGULARIZATION * np.trace(within) / size * np.eye(size)
     values, vectors = np.linalg.eigh(within)
     whitening = (vectors / np.sqrt(values)) @ vectors.T
-    _, directions = np.linalg.eigh(whitening @ total @ whitening)
+    _, directions = np.linalg.eigh(whitening @ between @ whitening)
     rows = directions[:, ::-1][:, :dim].T @ whitening
     common = mean / np.linalg.norm(mean)
     rows -= COMMON * np.outer(rows @ common, common)
@@ -109,7 +121,7 @@ def fit_projection(
     Raises:
         InputError: there are hardly any places that two images show.
     """
-    start = Projection(model.config.descriptor_dim)
+    start = model.projection.unfitted()
     extractor = _samples_extractor(model)
     wide = HomographyPairsConfig(
         size=size,
@@ -127,28 +139,21 @@ def fit_projection(
         for kind, name in ((homographies, "homographies"), (posed, "posed pairs"))
     ]
     mean = np.mean([scatter.mean() for scatter in scatters], axis=0)
-    total, within = (
-        np.mean([covariance / np.trace(covariance) for covariance in kinds], axis=0)
-        for kinds in ([s.total() for s in scatters], [s.within() for s in scatters])
+    between, within = (
+        np.mean([outer / np.trace(outer) for outer in kinds], axis=0)
+        for kinds in ([s.between() for s in scatters], [s.within() for s in scatters])
     )
-    fitted, dim = Projection(model.config.descriptor_dim), model.config.descriptor_dim
-    for matrix in (fitted.surroundings, fitted.context):
-        known = slice(matrix.shape[1])  # context comes after the surroundings
-        rows = discriminant(mean[known], total[known, known], within[known, known], dim)
-        matrix.copy_(torch.from_numpy(rows))
+    fitted = model.projection.unfitted()
+    rows = discriminant(mean, between, within, model.config.descriptor_dim)
+    fitted.matrix.copy_(torch.from_numpy(rows))
     return fitted
 
 
 def _samples_extractor(model: SCFeat) -> Extractor:
-    """An extractor whose descriptors are all samples, surroundings and context, of unit norm."""
+    """An extractor whose descriptors are all samples, of unit norm together."""
     model = copy.deepcopy(model)
-    model.projection.context = torch.eye(model.projection.context.shape[1])
-    return Extractor(
-        model,
-        max_keypoints=KEYPOINTS,
-        descriptor_sampling="context",
-        precision="fp32",
-    )
+    model.projection.matrix = torch.eye(model.projection.matrix.shape[1])
+    return Extractor(model, max_keypoints=KEYPOINTS, precision="fp32")
 
 
 def _scatter(
@@ -160,23 +165,27 @@ def _scatter(
             extractor(np.ascontiguousarray(pair[key].permute(1, 2, 0).numpy()))
             for key in ("image1", "image2")
         )
-        if len(first) and len(second):
-            scatter.add(first.descriptors, second.descriptors, _same(first, second, pair, start))
-    if scatter.places < 10 * start.context.shape[1]:
+        if min(len(first), len(second)) <= LOOK_ALIKES:
+            continue
+        described = [_described(features, start) for features in (first, second)]
+        same = _same(*described, pair)
+        alike = _look_alikes(*described, same)
+        scatter.add(first.descriptors, second.descriptors, same, alike)
+    if scatter.places < 10 * start.matrix.shape[1]:
         raise InputError(
             f"{name}: {scatter.places} places that two images show are too few; give more pairs"
         )
     return scatter
 
 
-def _same(first: Features, second: Features, pair: dict[str, Any], start: Projection) -> np.ndarray:
+def _same(first: Features, second: Features, pair: dict[str, Any]) -> np.ndarray:
     """(K, 2) rows of both images' features that show one place."""
     if "H" in pair:
         there = transform_points(pair["H"].double().numpy(), first.keypoints.astype(float))
         distance, nearest = cKDTree(second.keypoints).query(there)
         near = np.flatnonzero(distance < SAME_PLACE)
         return np.stack([near, nearest[near]], axis=1)
-    rows, columns = match(*(_described(features, start) for features in (first, second))).indices.T
+    rows, columns = match(first, second).indices.T
     at1, at2 = first.keypoints[rows].astype(float), second.keypoints[columns].astype(float)
     F = pair["F"].double().numpy()
     forward, back = epipolar_distance(F, at1, at2), epipolar_distance(F.T, at2, at1)
@@ -184,8 +193,17 @@ def _same(first: Features, second: Features, pair: dict[str, Any], start: Projec
     return np.stack([rows[right], columns[right]], axis=1)
 
 
+def _look_alikes(first: Features, second: Features, same: np.ndarray) -> np.ndarray:
+    """(K, LOOK_ALIKES) rows of `second`, see `Scatter.add`."""
+    rows, columns = same.T
+    similarity = first.descriptors[rows] @ second.descriptors.T
+    apart = second.keypoints[columns][:, None] - second.keypoints[None]
+    similarity[np.linalg.norm(apart, axis=2) < APART] = -np.inf
+    return np.argsort(-similarity, axis=1)[:, :LOOK_ALIKES]
+
+
 def _described(samples: Features, projection: Projection) -> Features:
     """Features with descriptors in place of samples."""
-    values = torch.from_numpy(samples.descriptors) @ projection.context.T
+    values = torch.from_numpy(samples.descriptors) @ projection.matrix.T
     descriptors = torch.nn.functional.normalize(values, dim=1).numpy()
     return Features(samples.keypoints, samples.scores, descriptors, samples.image_size)

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from scfeat_ros.errors import InputError
-from scfeat_ros.model.descriptors import sample_scales
+from scfeat_ros.model.descriptors import Maps
 from scfeat_ros.model.scfeat import SCFeat
 from scfeat_training.config import TrainConfig
 from scfeat_training.correspondences import CorrespondencePairs, GeometryPairs, MixedPairs
@@ -289,16 +289,18 @@ class DescriptorStage(Stage):
 
 
 class Detect(nn.Module):
-    """Images -> score map and F_cn; only the detector is differentiated."""
+    """Images -> score map, and the maps of descriptors; only the detector is differentiated."""
 
     def __init__(self, model: SCFeat) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, Maps]:
         with torch.no_grad():
             description = self.model.describe(images)
-        return self.model.detect(images, description), description.bridged
+        encoded = description.encoded
+        maps = Maps(description.bridged, encoded.layer2, encoded.layer3)
+        return self.model.detect(images, description), maps
 
 
 class DetectorStage(Stage):
@@ -334,14 +336,14 @@ class DetectorStage(Stage):
     def losses(self, network: Callable, batch: Batch) -> tuple[torch.Tensor, Terms]:
         scores, maps = network(images_of(batch))
         pairs = len(batch["index"])
-        scores, maps = scores[:, 0].float(), maps.float()
+        scores = scores[:, 0].float()
         rows = []
         for i, index in enumerate(batch["index"].tolist()):
             generator = generator_of(self.config.seed, index)
             draws = [
                 self._draw(
                     (scores[i], scores[pairs + i]),
-                    (maps[i], maps[pairs + i]),
+                    tuple(Maps(*(m[k].float() for m in maps)) for k in (i, pairs + i)),
                     batch["geometry"][i],
                     bool(batch["planar"][i]),
                     index // self.config.batch,
@@ -362,7 +364,7 @@ class DetectorStage(Stage):
     def _draw(
         self,
         scores: tuple[torch.Tensor, torch.Tensor],
-        maps: tuple[torch.Tensor, torch.Tensor],
+        maps: tuple[Maps, Maps],
         geometry: torch.Tensor,
         planar: bool,
         step: int,
@@ -372,14 +374,14 @@ class DetectorStage(Stage):
         options = self.options
         height, width = scores[0].shape
         drawn, descriptors = [], []
-        for score_map, feature_map in zip(scores, maps, strict=True):
+        for score_map, maps_of_image in zip(scores, maps, strict=True):
             noise = torch.rand(noise_count(height, width, options.cell), generator=generator)
             keypoints = draw_keypoints(
                 score_map, options.cell, noise.to(score_map), options.sharpness
             )
             drawn.append(keypoints)
-            samples = sample_scales(feature_map, keypoints.points)
-            descriptors.append(F.normalize(self.model.projection(samples), dim=1))
+            found = self.model.projection(maps_of_image, keypoints.points)
+            descriptors.append(F.normalize(found, dim=1))
         first, second = drawn
         with torch.no_grad():
             probability = match_probability(*descriptors, options.temperature)

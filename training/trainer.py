@@ -27,7 +27,6 @@ from tqdm import tqdm
 
 from scfeat_ros.errors import InputError, ScfeatError
 from scfeat_ros.memory import keep_freed_memory
-from scfeat_ros.model.descriptors import Projection
 from scfeat_ros.model.scfeat import CONFIGS, SCFeat, SCFeatConfig, load_model, read_metadata
 from scfeat_training.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
 from scfeat_training.config import TrainConfig
@@ -143,7 +142,7 @@ class Trainer:
                 weights = {k: v for k, v in weights.items() if not k.startswith("bridge.")}
             _load_weights(self.model, weights, str(init))
             if config.stage != "detector":  # it was fitted to the descriptors of then
-                self.model.projection = Projection(self.model.config.descriptor_dim)
+                self.model.projection = self.model.projection.unfitted()
         self.model.to(self.device, memory_format=torch.channels_last)
         self.step = 0
         self.ema = Ema(self.model, config.ema)

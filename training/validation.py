@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from scfeat_ros.model.descriptors import sample_scales
+from scfeat_ros.model.descriptors import Maps
 from scfeat_ros.model.sampling import sample_few
 from scfeat_ros.model.scfeat import SCFeat
 from scfeat_ros.selection import is_local_maximum, subpixel_offsets
@@ -99,9 +99,6 @@ class Validation:
         def note(name: str, value: float) -> None:
             figures.setdefault(name, []).append(value)
 
-        def describe(feature_map: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
-            return model.projection(sample_scales(feature_map, points))
-
         for pair in self.pairs:
             images = torch.stack([pair["image1"], pair["image2"]])
             batch = images.to(device).float().div(255).contiguous(memory_format=torch.channels_last)
@@ -114,7 +111,9 @@ class Validation:
             if detector:
                 scores = model.detect(batch, description)[:, 0].cpu()
                 own = [strongest(scores[i], keypoints) for i in range(2)]
-                variants.append(("own", description.bridged, own, describe))
+                encoded = description.encoded
+                each = zip(description.bridged, encoded.layer2, encoded.layer3, strict=True)
+                variants.append(("own", [Maps(*maps) for maps in each], own, model.projection))
             for name, maps, points, sample in variants:
                 found = [
                     F.normalize(sample(maps[i], points[i].to(device)), dim=1) for i in range(2)

@@ -1,13 +1,15 @@
 """Descriptors of keypoints out of feature maps: a place and its surroundings, projected.
 
-The paper takes one bilinear sample of the map (Eq. 23). Here the map is sampled at the keypoint and
-in its surroundings, at several scales, and a linear map makes a descriptor of that. It is fitted
-after the training (`scfeat train project`), and is part of the weights.
+The paper takes one bilinear sample of the map (Eq. 23). Here the map is sampled at the keypoint,
+and so are means of ever larger surroundings, of this map and of two of the encoder's; a linear map
+makes a descriptor of that. It is fitted after the training (`scfeat train project`), and is part of
+the weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,67 +17,94 @@ from torch import nn
 
 from scfeat_ros.model.sampling import block_means, sample_few
 
-SCALES = (1, 4, 8, 16, 32)
-"""Sides of the blocks of cells whose means are sampled; each divides the next."""
-CONTEXT_SCALES = (1, 4, 8)
-"""The same on the map of the small image that shows the context."""
-CONTEXT_FACTOR = 4
-"""How much smaller that image is."""
+BLOCKS = (4, 8, 16)
+"""Sides of the blocks of cells of F_cn whose means show a keypoint's surroundings."""
+ENCODER_BLOCK = 8
+"""The same for the encoder's layer2 and layer3."""
+START_BLOCK = 8
+"""Of the surroundings that a descriptor has before the projection is fitted."""
 
 
-def sample_scales(
-    feature_map: torch.Tensor, points: torch.Tensor, scales: Sequence[int] = SCALES, stride: int = 4
-) -> torch.Tensor:
-    """Samples of a map at several scales beside each other.
+class Maps(NamedTuple):
+    """What descriptors of one image are made of."""
 
-    Weighted by cubic B-splines: with blocks of side b they reach over 2.3 b px (standard deviation)
-    at a stride of 4.
-
-    Args:
-        feature_map: (C, h, w).
-        points: (N, 2) float32, pixels of the image.
-        scales: sides of the blocks of cells, each a divisor of the next.
-        stride: image pixels per cell of the map.
-
-    Returns:
-        (N, len(scales) * C) float32; the C values of each scale have unit norm.
-    """
-    parts, side = [], 1
-    for scale in scales:
-        if scale > side:
-            feature_map, side = block_means(feature_map, scale // side), scale
-        sampled = sample_few(feature_map, points, side * stride, smooth=True)
-        parts.append(F.normalize(sampled, dim=1))
-    return torch.cat(parts, dim=1)
+    bridged: torch.Tensor
+    """(D, H/4, W/4): F_cn."""
+    layer2: torch.Tensor
+    """(C2, H/8, W/8): of the encoder."""
+    layer3: torch.Tensor
+    """(C3, H/16, W/16)"""
 
 
 class Projection(nn.Module):
-    """What makes descriptors of `sample_scales`: buffers, not trained with the network.
+    """Makes descriptors; its matrix is a buffer, which is not trained with the network.
 
-    At the start a descriptor is the sum of the map at the keypoint and the mean of its surroundings
-    (blocks of 8 cells), with and without context.
+    At the start a descriptor is the map at the keypoint plus the mean of its surroundings.
 
     Args:
-        dim: channels of the map, and length of a descriptor.
+        dim: channels of F_cn, and length of a descriptor.
+        layer2, layer3: channels of the encoder's maps.
 
     Attributes:
-        surroundings: (D, len(SCALES) * D).
-        context: (D, (len(SCALES) + len(CONTEXT_SCALES)) * D), the small image's samples last.
+        matrix: (D, S): from samples to descriptors. The samples are F_cn at the keypoint, its means
+            over `BLOCKS`, and those of layer2 and layer3 over blocks of `ENCODER_BLOCK` cells, each
+            of unit norm.
     """
 
-    surroundings: torch.Tensor
-    context: torch.Tensor
+    matrix: torch.Tensor
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, layer2: int, layer3: int) -> None:
         super().__init__()
-        one, none = torch.eye(dim), torch.zeros(dim, dim)
-        parts = [one if scale in (1, 8) else none for scale in SCALES]
-        small = [none for _ in CONTEXT_SCALES]
-        self.register_buffer("surroundings", torch.cat(parts, dim=1))
-        self.register_buffer("context", torch.cat(parts + small, dim=1))
+        self.channels = [dim] * (1 + len(BLOCKS)) + [layer2, layer3]
+        matrix = torch.zeros(dim, sum(self.channels))
+        for part in (0, 1 + BLOCKS.index(START_BLOCK)):
+            matrix[:, part * dim : (part + 1) * dim] = torch.eye(dim)
+        self.register_buffer("matrix", matrix)
 
-    def forward(self, samples: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
-        """(N, D) descriptors, not normalized, from `sample_scales` of a map and of a small one."""
-        if context is None:
-            return F.linear(samples, self.surroundings)
-        return F.linear(torch.cat([samples, context], dim=1), self.context)
+    def unfitted(self) -> Projection:
+        """One of the same sizes at the start, on the same device."""
+        dim, *_, layer2, layer3 = self.channels
+        return Projection(dim, layer2, layer3).to(self.matrix.device)
+
+    def forward(
+        self,
+        maps: Maps,
+        points: torch.Tensor,
+        sample: Callable[..., torch.Tensor] = sample_few,
+        block_means: Callable[..., torch.Tensor] = block_means,
+    ) -> torch.Tensor:
+        """Descriptors, not normalized.
+
+        Samples are weighted by cubic B-splines: at the keypoint they reach over 2.3 px (standard
+        deviation), with blocks of side b over 2.3 b px, and twice and four times as far on layer2
+        and layer3.
+
+        Args:
+            maps: of the image.
+            points: (N, 2) float32, pixels of the image.
+            sample, block_means: the functions of `sampling` of these names, or others like them.
+
+        Returns:
+            (N, D) float32.
+        """
+        at_keypoint, *parts = self.matrix.split(self.channels, dim=1)
+        near = F.normalize(sample(maps.bridged, points, 4, smooth=True), dim=1)
+        descriptors = F.linear(near, at_keypoint)
+        for (means, stride), part in zip(_surroundings(maps, block_means), parts, strict=True):
+            # projected before they are sampled: there are fewer cells than keypoints
+            cells = F.linear(F.normalize(means.permute(1, 2, 0), dim=2), part)
+            descriptors += sample(cells.permute(2, 0, 1), points, stride, smooth=True)
+        return descriptors
+
+
+def _surroundings(
+    maps: Maps, block_means: Callable[..., torch.Tensor]
+) -> list[tuple[torch.Tensor, int]]:
+    """(C, h, w) means of blocks of cells, and image pixels per block."""
+    levels, means, side = [], maps.bridged, 1
+    for block in BLOCKS:  # each divides the next
+        means, side = block_means(means, block // side), block
+        levels.append((means, 4 * block))
+    for layer, stride in ((maps.layer2, 8), (maps.layer3, 16)):
+        levels.append((block_means(layer, ENCODER_BLOCK), stride * ENCODER_BLOCK))
+    return levels

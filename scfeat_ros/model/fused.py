@@ -48,7 +48,7 @@ _ONEDNN_HAS_HALF = {
 
 KEPT = 6
 """Sizes of images for which a convolution keeps its weights in oneDNN's order: three levels of an
-image, each with its context, take as many in turn."""
+image in each of two orientations take as many in turn."""
 
 
 def cpu_computes(dtype: torch.dtype) -> bool:
@@ -284,7 +284,7 @@ class FusedSCFeat(nn.Module):
 
     @torch.inference_mode()
     def forward(self, image: torch.Tensor) -> SCFeatOutput:
-        """As `SCFeat.forward`; `bridged` and `scores` are fp32, `descriptors` in `dtype`."""
+        """As `SCFeat.forward`; `bridged` and `scores` are fp32, the others in `dtype`."""
         if self.kernels is native and len(image) > 1:
             outputs = [self._forward(one[None]) for one in image]
             return SCFeatOutput(*(torch.cat(parts) for parts in zip(*outputs, strict=True)))
@@ -294,13 +294,14 @@ class FusedSCFeat(nn.Module):
         k = self.kernels
         normalized = k.normalize_image(image, self.mean, self.deviation)
         stem = self.stem(normalized.values)
-        descriptors = self._describe(stem)
+        descriptors, layer2, layer3 = self._describe(stem)
         maps = k.bridge_and_stem(descriptors, stem, self.spatial, self.norms["bridge"])
         scores = self._detect(normalized, maps)
-        return SCFeatOutput(descriptors, maps.values[:, : descriptors.shape[1]], scores)
+        bridged = maps.values[:, : descriptors.shape[1]]
+        return SCFeatOutput(descriptors, bridged, scores, layer2, layer3)
 
-    def _describe(self, stem: torch.Tensor) -> torch.Tensor:
-        """F_0 -> D_desc: encoder layers, decoders, side maps, fusion."""
+    def _describe(self, stem: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """F_0 -> D_desc, layer2, layer3: encoder layers, decoders, side maps, fusion."""
         layer1 = self.layers[0](stem)
         layer2 = self.layers[1](layer1)
         layer3 = self.layers[2](layer2)
@@ -320,7 +321,7 @@ class FusedSCFeat(nn.Module):
         decoder[:, quarter:] = layer1
         x = self._norm_elu("decoder_1.conv", self.quarter(decoder))
         self._norm_elu("side_2", self.side_2(x), sides[:, 2 * dim :])
-        return self.fuse(sides)
+        return self.fuse(sides), layer2, layer3
 
     def _up_conv(self, name: str, z: torch.Tensor, factor: int, out: torch.Tensor) -> None:
         """UP-CONV of Fig. 4 (b) from its nine taps, or one, written to `out`."""

@@ -49,17 +49,15 @@ struct Cells {
   }
 };
 
-// Samples of a channels-last map whose pixels lie `pitch` apart: bilinear, or smooth. Rows of `out`
-// lie `out_pitch` apart; `unit` brings each sample to unit norm.
+// Samples of a channels-last map whose pixels lie `pitch` apart: bilinear, or smooth.
 template <typename T>
 void sample(const T *map, int height, int width, int channels, long pitch, const float *points,
-            long count, int stride, bool smooth, bool unit, float *out, long out_pitch,
-            int threads) {
+            long count, int stride, bool smooth, float *out, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (long i = 0; i < count; i++) {
     const Cells columns((points[2 * i] + 0.5f) / stride - 0.5f, width, smooth);
     const Cells rows((points[2 * i + 1] + 0.5f) / stride - 0.5f, height, smooth);
-    float *__restrict to = out + i * out_pitch;
+    float *__restrict to = out + i * channels;
     std::fill_n(to, channels, 0.0f);
     for (int r = 0; r < 4; r++)
       for (int c = 0; c < 4; c++) {
@@ -69,13 +67,6 @@ void sample(const T *map, int height, int width, int channels, long pitch, const
 #pragma omp simd
         for (int k = 0; k < channels; k++) to[k] += weight * read(cell[k]);
       }
-    if (!unit) continue;
-    float squares = 0;
-#pragma omp simd reduction(+ : squares)
-    for (int k = 0; k < channels; k++) squares += to[k] * to[k];
-    const float scale = 1 / std::max(std::sqrt(squares), 1e-12f);
-#pragma omp simd
-    for (int k = 0; k < channels; k++) to[k] *= scale;
   }
 }
 
@@ -183,10 +174,9 @@ void subpixel_points(const float *scores, int height, int width, const int64_t *
 
 #define EXPORT(T)                                                                                  \
   void sample_##T(const T *map, int height, int width, int channels, long pitch,                   \
-                  const float *points, long count, int stride, int smooth, int unit, float *out,   \
-                  long out_pitch, int threads) {                                                   \
-    sample(map, height, width, channels, pitch, points, count, stride, smooth, unit, out,          \
-           out_pitch, threads);                                                                    \
+                  const float *points, long count, int stride, int smooth, float *out,             \
+                  int threads) {                                                                   \
+    sample(map, height, width, channels, pitch, points, count, stride, smooth, out, threads);      \
   }                                                                                                \
   void block_means_##T(const T *map, int height, int width, int channels, long pitch, int side,    \
                        float *out, int threads) {                                                  \

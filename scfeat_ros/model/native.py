@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -213,7 +213,7 @@ ARGUMENTS = {
     "score": "pffppiiii",
     "local_maxima": "piiifiplppi",
     "subpixel_points": "piiplp",
-    "sample": "piiilpliiipli",
+    "sample": "piiilpliipi",
     "block_means": "piiilipi",
     "stem": "piipipipi",
     "winograd_lanes": "",
@@ -644,42 +644,16 @@ def sample(
     feature_map: torch.Tensor, points: torch.Tensor, stride: int = 4, smooth: bool = False
 ) -> torch.Tensor:
     """As `sampling.sample_few`."""
-    out = torch.empty((len(points), len(feature_map)))
-    _sample(feature_map, points, stride, smooth, False, out)
-    return out
-
-
-def sample_scales(
-    feature_map: torch.Tensor, points: torch.Tensor, scales: Sequence[int], stride: int = 4
-) -> torch.Tensor:
-    """As `descriptors.sample_scales`."""
-    channels = len(feature_map)
-    out = torch.empty((len(points), len(scales) * channels))
-    side = 1
-    for scale, part in zip(scales, out.split(channels, dim=1), strict=True):
-        if scale > side:
-            feature_map, side = block_means(feature_map, scale // side), scale
-        _sample(feature_map, points, side * stride, True, True, part)
-    return out
-
-
-def _sample(
-    feature_map: torch.Tensor,
-    points: torch.Tensor,
-    stride: int,
-    smooth: bool,
-    unit: bool,
-    out: torch.Tensor,
-) -> None:
-    """Samples, `unit` of unit norm, to `out`, columns of an array."""
     feature_map, pitch = _pixels(feature_map)
     channels, height, width = feature_map.shape
+    out = torch.empty((len(points), channels))
     _call(
         "sample",
         feature_map.dtype,
         *(feature_map, height, width, channels, pitch),
-        *(points.contiguous(), len(points), stride, smooth, unit, out, out.stride(0)),
+        *(points.contiguous(), len(points), stride, smooth, out),
     )
+    return out
 
 
 def block_means(feature_map: torch.Tensor, side: int) -> torch.Tensor:

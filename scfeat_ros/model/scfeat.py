@@ -22,7 +22,13 @@ from scfeat_ros.model.backbone import F2RBackbone
 from scfeat_ros.model.cross_norm import CrossNorm
 from scfeat_ros.model.descriptors import Projection
 from scfeat_ros.model.detector import Detector
-from scfeat_ros.model.resnet import STEM_CHANNELS, BasicBlock, Bottleneck, ResNetEncoder
+from scfeat_ros.model.resnet import (
+    STEM_CHANNELS,
+    BasicBlock,
+    Bottleneck,
+    EncoderFeatures,
+    ResNetEncoder,
+)
 
 STRIDE = 16
 """Height and width of the network's input are multiples of this."""
@@ -69,8 +75,8 @@ class Description(NamedTuple):
     bridged: torch.Tensor
     """(B, D, H/4, W/4): F_cn, after the bridge; what the training loss and the detector read, and
     where descriptors for use are sampled."""
-    stem: torch.Tensor
-    """(B, 64, H/4, W/4): F_0, the encoder's stem."""
+    encoded: EncoderFeatures
+    """The encoder's maps; its stem is F_0."""
 
 
 class SCFeatOutput(NamedTuple):
@@ -80,6 +86,10 @@ class SCFeatOutput(NamedTuple):
     bridged: torch.Tensor
     scores: torch.Tensor
     """(B, 1, H, W) keypoint scores."""
+    layer2: torch.Tensor
+    """(B, C2, H/8, W/8): of the encoder; descriptors for use have its surroundings in them."""
+    layer3: torch.Tensor
+    """(B, C3, H/16, W/16)"""
 
 
 def unit_range(image: torch.Tensor) -> torch.Tensor:
@@ -107,7 +117,7 @@ class SCFeat(nn.Module):
         self.detector = Detector(
             config.descriptor_dim + STEM_CHANNELS, *config.head_channels, config.upsampled_kernel
         )
-        self.projection = Projection(config.descriptor_dim)
+        self.projection = Projection(config.descriptor_dim, *self.backbone.encoder.channels[1:])
         mean = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
         deviation = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
         self.register_buffer("mean", mean, persistent=False)
@@ -122,17 +132,22 @@ class SCFeat(nn.Module):
 
     def _describe(self, normalized: torch.Tensor) -> Description:
         descriptors, encoded = self.backbone(normalized)
-        return Description(descriptors, self.bridge(descriptors), encoded.stem)
+        return Description(descriptors, self.bridge(descriptors), encoded)
 
     def detect(self, image: torch.Tensor, description: Description) -> torch.Tensor:
         """Score map (B, 1, H, W) of an image that has been described."""
-        return self.detector(self.normalize(image), description.bridged, description.stem)
+        return self._detect(self.normalize(image), description)
 
     def forward(self, image: torch.Tensor) -> SCFeatOutput:
         normalized = self.normalize(image)
         description = self._describe(normalized)
-        scores = self.detector(normalized, description.bridged, description.stem)
-        return SCFeatOutput(description.descriptors, description.bridged, scores)
+        scores = self._detect(normalized, description)
+        encoded = description.encoded
+        maps = description.descriptors, description.bridged, scores
+        return SCFeatOutput(*maps, encoded.layer2, encoded.layer3)
+
+    def _detect(self, normalized: torch.Tensor, description: Description) -> torch.Tensor:
+        return self.detector(normalized, description.bridged, description.encoded.stem)
 
 
 def fold_batch_norms(model: SCFeat) -> SCFeat:

@@ -341,13 +341,12 @@ def test_states_do_what_they_say(unconfigured):
     rig.unsubscribe(FEATURES)
 
 
-def test_descriptors_with_context(unconfigured):
+def test_way_of_sampling_descriptors(unconfigured):
     from sensor_msgs.msg import PointCloud2
 
     rig = unconfigured
     found = []
-    assert rig.set_parameter("weights", "scfeat-s") == (True, "")  # whose projection is fitted
-    for sampling in ("context", "pooled"):
+    for sampling in ("bilinear", "pooled"):
         assert rig.set_parameter("descriptor_sampling", sampling) == (True, "")
         assert rig.transition("configure") and rig.transition("activate")
         rig.listen(FEATURES, PointCloud2)
