@@ -47,8 +47,8 @@ _ONEDNN_HAS_HALF = {
 }
 
 KEPT = 6
-"""Sizes of images for which a convolution keeps its weights in oneDNN's order: three levels of an
-image in each of two orientations take as many in turn."""
+"""Sizes of images for which a convolution keeps its weights in oneDNN's order: the levels of an
+image come in turn."""
 
 
 def cpu_computes(dtype: torch.dtype) -> bool:
