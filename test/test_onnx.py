@@ -72,5 +72,13 @@ def test_mistakes_are_named(file, tmp_path, capsys):
     damaged.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(ModelError, match="cannot read it"):
         Extractor.from_pretrained(damaged, "cpu")
+    import onnx
+
+    older = onnx.load(file)  # without what there was not yet
+    kept = {p.key: p.value for p in older.metadata_props if p.key != "projection"}
+    onnx.helper.set_model_props(older, kept)
+    onnx.save(older, tmp_path / "older.onnx")
+    with pytest.raises(ModelError, match="export it again"):
+        Extractor.from_pretrained(tmp_path / "older.onnx", "cpu")
     assert cli.main(["export"]) == 1
     assert "--onnx FILE" in capsys.readouterr().err
