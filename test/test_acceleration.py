@@ -72,10 +72,12 @@ def test_plain_fp32_is_the_reference(model):
 
 def test_a_way_that_finds_other_features_is_not_taken(model, monkeypatch, caplog):
     right = fused.FusedSCFeat._describe
-    # a decoder that forgets its first channels
-    monkeypatch.setattr(
-        fused.FusedSCFeat, "_describe", lambda self, stem: right(self, stem).roll(3, dims=3)
-    )
+
+    def wrong(self, stem):
+        descriptors, *encoded = right(self, stem)
+        return descriptors.roll(3, dims=3), *encoded  # a decoder that is off by some cells
+
+    monkeypatch.setattr(fused.FusedSCFeat, "_describe", wrong)
     network = acceleration.choose(model, CPU, "fp32", "auto")
     assert str(network) == "fp32, plain"
     assert "was not taken" in caplog.text
