@@ -53,7 +53,8 @@ def background(items: Iterable[T], depth: int = 4) -> Generator[Iterator[T], Non
     def run() -> None:
         error = None
         try:
-            for item in items:
+            # else the context ended before the thread began, and what it reads from may never come
+            for item in items if not stop.is_set() else ():
                 if not put(item):
                     break
         except BaseException as raised:

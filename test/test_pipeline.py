@@ -86,6 +86,22 @@ def test_leaving_early_ends_the_threads_and_closes_the_source():
 # --- figures -----------------------------------------------------------------------------------
 
 
+def test_a_thread_that_begins_after_the_end_reads_nothing(monkeypatch):
+    start, late = threading.Thread.start, []
+
+    def interrupted(thread):
+        late.append(thread)
+        raise KeyboardInterrupt  # a signal, before the new thread has begun
+
+    read = []
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt), background(read.append(k) for k in range(3)):
+        pass
+    start(late[0])
+    late[0].join(10)
+    assert not late[0].is_alive() and read == []
+
+
 def test_a_series_keeps_its_mean_and_its_size():
     rng = np.random.default_rng(0)
     values = rng.random(12345)
