@@ -179,7 +179,10 @@ class Extractor:
         """Features of images that are shrunk to the (width, height) `new`."""
         size = images[0].shape[1::-1]
         on_cpu = self.device.type == "cpu"
-        tensor = self._prepare(images, new)
+        if on_cpu:
+            tensor = preprocessing.on_cpu(images, new)
+        else:
+            tensor = preprocessing.on_device(images, new, self.device)
         output = self.network.run(tensor)
         width, height = new
         scores, pixels = output.scores[:, 0, :height, :width], tensor[:, :, :height, :width]
@@ -196,12 +199,6 @@ class Extractor:
                 selected = selection.on_device(scores[i], pixels[i], mask, self.options)
             features.append(self._describe(selected, self._maps(output, i), size, new))
         return features
-
-    def _prepare(self, images: list[np.ndarray], size: tuple[int, int]) -> torch.Tensor:
-        """What the network takes, see `preprocessing`."""
-        if self.device.type == "cpu":
-            return preprocessing.on_cpu(images, size)
-        return preprocessing.on_device(images, size, self.device)
 
     def _maps(self, output: SCFeatOutput, i: int) -> Maps:
         """What descriptors of an image of the batch are made of."""

@@ -11,7 +11,7 @@ from scfeat_ros.extractor import Extractor
 from scfeat_ros.features import Features
 from scfeat_ros.matcher import match
 from scfeat_training.evaluation.metrics import mma_score
-from scfeat_training.geometry import epipolar_distance, transform_points
+from scfeat_training.geometry import symmetric_epipolar_distance, transform_points
 from scfeat_training.scenes import Scene
 from scfeat_training.trained import load_network
 from scfeat_training.validation import NEAR, held_out_pairs
@@ -48,8 +48,7 @@ def measure(extractor: Extractor, pairs: Sequence[dict]) -> dict[str, float]:
             accuracies.append([_share(errors, threshold) for threshold in THRESHOLDS])
         else:
             F = pair["F"].double().numpy()
-            forward, back = epipolar_distance(F, at1, at2), epipolar_distance(F.T, at2, at1)
-            line.append(_share(np.maximum(forward, back), NEAR))
+            line.append(_share(symmetric_epipolar_distance(F, at1, at2), NEAR))
     mean = np.mean(accuracies, axis=0)
     return {
         "mma1": float(mean[0]),

@@ -114,6 +114,13 @@ def epipolar_distance(F: Array, points1: Array, points2: Array) -> Array:
     return abs((epipolar_lines(F, points1) * homogeneous(points2)).sum(-1))
 
 
+def symmetric_epipolar_distance(F: Array, points1: Array, points2: Array) -> Array:
+    """The larger (..., N) of the distances of both points from each other's lines, pixels."""
+    forward = epipolar_distance(F, points1, points2)
+    back = epipolar_distance(F.swapaxes(-1, -2), points2, points1)
+    return _module(F).maximum(forward, back)
+
+
 def lines_hit_image(lines: Array, width: int, height: int) -> Array:
     """Whether each line (..., N, 3) crosses the image of the given size, (..., N) bool."""
     a, b, c = lines[..., 0], lines[..., 1], lines[..., 2]

@@ -26,7 +26,7 @@ from scfeat_ros.matcher import match
 from scfeat_ros.model.descriptors import Projection
 from scfeat_ros.model.scfeat import SCFeat
 from scfeat_training.datasets import HomographyPairs, HomographyPairsConfig, validation_pairs
-from scfeat_training.geometry import epipolar_distance, transform_points
+from scfeat_training.geometry import symmetric_epipolar_distance, transform_points
 from scfeat_training.scenes import Scene, photo_paths
 
 KEYPOINTS = 1000
@@ -188,8 +188,7 @@ def _same(first: Features, second: Features, pair: dict[str, Any]) -> np.ndarray
     rows, columns = match(first, second).indices.T
     at1, at2 = first.keypoints[rows].astype(float), second.keypoints[columns].astype(float)
     F = pair["F"].double().numpy()
-    forward, back = epipolar_distance(F, at1, at2), epipolar_distance(F.T, at2, at1)
-    right = np.maximum(forward, back) < ON_THE_LINE
+    right = symmetric_epipolar_distance(F, at1, at2) < ON_THE_LINE
     return np.stack([rows[right], columns[right]], axis=1)
 
 

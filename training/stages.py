@@ -298,9 +298,7 @@ class Detect(nn.Module):
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, Maps]:
         with torch.no_grad():
             description = self.model.describe(images)
-        encoded = description.encoded
-        maps = Maps(description.bridged, encoded.layer2, encoded.layer3)
-        return self.model.detect(images, description), maps
+        return self.model.detect(images, description), description.maps
 
 
 class DetectorStage(Stage):
@@ -336,14 +334,14 @@ class DetectorStage(Stage):
     def losses(self, network: Callable, batch: Batch) -> tuple[torch.Tensor, Terms]:
         scores, maps = network(images_of(batch))
         pairs = len(batch["index"])
-        scores = scores[:, 0].float()
+        scores, maps = scores[:, 0].float(), [m.float() for m in maps]
         rows = []
         for i, index in enumerate(batch["index"].tolist()):
             generator = generator_of(self.config.seed, index)
             draws = [
                 self._draw(
                     (scores[i], scores[pairs + i]),
-                    tuple(Maps(*(m[k].float() for m in maps)) for k in (i, pairs + i)),
+                    tuple(Maps(*(m[k] for m in maps)) for k in (i, pairs + i)),
                     batch["geometry"][i],
                     bool(batch["planar"][i]),
                     index // self.config.batch,

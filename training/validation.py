@@ -19,7 +19,7 @@ from scfeat_training.datasets import (
     HomographyPairsConfig,
     validation_pairs,
 )
-from scfeat_training.geometry import epipolar_distance, transform_points
+from scfeat_training.geometry import symmetric_epipolar_distance, transform_points
 from scfeat_training.scenes import Scene, photo_paths
 
 CORNERS = 500
@@ -111,9 +111,8 @@ class Validation:
             if detector:
                 scores = model.detect(batch, description)[:, 0].cpu()
                 own = [strongest(scores[i], keypoints) for i in range(2)]
-                encoded = description.encoded
-                each = zip(description.bridged, encoded.layer2, encoded.layer3, strict=True)
-                variants.append(("own", [Maps(*maps) for maps in each], own, model.projection))
+                each = [Maps(*maps) for maps in zip(*description.maps, strict=True)]
+                variants.append(("own", each, own, model.projection))
             for name, maps, points, sample in variants:
                 found = [
                     F.normalize(sample(maps[i], points[i].to(device)), dim=1) for i in range(2)
@@ -131,9 +130,8 @@ class Validation:
                     note(f"{name}/found", float((error < 3).sum()))
                 else:
                     fundamental = pair["F"].double().numpy()
-                    forward = epipolar_distance(fundamental, matched1, matched2)
-                    back = epipolar_distance(fundamental.T, matched2, matched1)
-                    note(f"{name}/line", _share(np.maximum(forward, back), NEAR))
+                    error = symmetric_epipolar_distance(fundamental, matched1, matched2)
+                    note(f"{name}/line", _share(error, NEAR))
         return {name: float(np.mean(values)) for name, values in figures.items()}
 
 

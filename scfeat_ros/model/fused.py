@@ -190,6 +190,11 @@ def _bridge(bridge: CrossNorm) -> tuple[nn.Conv2d, Norm]:
     return spatial, Norm(scale, shift, len(scale))
 
 
+def fold(conv: nn.Conv2d, norm: nn.BatchNorm2d, dtype: torch.dtype) -> Conv:
+    """A convolution and the batch normalization after it, as one convolution."""
+    return Conv(*folded(conv, norm), conv.stride[0], dtype)
+
+
 class Block(nn.Module):
     """A ResNet block with folded batch normalizations."""
 
@@ -198,13 +203,8 @@ class Block(nn.Module):
         pairs = [(block.conv1, block.bn1), (block.conv2, block.bn2)]
         if isinstance(block, Bottleneck):
             pairs.append((block.conv3, block.bn3))
-        self.convs = nn.ModuleList(
-            Conv(*folded(conv, norm), conv.stride[0], dtype) for conv, norm in pairs
-        )
-        self.shortcut = None
-        if block.downsample is not None:
-            conv, norm = block.downsample
-            self.shortcut = Conv(*folded(conv, norm), conv.stride[0], dtype)
+        self.convs = nn.ModuleList(fold(conv, norm, dtype) for conv, norm in pairs)
+        self.shortcut = None if block.downsample is None else fold(*block.downsample, dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         shortcut = x if self.shortcut is None else self.shortcut(x)

@@ -20,7 +20,7 @@ from scfeat_ros import __version__
 from scfeat_ros.errors import ModelError
 from scfeat_ros.model.backbone import F2RBackbone
 from scfeat_ros.model.cross_norm import CrossNorm
-from scfeat_ros.model.descriptors import Projection
+from scfeat_ros.model.descriptors import Maps, Projection
 from scfeat_ros.model.detector import Detector
 from scfeat_ros.model.resnet import (
     STEM_CHANNELS,
@@ -77,6 +77,11 @@ class Description(NamedTuple):
     where descriptors for use are sampled."""
     encoded: EncoderFeatures
     """The encoder's maps; its stem is F_0."""
+
+    @property
+    def maps(self) -> Maps:
+        """What descriptors for use are made of, of all images."""
+        return Maps(self.bridged, self.encoded.layer2, self.encoded.layer3)
 
 
 class SCFeatOutput(NamedTuple):
@@ -142,9 +147,8 @@ class SCFeat(nn.Module):
         normalized = self.normalize(image)
         description = self._describe(normalized)
         scores = self._detect(normalized, description)
-        encoded = description.encoded
-        maps = description.descriptors, description.bridged, scores
-        return SCFeatOutput(*maps, encoded.layer2, encoded.layer3)
+        bridged, layer2, layer3 = description.maps
+        return SCFeatOutput(description.descriptors, bridged, scores, layer2, layer3)
 
     def _detect(self, normalized: torch.Tensor, description: Description) -> torch.Tensor:
         return self.detector(normalized, description.bridged, description.encoded.stem)
