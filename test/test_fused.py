@@ -46,6 +46,8 @@ def random_model(config, seed=0):
         if isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.running_mean, std=0.2)
             nn.init.uniform_(module.running_var, 0.5, 1.5)
+    nn.init.normal_(model.detector.reliability.weight)
+    nn.init.constant_(model.detector.reliability.bias, -0.2)
     return model
 
 

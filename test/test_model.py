@@ -14,6 +14,7 @@ from scfeat_ros.model.backbone import ConvBlock, F2RBackbone
 from scfeat_ros.model.cross_norm import CrossNorm
 from scfeat_ros.model.descriptors import Maps, Projection
 from scfeat_ros.model.detector import Detector, peakiness
+from scfeat_ros.model.reliability import Reliability
 from scfeat_ros.model.resnet import ResNetEncoder
 from scfeat_ros.model.sampling import block_means, sample, sample_few, upsample
 from scfeat_ros.model.scfeat import CONFIGS, SCFeat, load_model, read_metadata, save_model
@@ -86,11 +87,18 @@ def numpy(tensor):
 
 
 def randomize(module, seed=0):
-    """Random values for all parameters, so that scales of one and shifts of zero hide nothing."""
+    """Random values for all parameters, so that scales of one and shifts of zero hide nothing.
+
+    And for the reliability of a detector.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator))
+        for part in module.modules():
+            if isinstance(part, Reliability):
+                for number in part.buffers():
+                    number.copy_(torch.randn(number.shape, generator=generator))
     return module.eval()
 
 
@@ -264,8 +272,8 @@ def test_peakiness_is_largest_at_a_peak_and_ignores_scale():
 
 
 @pytest.mark.parametrize("kernel", [1, 3])
-def test_detection_head_follows_equations_7_to_13(kernel):
-    detector = randomize(Detector(channels=6, left=4, right=3, hidden=5, upsampled_kernel=kernel))
+def test_detection_head_follows_equations_7_to_13_times_the_reliability(kernel):
+    detector = randomize(Detector(2, 4, left=4, right=3, hidden=5, upsampled_kernel=kernel))
     bridged, stem = torch.randn(1, 2, 4, 5), torch.randn(1, 4, 4, 5)
     image = torch.randn(1, 3, 16, 20)
 
@@ -287,15 +295,31 @@ def test_detection_head_follows_equations_7_to_13(kernel):
     response = convolve_slowly(h_1, numpy(detector.layer2.weight))
     norm = detector.layer2_norm
     response = instance_norm_slowly(response, numpy(norm.weight), numpy(norm.bias))[0]
+    weight, bias = numpy(detector.reliability.weight), numpy(detector.reliability.bias)
+    s_l = s_l * np.exp(np.einsum("c,chw->hw", weight, unit(numpy(bridged[0]))) + bias)
     expected = upsample_slowly(s_l[None], 4)[0] * s_r * np.log1p(np.exp(response))
     actual = detector(image, bridged, stem)[0, 0]
     np.testing.assert_allclose(numpy(actual), expected, atol=1e-4)
 
 
+def test_reliability_is_one_before_it_is_fitted_and_heeds_the_direction_alone():
+    reliability = Reliability(6)
+    bridged = torch.randn(2, 6, 4, 5)
+    bridged[0, :, 1, 2] = 0
+    assert torch.equal(reliability(bridged), torch.ones(2, 1, 4, 5))
+    torch.nn.init.normal_(reliability.weight)
+    reliability.bias.fill_(0.3)
+    found = reliability(bridged)
+    assert found.isfinite().all() and found.min() > 0 and found.std() > 0.1
+    torch.testing.assert_close(reliability(7 * bridged), found)
+    reliability.reset()
+    assert torch.equal(reliability(bridged), torch.ones(2, 1, 4, 5))
+
+
 @pytest.mark.parametrize("axis", [-1, -2])
 def test_flipped_maps_give_a_flipped_score_map(axis):
     """With mirror-symmetric kernels, exactly: upsampling has no preferred side."""
-    detector = randomize(Detector(channels=6, left=4, right=3, hidden=5))
+    detector = randomize(Detector(2, 4, left=4, right=3, hidden=5))
     with torch.no_grad():
         for module in detector.modules():
             if isinstance(module, torch.nn.Conv2d):

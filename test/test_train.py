@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from scfeat_ros.errors import InputError, OutputExistsError
-from scfeat_ros.model.scfeat import load_model, read_metadata
+from scfeat_ros.model.scfeat import load_model, read_metadata, save_model
 from scfeat_training.ablation import mma_score
 from scfeat_training.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
 from scfeat_training.config import make_config, read_config
@@ -243,6 +243,24 @@ def test_exported_weights_are_the_averaged_ones_with_their_history(settings, tmp
     assert [part["stage"] for part in further["history"]] == ["warmup", "detector"]
     assert torch.equal(further["ema"]["backbone.fuse.weight"], loaded["backbone.fuse.weight"])
     assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []
+
+
+@pytest.mark.parametrize("stage", ["warmup", "detector"])
+def test_training_on_forgets_what_was_fitted_to_what_it_trains(settings, tmp_path, stage):
+    run, fitted, more = (tmp_path / name for name in ("run", "fitted.safetensors", "more"))
+    main(["warmup", "--config", str(settings("warmup", steps=1)), "--run", str(run)])
+    export(run, fitted)
+    model = load_model(fitted)
+    torch.nn.init.normal_(model.projection.matrix)
+    model.detector.reliability.weight.fill_(0.5)
+    save_model(model, fitted, read_metadata(fitted)["provenance"])
+    start = load_model(fitted).projection
+    config = str(settings(stage, steps=1))
+    assert main([stage, "--config", config, "--run", str(more), "--init", str(fitted)]) == 0
+    found = load_checkpoint(more)["model"]
+    assert not found["detector.reliability.weight"].any()
+    kept = start if stage == "detector" else start.unfitted()  # descriptors stay as they are
+    assert torch.equal(found["projection.matrix"], kept.matrix)
 
 
 def test_run_without_cross_normalization_is_for_study_only(settings, tmp_path):

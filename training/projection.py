@@ -1,4 +1,4 @@
-"""`scfeat train project`: the linear map from samples about a keypoint to its descriptor.
+"""First part of `scfeat train fit`: the linear map from samples about a keypoint to its descriptor.
 
 A discriminant analysis of the samples at the network's own keypoints. Two samples of one place
 differ by chance (`within`), a place and those that look like it by what tells them apart
@@ -10,26 +10,21 @@ on each other's epipolar lines.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from scipy.spatial import cKDTree
-from tqdm import tqdm
 
 from scfeat_ros.errors import InputError
-from scfeat_ros.extractor import Extractor
 from scfeat_ros.features import Features
 from scfeat_ros.matcher import match
 from scfeat_ros.model.descriptors import Projection
 from scfeat_ros.model.scfeat import SCFeat
-from scfeat_training.datasets import HomographyPairs, HomographyPairsConfig, validation_pairs
+from scfeat_training.fitting import SampledPairs, described
 from scfeat_training.geometry import symmetric_epipolar_distance, transform_points
-from scfeat_training.scenes import Scene, photo_paths
 
-KEYPOINTS = 1000
 SAME_PLACE = 1.5
 """Largest distance of two keypoints of one place under a homography, pixels."""
 ON_THE_LINE = 1.0
@@ -43,7 +38,6 @@ REGULARIZATION = 0.3
 COMMON = 0.7
 """Share that is taken away of what all samples have in common. Left as it is, the descriptors'
 differences are lost in rounding to int8; taken away as a whole, fewer of the matches are right."""
-SEED = 5
 
 
 class Scatter:
@@ -107,41 +101,22 @@ def discriminant(mean: np.ndarray, between: np.ndarray, within: np.ndarray, dim:
     return rows / np.abs(rows).max()  # for fp16; the descriptors' length is normalized anyway
 
 
-def fit_projection(
-    model: SCFeat, scenes: Sequence[Scene], pairs: int = 250, size: tuple[int, int] = (640, 480)
-) -> Projection:
+def fit_projection(model: SCFeat, kinds: Sequence[SampledPairs]) -> Projection:
     """Fit a network's projection.
 
     Args:
         model: a trained network; it is left as it is.
-        scenes: posed scenes to fit it on.
-        pairs: homographies of the scenes' photos, and as many posed pairs.
-        size: (width, height) of the views.
+        kinds: pairs to fit it on, whose kinds count alike.
 
     Raises:
         InputError: there are hardly any places that two images show.
     """
     start = model.projection.unfitted()
-    extractor = _samples_extractor(model)
-    wide = HomographyPairsConfig(
-        size=size,
-        length=pairs,
-        seed=SEED,
-        rotation=(40.0, 40.0),
-        scale=(0.4, 2.5),
-        perspective=0.3,
-        overlap=0.3,
-    )
-    homographies = HomographyPairs(photo_paths(scenes), wide)
-    posed = validation_pairs(scenes, pairs, size)
-    scatters = [
-        _scatter(extractor, start, (kind[i] for i in range(pairs)), pairs, name)
-        for kind, name in ((homographies, "homographies"), (posed, "posed pairs"))
-    ]
+    scatters = [_scatter(kind, start) for kind in kinds]
     mean = np.mean([scatter.mean() for scatter in scatters], axis=0)
     between, within = (
-        np.mean([outer / np.trace(outer) for outer in kinds], axis=0)
-        for kinds in ([s.between() for s in scatters], [s.within() for s in scatters])
+        np.mean([outer / np.trace(outer) for outer in outers], axis=0)
+        for outers in ([s.between() for s in scatters], [s.within() for s in scatters])
     )
     fitted = model.projection.unfitted()
     rows = discriminant(mean, between, within, model.config.descriptor_dim)
@@ -149,31 +124,20 @@ def fit_projection(
     return fitted
 
 
-def _samples_extractor(model: SCFeat) -> Extractor:
-    """An extractor whose descriptors are all samples, of unit norm together."""
-    model = copy.deepcopy(model)
-    model.projection.matrix = torch.eye(model.projection.matrix.shape[1])
-    return Extractor(model, max_keypoints=KEYPOINTS, precision="fp32")
-
-
-def _scatter(
-    extractor: Extractor, start: Projection, pairs: Iterable[dict[str, Any]], count: int, name: str
-) -> Scatter:
+def _scatter(pairs: SampledPairs, start: Projection) -> Scatter:
     scatter = Scatter()
-    for pair in tqdm(pairs, name, count, unit="pair", disable=None):
-        first, second = (
-            extractor(np.ascontiguousarray(pair[key].permute(1, 2, 0).numpy()))
-            for key in ("image1", "image2")
-        )
+    for pair, *features in pairs:
+        first, second = features
         if min(len(first), len(second)) <= LOOK_ALIKES:
             continue
-        described = [_described(features, start) for features in (first, second)]
-        same = _same(*described, pair)
-        alike = _look_alikes(*described, same)
+        unfitted = [described(one, start) for one in features]
+        same = _same(*unfitted, pair)
+        alike = _look_alikes(*unfitted, same)
         scatter.add(first.descriptors, second.descriptors, same, alike)
     if scatter.places < 10 * start.matrix.shape[1]:
         raise InputError(
-            f"{name}: {scatter.places} places that two images show are too few; give more pairs"
+            f"{pairs.name}: {scatter.places} places that two images show are too few; "
+            "give more pairs"
         )
     return scatter
 
@@ -199,10 +163,3 @@ def _look_alikes(first: Features, second: Features, same: np.ndarray) -> np.ndar
     apart = second.keypoints[columns][:, None] - second.keypoints[None]
     similarity[np.linalg.norm(apart, axis=2) < APART] = -np.inf
     return np.argsort(-similarity, axis=1)[:, :LOOK_ALIKES]
-
-
-def _described(samples: Features, projection: Projection) -> Features:
-    """Features with descriptors in place of samples."""
-    values = torch.from_numpy(samples.descriptors) @ projection.matrix.T
-    descriptors = torch.nn.functional.normalize(values, dim=1).numpy()
-    return Features(samples.keypoints, samples.scores, descriptors, samples.image_size)

@@ -35,7 +35,7 @@ def export(checkpoint: str | Path, output: str | Path, overwrite: bool = False) 
     save_model(model, output, provenance)
 
 
-def project(
+def fit(
     run: str | Path,
     data: str | Path,
     output: str | Path,
@@ -43,13 +43,13 @@ def project(
     size: tuple[int, int],
     overwrite: bool = False,
 ) -> None:
-    """Write weights with a projection that is fitted on the training scenes; see `projection`.
+    """Write weights with projection and reliability fitted on the training scenes.
 
     Args:
         run: a checkpoint, a run's folder, or weights by name or file.
         data: folder of scenes; the held-out ones are not used.
         output: a .safetensors file.
-        pairs, size: see `projection.fit_projection`.
+        pairs, size: see `fitting.sampled_pairs`.
         overwrite: replace a file that is there.
 
     Raises:
@@ -57,16 +57,20 @@ def project(
         OutputExistsError: the output is there and `overwrite` is not set.
     """
     # here, since training itself needs nothing of the extractor
+    from scfeat_training.fitting import sampled_pairs
     from scfeat_training.projection import fit_projection
+    from scfeat_training.reliability import fit_reliability
 
     model, provenance = _complete_network(run, output, overwrite)
     scenes, _ = split_scenes(read_scenes(data))
     if not scenes:
         raise InputError(f"{data}: all scenes are held out for validation, none to fit on")
-    model.projection = fit_projection(model, scenes, pairs, size)
+    kinds = sampled_pairs(model, scenes, pairs, size)
+    model.projection = fit_projection(model, kinds)
+    model.detector.reliability = fit_reliability(model, kinds)
     names = sorted(scene.name for scene in scenes)
     made = {"pairs": pairs, "size": list(size), "scenes": names, "version": __version__}
-    save_model(model, output, {**provenance, "projection": made})
+    save_model(model, output, {**provenance, "fitted": made})
 
 
 def _complete_network(
@@ -114,15 +118,17 @@ def _parser() -> argparse.ArgumentParser:
     study.add_argument("--pairs", type=int, default=50, help="pairs of each kind")
     study.add_argument("--size", type=int, nargs=2, default=[320, 240], metavar=("W", "H"))
     study.add_argument("-o", "--output", help="Markdown file, in place of the screen")
-    fit = commands.add_parser(
-        "project", help="fit the projection to descriptors, after the training"
+    fitted = commands.add_parser(
+        "fit", help="fit the projection to descriptors and the reliability, after the training"
     )
-    fit.add_argument("run", help="checkpoint file, a run's folder, or weights by name or file")
-    fit.add_argument("--data", required=True, help="folder of scenes; held-out ones are not used")
-    fit.add_argument("-o", "--output", required=True, help="a .safetensors file")
-    fit.add_argument("--pairs", type=int, default=250, help="pairs of each kind")
-    fit.add_argument("--size", type=int, nargs=2, default=[640, 480], metavar=("W", "H"))
-    fit.add_argument("--overwrite", action="store_true")
+    fitted.add_argument("run", help="checkpoint file, a run's folder, or weights by name or file")
+    fitted.add_argument(
+        "--data", required=True, help="folder of scenes; held-out ones are not used"
+    )
+    fitted.add_argument("-o", "--output", required=True, help="a .safetensors file")
+    fitted.add_argument("--pairs", type=int, default=250, help="pairs of each kind")
+    fitted.add_argument("--size", type=int, nargs=2, default=[640, 480], metavar=("W", "H"))
+    fitted.add_argument("--overwrite", action="store_true")
     out = commands.add_parser("export", help="checkpoint -> safetensors weights")
     out.add_argument("checkpoint", help="checkpoint file or a run's folder")
     out.add_argument("-o", "--output", required=True, help="a .safetensors file")
@@ -139,9 +145,9 @@ def main(argv: list[str] | None = None) -> int:
             export(args.checkpoint, args.output, args.overwrite)
             print(f"wrote {args.output}")
             return 0
-        if args.command == "project":
+        if args.command == "fit":
             where = args.run, args.data, args.output
-            project(*where, args.pairs, tuple(args.size), args.overwrite)
+            fit(*where, args.pairs, tuple(args.size), args.overwrite)
             print(f"wrote {args.output}")
             return 0
         if args.command == "ablation":

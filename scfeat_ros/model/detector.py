@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from scfeat_ros.model.reliability import Reliability
 from scfeat_ros.model.sampling import convolve_upsampled, upsample
 
 
@@ -67,17 +68,24 @@ class Detector(nn.Module):
     """Bridge map, stem map and image -> keypoint score map (Eq. 7-13).
 
     Args:
-        channels: channels of F_cn and F_0 together.
+        bridged, stem: channels of F_cn and F_0.
         left, right: channels of Layer_0 on the quarter-resolution and the image branch.
         hidden: channels of Layer_1.
         upsampled_kernel: size of Layer_1's kernel over the upsampled branch.
     """
 
     def __init__(
-        self, channels: int, left: int, right: int, hidden: int, upsampled_kernel: int = 3
+        self,
+        bridged: int,
+        stem: int,
+        left: int,
+        right: int,
+        hidden: int,
+        upsampled_kernel: int = 3,
     ) -> None:
         super().__init__()
-        self.layer0_left = ConvInstanceNorm(channels, left)
+        self.reliability = Reliability(bridged)
+        self.layer0_left = ConvInstanceNorm(bridged + stem, left)
         self.layer0_right = ConvInstanceNorm(3, right)
         # of both branches beside each other: the sum of a convolution of each
         self.layer1_left = nn.Conv2d(
@@ -101,7 +109,7 @@ class Detector(nn.Module):
             stem: (B, 64, H/4, W/4), F_0.
 
         Returns:
-            (B, 1, H, W) non-negative scores (Eq. 13).
+            (B, 1, H, W) non-negative scores (Eq. 13), times the reliability.
         """
         maps = torch.cat([bridged, stem], dim=1)
         left_peaks, right_peaks = peakiness(maps), peakiness(image)
@@ -110,4 +118,4 @@ class Detector(nn.Module):
         hidden = convolve_upsampled(self.layer1_left, left, 4) + self.layer1_right(right)
         hidden = self.layer1_activation(self.layer1_norm(hidden))
         response = F.softplus(self.layer2_norm(self.layer2(hidden)))
-        return upsample(left_peaks, 4) * right_peaks * response
+        return upsample(left_peaks * self.reliability(bridged), 4) * right_peaks * response

@@ -25,6 +25,7 @@ and half precision there moves three times as many of them as in all the rest of
 
 from __future__ import annotations
 
+import copy
 from types import ModuleType
 
 import torch
@@ -275,6 +276,7 @@ class FusedSCFeat(nn.Module):
             if isinstance(block, ConvInstanceNorm)
         }
         self.slopes["layer1"] = detector.layer1_activation.weight.item()
+        self.reliability = copy.deepcopy(detector.reliability)
         self.register_buffer("layer2", detector.layer2.weight.detach().float().flatten().clone())
         if compiled:
             for module in self.modules():
@@ -296,8 +298,8 @@ class FusedSCFeat(nn.Module):
         stem = self.stem(normalized.values)
         descriptors, layer2, layer3 = self._describe(stem)
         maps = k.bridge_and_stem(descriptors, stem, self.spatial, self.norms["bridge"])
-        scores = self._detect(normalized, maps)
         bridged = maps.values[:, : descriptors.shape[1]]
+        scores = self._detect(normalized, maps, self.reliability(bridged))
         return SCFeatOutput(descriptors, bridged, scores, layer2, layer3)
 
     def _describe(self, stem: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -336,8 +338,10 @@ class FusedSCFeat(nn.Module):
             x, self.kernels.statistics(x), self.norms[name], out=out
         )
 
-    def _detect(self, image: kernels.Image, maps: kernels.Maps) -> torch.Tensor:
-        """Score map from the normalized image, F_cn and F_0 (Eq. 7-13)."""
+    def _detect(
+        self, image: kernels.Image, maps: kernels.Maps, reliability: torch.Tensor
+    ) -> torch.Tensor:
+        """Score map from the normalized image, F_cn and F_0 (Eq. 7-13), and reliability."""
         k = self.kernels
         left_peaks, left = k.weigh_by_peakiness(maps, self.dtype)
         left, totals = k.convolution(left, self.layer0_left)
@@ -352,6 +356,7 @@ class FusedSCFeat(nn.Module):
         value, totals = k.response(
             hidden, totals, self.norms["layer1"], self.slopes["layer1"], self.layer2
         )
+        left_peaks = left_peaks * reliability
         return k.score(value, totals, self.norms["layer2"], left_peaks, right_peaks)
 
 

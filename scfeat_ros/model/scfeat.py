@@ -36,6 +36,9 @@ STRIDE = 16
 DESCRIPTOR_STRIDE = 4
 """Image pixels per cell of the descriptor map."""
 
+FITTED = ("projection.", "detector.reliability.")
+"""Of the weights: what is fitted after the training. Older files are without it."""
+
 
 @dataclass(frozen=True)
 class SCFeatConfig:
@@ -120,7 +123,7 @@ class SCFeat(nn.Module):
         )
         self.bridge = CrossNorm(config.descriptor_dim)
         self.detector = Detector(
-            config.descriptor_dim + STEM_CHANNELS, *config.head_channels, config.upsampled_kernel
+            config.descriptor_dim, STEM_CHANNELS, *config.head_channels, config.upsampled_kernel
         )
         self.projection = Projection(config.descriptor_dim, *self.backbone.encoder.channels[1:])
         mean = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
@@ -279,7 +282,7 @@ def load_model(name_or_path: str | os.PathLike, device: str | torch.device = "cp
         raise ModelError(f"{path}: the config describes no network ({error})") from error
     tensors = load_file(path)
     for key, value in model.state_dict().items():
-        if key not in tensors and key.startswith("projection."):
+        if key not in tensors and key.startswith(FITTED):
             tensors[key] = value  # written before there was one
         if key not in tensors:
             raise ModelError(f"{path}: weight '{key}' is missing")

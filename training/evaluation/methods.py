@@ -43,6 +43,14 @@ PAPER_OPTIONS = {"nms_radius": 1, "score_threshold": 1.0}
 of 1 (Sec. IV-B): a window of one pixel would suppress nothing, and the paper lists "w/o NMS" as a
 row of its own."""
 
+GIVEN_ELSEWHERE = {
+    "max_keypoints": "--max-keypoints, for all methods",
+    "device": "--device, for all methods",
+    "weights": "a .safetensors file's path in place of the name",
+    "label": "the name with its options",
+}
+"""What looks like an option of a method and is none."""
+
 
 class Method(ABC):
     """One local feature method with its options.
@@ -374,9 +382,12 @@ def _create(specification: str, max_keypoints: int, device: str) -> Method:
                 f"method '{specification}': '{assignment}' is no option=value; "
                 "for example scfeat-s:nms_radius=2"
             )
+        key = key.strip().replace("-", "_")
+        if key in GIVEN_ELSEWHERE:
+            raise InputError(f"method '{specification}': {key} is given by {GIVEN_ELSEWHERE[key]}")
         # YAML 1.1 takes on and off for truth values; here they are words, as in compile=off
         word = value.strip().lower() in ("on", "off")
-        options[key.strip().replace("-", "_")] = value.strip() if word else yaml.safe_load(value)
+        options[key] = value.strip() if word else yaml.safe_load(value)
     if name in REGISTRY:
         return REGISTRY[name](specification, max_keypoints, device, **options)
     if name.endswith(".safetensors") or name in CONFIGS:

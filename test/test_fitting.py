@@ -1,15 +1,20 @@
-"""The projection from samples to descriptors: its fit, on its own and by the command."""
+"""Projection and reliability: how they are fitted, on their own and by the command."""
 
 import json
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_train import data  # noqa: F401 - a fixture
 
+from scfeat_ros.errors import InputError
 from scfeat_ros.model.scfeat import find_weights, load_model, read_metadata
+from scfeat_training import reliability
 from scfeat_training.projection import Scatter, discriminant
 from scfeat_training.train import main
+
+RELIABILITY = {"detector.reliability.weight", "detector.reliability.bias"}
 
 
 def test_discriminant_finds_what_tells_places_apart():
@@ -38,9 +43,22 @@ def test_discriminant_finds_what_tells_places_apart():
     assert (nearest == np.arange(200)).mean() > 0.7 > 0.3 > (raw == np.arange(200)).mean()
 
 
-def test_project_writes_weights_that_differ_in_the_projection_alone(data, tmp_path, capsys):  # noqa: F811
+def test_reliability_tells_right_from_wrong():
+    random = np.random.default_rng(0)
+    values = random.normal(size=(6000, 12)) * np.linspace(0.1, 2, 12)
+    right = values[:, 0] / 0.1 + 0.5 * values[:, 11] / 2 + random.normal(size=6000) > 0.4
+    direction = reliability.discriminant(values, right)
+    share = np.abs(direction * values.std(axis=0))
+    assert share.argsort()[::-1][:2].tolist() == [0, 11] and share[0] > 1.5 * share[11]
+    best = (values @ direction).argsort()[-2000:]
+    assert right[best].mean() > 0.75 > 0.45 > right.mean()
+    with pytest.raises(InputError, match="90 right and 10 wrong matches are too few"):
+        reliability.discriminant(values[:100], np.arange(100) < 90)
+
+
+def test_fit_changes_what_is_fitted_alone(data, tmp_path, capsys):  # noqa: F811
     output = tmp_path / "model.safetensors"
-    arguments = ["project", "scfeat-s", "--data", str(data), "-o", str(output)]
+    arguments = ["fit", "scfeat-s", "--data", str(data), "-o", str(output)]
     arguments += ["--size", "160", "112"]
     assert main([*arguments, "--pairs", "1"]) == 1
     assert "give more pairs" in capsys.readouterr().err and not output.exists()
@@ -48,28 +66,33 @@ def test_project_writes_weights_that_differ_in_the_projection_alone(data, tmp_pa
     before, after = load_file(find_weights("scfeat-s")), load_file(output)
     assert before.keys() == after.keys()
     changed = {key for key in before if not torch.equal(before[key], after[key])}
-    assert changed == {"projection.matrix"}
-    assert all(after[key].isfinite().all() and after[key].abs().max() == 1 for key in changed)
+    assert changed == {"projection.matrix", *RELIABILITY}
+    assert all(after[key].isfinite().all() for key in changed)
+    assert after["projection.matrix"].abs().max() == 1
     made = read_metadata(output)["provenance"]
-    assert made["projection"]["scenes"] == ["wall"] and made["projection"]["pairs"] == 40
+    assert made["fitted"]["scenes"] == ["wall"] and made["fitted"]["pairs"] == 40
     assert made["history"] == read_metadata(find_weights("scfeat-s"))["provenance"]["history"]
     assert main([*arguments, "--pairs", "40"]) == 1
     assert "exists already" in capsys.readouterr().err
 
 
-def test_weights_from_before_there_was_a_projection(tmp_path):
+def test_older_weights_without_what_is_fitted(tmp_path):
     tensors = load_file(find_weights("scfeat-s"))
-    older = {key: value for key, value in tensors.items() if not key.startswith("projection.")}
+    fitted = {"projection.matrix", *RELIABILITY}
+    assert fitted < tensors.keys()
+    older = {key: value for key, value in tensors.items() if key not in fitted}
     metadata = read_metadata(find_weights("scfeat-s"))
     path = tmp_path / "older.safetensors"
     save_file(older, path, {"format": "scfeat", "config": json.dumps(metadata["config"])})
-    found = load_model(path).projection
-    assert torch.equal(found.matrix, found.unfitted().matrix)
+    found = load_model(path)
+    assert torch.equal(found.projection.matrix, found.projection.unfitted().matrix)
+    assert torch.equal(found.detector.reliability(torch.rand(1, 64, 4, 5)), torch.ones(1, 1, 4, 5))
 
 
-def test_published_weights_have_a_fitted_projection():
-    published = load_model("scfeat-s").projection
-    assert not torch.equal(published.matrix, published.unfitted().matrix)
+def test_published_weights_are_fitted():
+    published = load_model("scfeat-s")
+    assert not torch.equal(published.projection.matrix, published.projection.unfitted().matrix)
+    assert published.detector.reliability.weight.norm() > 1
 
 
 def test_three_tenths_are_left_of_what_all_samples_have_in_common():

@@ -1,0 +1,89 @@
+"""What projection and reliability are fitted on: the network's keypoints in pairs of images."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from scfeat_ros.extractor import Extractor
+from scfeat_ros.features import Features
+from scfeat_ros.model.descriptors import Projection
+from scfeat_ros.model.scfeat import SCFeat
+from scfeat_training.datasets import HomographyPairs, HomographyPairsConfig, validation_pairs
+from scfeat_training.scenes import Scene, photo_paths
+
+KEYPOINTS = 1000
+SEED = 5
+
+
+class SampledPairs:
+    """Pairs of images of one kind with the network's keypoints, whose descriptors are samples.
+
+    Iterating gives the pair (see `datasets`; it has "H" or "F") and the features of both images,
+    with all samples that descriptors are made of, of unit norm together, as their descriptors.
+
+    Args:
+        name: of the kind.
+        pairs: of images.
+        extractor: see `samples_extractor`.
+    """
+
+    def __init__(self, name: str, pairs: Dataset, extractor: Extractor) -> None:
+        self.name = name
+        self._pairs = pairs
+        self._extractor = extractor
+
+    def __iter__(self) -> Iterator[tuple[dict[str, Any], Features, Features]]:
+        count = len(self._pairs)
+        for i in tqdm(range(count), self.name, unit="pair", disable=None):
+            pair = self._pairs[i]
+            first, second = (
+                self._extractor(np.ascontiguousarray(pair[key].permute(1, 2, 0).numpy()))
+                for key in ("image1", "image2")
+            )
+            yield pair, first, second
+
+
+def sampled_pairs(
+    model: SCFeat, scenes: Sequence[Scene], pairs: int, size: tuple[int, int]
+) -> list[SampledPairs]:
+    """Both kinds of pairs, the same ones in every call.
+
+    Args:
+        model: a trained network; it is left as it is. Its reliability plays no part.
+        scenes: posed scenes.
+        pairs: homographies of the scenes' photos, and as many posed pairs.
+        size: (width, height) of the views.
+    """
+    wide = HomographyPairsConfig(
+        size=size,
+        length=pairs,
+        seed=SEED,
+        rotation=(40.0, 40.0),
+        scale=(0.4, 2.5),
+        perspective=0.3,
+        overlap=0.3,
+    )
+    homographies = HomographyPairs(photo_paths(scenes), wide)
+    posed = validation_pairs(scenes, pairs, size)
+    model = copy.deepcopy(model)
+    model.projection.matrix = torch.eye(model.projection.matrix.shape[1])
+    model.detector.reliability.reset()
+    extractor = Extractor(model, max_keypoints=KEYPOINTS, precision="fp32")
+    return [
+        SampledPairs("homographies", homographies, extractor),
+        SampledPairs("posed pairs", posed, extractor),
+    ]
+
+
+def described(samples: Features, projection: Projection) -> Features:
+    """Features with descriptors in place of samples."""
+    values = torch.from_numpy(samples.descriptors) @ projection.matrix.T
+    descriptors = torch.nn.functional.normalize(values, dim=1).numpy()
+    return Features(samples.keypoints, samples.scores, descriptors, samples.image_size)
