@@ -50,7 +50,7 @@ class ExtractorOptions:
     )
     score_threshold: float = option(
         0.0,
-        "smallest detection score (the paper's epsilon_s); 0 leaves the choice to max_keypoints",
+        "smallest score (the paper's epsilon_s); 0 leaves the choice to max_keypoints",
         0.0,
         1e6,
         live=True,

@@ -286,11 +286,11 @@ def test_ablation_table(settings, data, tmp_path, capsys):
     assert main([*arguments, "--pairs", "2", "--size", "96", "64"]) == 0
     rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()]
     names = [row[0].strip() for row in rows[2:]]
-    variants = ["bilinear", "with pruning", "both", "fusion"]
+    variants = ["bilinear", "with pruning", "fusion", "scores without", "all three"]
     variants = [f"ours, {variant}" for variant in variants]
     starts = ["ours", *variants, "again", "w/o cross normalization", "exported"]
-    assert [name.startswith(start) for name, start in zip(names, starts, strict=True)] == 8 * [True]
-    assert rows[2][1:] == rows[7][1:]
+    assert [name.startswith(start) for name, start in zip(names, starts, strict=True)] == 9 * [True]
+    assert rows[2][1:] == rows[8][1:]
     assert all(0 <= float(cell) <= 1 for row in rows[2:] for cell in row[1:5])
     assert main(["ablation", str(run), "--data", str(data)]) == 1
     assert "NAME=RUN" in capsys.readouterr().err

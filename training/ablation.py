@@ -21,10 +21,17 @@ VARIANTS = {
     "": {},
     "bilinear samples (Eq. 23)": {"descriptor_sampling": "bilinear"},
     "with pruning (descriptors before the bridge)": {"descriptor_source": "backbone"},
-    "both, as in the paper": {"descriptor_source": "backbone", "descriptor_sampling": "bilinear"},
     "fusion normalization (Eq. 25)": {"descriptor_norm": "fusion"},
 }
 """Options of the extractor that make the rows of one run."""
+WITHOUT_RELIABILITY = {
+    "scores without the reliability": {},
+    "all three, as in the paper": {
+        "descriptor_source": "backbone",
+        "descriptor_sampling": "bilinear",
+    },
+}
+"""And those of rows in which the detector's own scores count."""
 
 
 def measure(extractor: Extractor, pairs: Sequence[dict]) -> dict[str, float]:
@@ -86,9 +93,10 @@ def table(
     ]
     for number, (name, run) in enumerate(runs.items()):
         model, _ = load_network(run)
-        for variant, options in VARIANTS.items():
-            if variant and number:
-                continue
+        variants = {"": {}} if number else VARIANTS | WITHOUT_RELIABILITY
+        for variant, options in variants.items():
+            if variant in WITHOUT_RELIABILITY:
+                model.detector.reliability.reset()
             # the plain network: the fast one knows the complete architecture only
             plain = {"precision": "fp32", "compile": "off", "max_keypoints": 1000}
             figures = measure(Extractor(model, "cpu", **plain, **options), pairs)
