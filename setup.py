@@ -41,13 +41,14 @@ setup(
     packages=[
         NAME,
         f"{NAME}.model",
+        f"{NAME}.native",
         "scfeat_training",
         "scfeat_training.evaluation",
     ],
     package_dir={"scfeat_training": "training"},
     package_data={
         NAME: ["weights/*.safetensors", "weights/*.md"],
-        f"{NAME}.model": ["*.cpp", "*.h"],
+        f"{NAME}.native": ["*.cpp", "*.h"],
         "scfeat_training": ["configs/*.yaml"],
         "scfeat_training.evaluation": ["*.csv", "*.yaml"],
     },

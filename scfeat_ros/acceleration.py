@@ -22,10 +22,10 @@ import torch.nn.functional as F
 from scfeat_ros.cuda_graphs import CudaGraphs
 from scfeat_ros.errors import ScfeatError
 from scfeat_ros.memory import keep_freed_memory
-from scfeat_ros.model import native
 from scfeat_ros.model.fused import FusedSCFeat, cpu_computes
 from scfeat_ros.model.sampling import sample
 from scfeat_ros.model.scfeat import SCFeat, SCFeatOutput, fold_batch_norms
+from scfeat_ros.native import library
 from scfeat_ros.onnx_export import OnnxSCFeat
 
 LOG = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ MIN_COSINE = 0.998
 """Median cosine similarity of descriptors."""
 
 COMPILED = "fused, compiled kernels"
-"""The way that `model/native.py` makes."""
+"""The way that `native/` makes."""
 
 
 class Network(NamedTuple):
@@ -58,7 +58,7 @@ class Network(NamedTuple):
 
     @property
     def compiled(self) -> bool:
-        """Whether the kernels of `model/native.py` run."""
+        """Whether the kernels of `native/` run."""
         return self.way == COMPILED
 
     def __str__(self) -> str:
@@ -138,7 +138,7 @@ def _make(model: SCFeat, device: torch.device, precision: str, compile: str) -> 
     if device.type == "cuda":
         network = FusedSCFeat(model, dtype)
         return Network(CudaGraphs(network), precision, "fused, CUDA graphs")
-    if device.type == "cpu" and dtype in native.SUFFIX:
+    if device.type == "cpu" and dtype in library.SUFFIX:
         network = FusedSCFeat(model, dtype, compiled=True)
         return Network(network, precision, COMPILED)
     return Network(FusedSCFeat(model, dtype), precision, "fused")
@@ -151,8 +151,8 @@ def _can_compile(compile: str) -> bool:
         ScfeatError: there are none, and `compile` is "on".
     """
     try:
-        native.load()
-    except native.CompilerError as error:
+        library.load()
+    except library.CompilerError as error:
         if compile == "on":
             raise ScfeatError(
                 f"compile 'on': {error}; compile 'auto' runs without compiled kernels"

@@ -27,9 +27,12 @@ from scfeat_ros.frontend import FrontEnd
 from scfeat_ros.images import read_file
 from scfeat_ros.matcher import match
 from scfeat_ros.messages import encode_features, encode_matches, rosbags_types
-from scfeat_ros.model import kernels, native
+from scfeat_ros.model import kernels
 from scfeat_ros.model.fused import Conv, FusedSCFeat
 from scfeat_ros.model.scfeat import STRIDE
+from scfeat_ros.native import library
+from scfeat_ros.native.awake import keeps_cores_awake
+from scfeat_ros.native.matching import has_tiles
 from scfeat_ros.offline import OutputOptions
 from scfeat_ros.offline import run as run_offline
 from scfeat_ros.sources import FolderSource
@@ -41,7 +44,7 @@ MATRIX_SIZE = 1024
 COPY_BYTES = 64 << 20
 OPENMP = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 """How long OpenMP's threads spin before they sleep, which can double the time of a frame (less
-where the cores are kept awake, see `native.cores_awake`)."""
+where the cores are kept awake, see `native/awake.py`)."""
 SEQUENCE = 300
 """Frames of the stages `sequence` and `offline`."""
 PEAK_INTERVAL = 4
@@ -300,7 +303,7 @@ def _stage_cases(
             row.path, row.features = str(extractor.network), len(first)
             row.gflop = gflop
         if stage == "match":
-            by_tiles = device.type == "cpu" and native.is_compiled() and native.has_tiles()
+            by_tiles = device.type == "cpu" and library.is_compiled() and has_tiles()
             products = 3 if by_tiles else 1
             row.gflop = products * 2e-9 * len(first) * len(second) * extractor.descriptor_dim
             row.path = "bf16, in two parts" if by_tiles else "fp32"
@@ -464,7 +467,7 @@ def _machine() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "openmp": {name: os.environ.get(name, "") for name in OPENMP},
-        "keeps_cores_awake": native.keeps_cores_awake(),
+        "keeps_cores_awake": keeps_cores_awake(),
         "gpus": gpus,
         "load_average": os.getloadavg()[0],
         "torch": torch.__version__,

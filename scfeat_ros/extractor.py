@@ -16,10 +16,11 @@ from scfeat_ros import preprocessing, pyramid, selection
 from scfeat_ros.acceleration import Network, choose
 from scfeat_ros.errors import ScfeatError
 from scfeat_ros.features import Features
-from scfeat_ros.model import native
 from scfeat_ros.model.descriptors import Maps, Projection
 from scfeat_ros.model.sampling import block_means, sample_few
 from scfeat_ros.model.scfeat import DESCRIPTOR_STRIDE, SCFeat, SCFeatOutput, load_model
+from scfeat_ros.native import keypoints as native_keypoints
+from scfeat_ros.native.awake import cores_awake
 from scfeat_ros.onnx_export import OnnxSCFeat
 from scfeat_ros.parameters import ExtractorOptions, validate
 from scfeat_ros.selection import Selected
@@ -153,7 +154,7 @@ class Extractor:
         if len(sizes) > 1:
             raise ValueError(f"images of a batch must be of one size, got {sorted(sizes)}")
         masks = masks or [None] * len(images)
-        with torch.inference_mode(), native.cores_awake(self.device):
+        with torch.inference_mode(), cores_awake(self.device):
             return self._extract(images, masks)
 
     def _extract(
@@ -225,7 +226,7 @@ class Extractor:
         points, scores = selected
         sample, means = sample_few, block_means
         if self.network.compiled:
-            sample, means = native.sample, native.block_means
+            sample, means = native_keypoints.sample, native_keypoints.block_means
         if self.options.descriptor_sampling == "bilinear":
             sampled = sample(maps.bridged, points, DESCRIPTOR_STRIDE)
         else:

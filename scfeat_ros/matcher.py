@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from scfeat_ros.features import Features, Matches
-from scfeat_ros.model import native
+from scfeat_ros.native import library, matching
 from scfeat_ros.parameters import MatcherOptions
 
 PAPER_RATIO = 0.80
@@ -50,7 +50,7 @@ def match(
         raise ValueError(f"ratio must lie in (0, 1], got {ratio}")
     if len(first) == 0 or len(second) == 0:
         return Matches.empty()
-    if torch.device(device).type == "cpu" and native.is_compiled():
+    if torch.device(device).type == "cpu" and library.is_compiled():
         rows, columns, best, second_best = _compiled_pairs(first.descriptors, second.descriptors)
     else:
         with torch.inference_mode():
@@ -71,7 +71,7 @@ def _compiled_pairs(
     a: np.ndarray, b: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """As `_mutual_nearest` and `_second_best` in one pass, by the compiled kernels."""
-    found = native.nearest(a, b)
+    found = matching.nearest(a, b)
     rows = np.flatnonzero(found.of_column[found.of_row] == np.arange(len(a)))
     columns = found.of_row[rows]
     second_best = np.maximum(found.second[rows], found.second_of_column[columns])

@@ -23,7 +23,7 @@ from scfeat_ros.features import Features, FrameResult, Matches
 from scfeat_ros.frontend import FrontEnd
 from scfeat_ros.ground_truth import RIGHT_WITHIN, right_matches
 from scfeat_ros.matcher import epipolar_inliers
-from scfeat_ros.model.native import cores_awake
+from scfeat_ros.native.awake import cores_awake
 from scfeat_ros.overlay import Overlay
 from scfeat_ros.parameters import MatcherOptions
 from scfeat_ros.pipeline import background, on_threads

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from scfeat_ros.model import native
+from scfeat_ros.native import keypoints as native
 from scfeat_ros.parameters import ExtractorOptions
 
 TEXTURE_WINDOW = 5
@@ -46,7 +46,7 @@ def on_cpu(
         image: (h, w, 3) uint8, what the network saw.
         mask: (h, w) uint8 or None; keypoints lie only where it is not 0.
         options: nms_radius, score_threshold, border, max_keypoints and subpixel are used.
-        compiled: by the compiled kernels, see `native.load`.
+        compiled: by the compiled kernels, see `native/library.py`.
     """
     scores = scores.float().contiguous()
     find = native.local_maxima if compiled else local_maxima

@@ -11,8 +11,9 @@ from scfeat_ros import acceleration
 from scfeat_ros.cuda_graphs import KEPT
 from scfeat_ros.errors import ScfeatError
 from scfeat_ros.extractor import Extractor
-from scfeat_ros.model import fused, native
+from scfeat_ros.model import fused
 from scfeat_ros.model.scfeat import CONFIGS, SCFeat, fold_batch_norms, load_model
+from scfeat_ros.native import library
 
 CPU = torch.device("cpu")
 
@@ -95,9 +96,9 @@ def test_a_way_that_does_not_run_is_not_taken(model, monkeypatch, caplog):
 
 def test_without_a_compiler(model, monkeypatch, caplog):
     def fail():
-        raise native.CompilerError("no C++ compiler was found")
+        raise library.CompilerError("no C++ compiler was found")
 
-    monkeypatch.setattr(native, "load", fail)
+    monkeypatch.setattr(library, "load", fail)
     caplog.set_level(logging.WARNING)
     assert acceleration.choose(model, CPU, "fp32", "auto").way == "plain"
     assert "no C++ compiler was found" in caplog.text

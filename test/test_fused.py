@@ -13,17 +13,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from scfeat_ros.model import fused, kernels, native
+from scfeat_ros.model import fused, kernels
 from scfeat_ros.model.fused import Conv, FusedSCFeat, Stem, taps
 from scfeat_ros.model.sampling import block_means, sample_few
 from scfeat_ros.model.scfeat import CONFIGS, SCFeat, SCFeatConfig
+from scfeat_ros.native import awake, keypoints, library, matching, winograd
+from scfeat_ros.native import kernels as native
 
 SMALL = SCFeatConfig("small", "resnet10", (64, 32), 32, (8, 8, 8))
 WIDE = SCFeatConfig("wide", "resnet50", (64, 32), 24, (12, 5, 20))
 ONE_TAP = SCFeatConfig("one-tap", "resnet10", (32, 32), 16, (8, 8, 8), upsampled_kernel=1)
 
 
-needs_compiler = pytest.mark.skipif(not native.is_compiled(), reason="no C++ compiler")
+needs_compiler = pytest.mark.skipif(not library.is_compiled(), reason="no C++ compiler")
 BOTH = pytest.mark.parametrize(
     "k", [kernels, pytest.param(native, marks=needs_compiler)], ids=["torch", "compiled"]
 )
@@ -115,8 +117,8 @@ def test_convolution_after_upsampling_is_exact_at_every_border(k, factor, channe
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
 def test_convolution_by_minimal_filtering(size, inputs, outputs, relu, dtype, monkeypatch):
-    monkeypatch.setattr(native, "has_tiles", lambda: False)  # with AMX it does not pay in bf16
-    monkeypatch.setattr(native, "MIN_TILES", 1)  # nor for a map of few tiles
+    monkeypatch.setattr(matching, "has_tiles", lambda: False)  # with AMX it does not pay in bf16
+    monkeypatch.setattr(winograd, "MIN_TILES", 1)  # nor for a map of few tiles
     torch.manual_seed(0)
     x, plus = (torch.randn(1, channels, *size).to(dtype) for channels in (inputs, outputs))
     weight = (torch.randn(outputs, inputs, 3, 3) / (3 * inputs**0.5)).to(dtype)
@@ -152,7 +154,7 @@ def test_convolution_by_minimal_filtering(size, inputs, outputs, relu, dtype, mo
 )
 @torch.no_grad()
 def test_other_convolutions_stay_as_they_are(conv, monkeypatch):
-    monkeypatch.setattr(native, "has_tiles", lambda: True)
+    monkeypatch.setattr(matching, "has_tiles", lambda: True)
     x = torch.randn(1, conv.weight.shape[1], 8, 12, dtype=conv.weight.dtype)
     before = conv(x)
     conv.use_winograd()
@@ -262,11 +264,11 @@ def test_samples_at_points(dtype, layout):
     for part in (maps[0], maps[0, 4:20]):
         for smooth in (False, True):
             expected = sample_few(part, points, smooth=smooth)
-            found = native.sample(part, points, smooth=smooth)
+            found = keypoints.sample(part, points, smooth=smooth)
             torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-        found = native.block_means(part, 8)
+        found = keypoints.block_means(part, 8)
         torch.testing.assert_close(found, block_means(part, 8), atol=1e-5, rtol=1e-5)
-    assert native.sample(maps[0], points[:0]).shape == (0, 24)
+    assert keypoints.sample(maps[0], points[:0]).shape == (0, 24)
 
 
 def idle_threads():
@@ -287,11 +289,11 @@ def becomes(expected):
 @needs_compiler
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux's idle class")
 def test_cores_are_kept_awake_by_threads_that_give_way_and_stop(monkeypatch):
-    monkeypatch.setattr(native, "has_cpu_quota", lambda: False)
+    monkeypatch.setattr(awake, "has_cpu_quota", lambda: False)
     monkeypatch.setattr(torch, "get_num_threads", lambda: max(os.cpu_count(), 2))
     cores = len(os.sched_getaffinity(0))
     for _ in range(2):
-        with native.cores_awake(), native.cores_awake():
+        with awake.cores_awake(), awake.cores_awake():
             assert becomes(cores * ["R"])
         assert becomes(cores * ["S"])
 
@@ -313,7 +315,7 @@ def test_limits_on_cpu_time_are_seen(tmp_path, file, content, limited):
     membership.write_text("3:cpuset:/\n0::/robot.slice/camera.service\n")
     (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / file).write_text(content + "\n")
-    assert native.has_cpu_quota(tmp_path, membership) == limited
+    assert awake.has_cpu_quota(tmp_path, membership) == limited
 
 
 @needs_compiler
@@ -336,25 +338,25 @@ def test_result_does_not_depend_on_the_number_of_threads():
 def test_kernels_are_compiled_once_and_kept(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     caplog.set_level(logging.INFO)
-    native.load.__wrapped__()
-    (library,) = (tmp_path / "scfeat_ros").iterdir()
+    library.load.__wrapped__()
+    (compiled,) = (tmp_path / "scfeat_ros").iterdir()
     assert "compiled CPU kernels in" in caplog.text
-    written = library.stat().st_mtime_ns
-    native.load.__wrapped__()
-    assert library.stat().st_mtime_ns == written
+    written = compiled.stat().st_mtime_ns
+    library.load.__wrapped__()
+    assert compiled.stat().st_mtime_ns == written
 
 
 def test_missing_compiler_is_named(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    with pytest.raises(native.CompilerError, match="install g"):
-        native.load.__wrapped__()
+    with pytest.raises(library.CompilerError, match="install g"):
+        library.load.__wrapped__()
 
 
 @needs_compiler
 def test_failing_compiler_leaves_nothing_behind(monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", "g++ -fno-such-option")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    with pytest.raises(native.CompilerError, match="no-such-option"):
-        native.load.__wrapped__()
+    with pytest.raises(library.CompilerError, match="no-such-option"):
+        library.load.__wrapped__()
     assert not list((tmp_path / "scfeat_ros").iterdir())

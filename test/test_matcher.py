@@ -10,7 +10,7 @@ from test_fused import needs_compiler
 
 from scfeat_ros.features import Features, Matches
 from scfeat_ros.matcher import match
-from scfeat_ros.model import native
+from scfeat_ros.native import library, matching
 
 
 @pytest.fixture(
@@ -19,11 +19,11 @@ from scfeat_ros.model import native
 )
 def way(request, monkeypatch):
     """All ways to the neighbours."""
-    if request.param == "tiles" and not native.has_tiles():
+    if request.param == "tiles" and not matching.has_tiles():
         pytest.skip("this CPU has no AMX")
-    monkeypatch.setattr(native, "is_compiled", lambda: request.param != "torch")
+    monkeypatch.setattr(library, "is_compiled", lambda: request.param != "torch")
     monkeypatch.setattr(
-        native, "nearest", partial(native.nearest, by_tiles=request.param == "tiles")
+        matching, "nearest", partial(matching.nearest, by_tiles=request.param == "tiles")
     )
 
 

@@ -5,7 +5,7 @@ it exact in real numbers:
 
 - batch normalization is folded into the convolution before it;
 - ReLU comes after max pooling, on a quarter of the values: the two commute; with compiled kernels
-  the stem is one pass from the image to the pooled map (see `stem.cpp`);
+  the stem is one pass from the image to the pooled map (see `native/stem.cpp`);
 - a 3x3 convolution of a map upsampled by s runs as nine 1x1 convolutions on the small map, whose
   results are upsampled, moved and added: 1/s^2 of the arithmetic (see `kernels.upsampled_sum`);
 - so does the head's Layer_1 over the upsampled branch: no upsampled map of the branch exists;
@@ -15,8 +15,8 @@ it exact in real numbers:
   reads;
 - cross normalization's weights are folded into its convolutions and its scales;
 - with compiled kernels, 3x3 convolutions run by minimal filtering (Winograd), in a quarter of the
-  products (see `winograd.cpp`); between maps of bf16 too, but on CPUs with AMX, whose tiles are
-  faster.
+  products (see `native/winograd.cpp`); between maps of bf16 too, but on CPUs with AMX, whose tiles
+  are faster.
 
 Convolutions run in `dtype`; sums, normalizations, peakiness and scores in fp32, and so does what
 the head computes at the image's resolution: keypoints are where one score is larger than the next,
@@ -32,13 +32,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from scfeat_ros.model import kernels, native
+from scfeat_ros.model import kernels
 from scfeat_ros.model.backbone import ConvBlock
 from scfeat_ros.model.cross_norm import CrossNorm
 from scfeat_ros.model.detector import ConvInstanceNorm
 from scfeat_ros.model.kernels import Norm
 from scfeat_ros.model.resnet import BasicBlock, Bottleneck
 from scfeat_ros.model.scfeat import SCFeat, SCFeatOutput
+from scfeat_ros.native import kernels as native_kernels
+from scfeat_ros.native import library, matching
+from scfeat_ros.native.winograd import WinogradConv, WinogradStem
 
 _ONEDNN = getattr(torch.ops.mkldnn, "_convolution_pointwise", None)
 _ONEDNN_PACK = getattr(torch.ops.mkldnn, "_reorder_convolution_weight", None)
@@ -82,7 +85,7 @@ class Conv(nn.Module):
         self.stride = stride
         self.padding = weight.shape[-1] // 2
         self._packed: dict[tuple[torch.Size, int], torch.Tensor] = {}
-        self._winograd: native.WinogradConv | None = None
+        self._winograd: WinogradConv | None = None
         self._uses_onednn = _ONEDNN is not None and _ONEDNN_PACK is not None and cpu_computes(dtype)
 
     def use_winograd(self) -> None:
@@ -90,9 +93,9 @@ class Conv(nn.Module):
 
         Small maps stay as they are.
         """
-        by_tiles = self.weight.dtype == torch.bfloat16 and native.has_tiles()  # of AMX
-        if not by_tiles and self.stride == 1 and native.WinogradConv.fits(self.weight):
-            self._winograd = native.WinogradConv.of(self.weight, self.bias)
+        by_tiles = self.weight.dtype == torch.bfloat16 and matching.has_tiles()  # of AMX
+        if not by_tiles and self.stride == 1 and WinogradConv.fits(self.weight):
+            self._winograd = WinogradConv.of(self.weight, self.bias)
 
     def _filters(self, height: int, width: int) -> bool:
         """Whether a result of a height and width is computed in fewer products."""
@@ -147,7 +150,7 @@ class Stem(Conv):
         self, weight: torch.Tensor, bias: torch.Tensor, dtype: torch.dtype, compiled: bool
     ) -> None:
         super().__init__(weight, bias, 2, dtype)
-        self._filtered = native.WinogradStem.of(weight, bias) if compiled else None
+        self._filtered = WinogradStem.of(weight, bias) if compiled else None
 
     def products(self, height: int, width: int) -> int:
         """Multiplications for a pooled map of a height and width."""
@@ -223,7 +226,7 @@ class FusedSCFeat(nn.Module):
         compiled: use the C++ kernels (CPU only; float32 or bfloat16).
 
     Raises:
-        native.CompilerError: `compiled` was asked for and is not possible.
+        library.CompilerError: `compiled` was asked for and is not possible.
         ValueError: `compiled` for another device or dtype.
     """
 
@@ -232,10 +235,10 @@ class FusedSCFeat(nn.Module):
     ) -> None:
         super().__init__()
         if compiled:
-            if next(model.parameters()).device.type != "cpu" or dtype not in native.SUFFIX:
+            if next(model.parameters()).device.type != "cpu" or dtype not in library.SUFFIX:
                 raise ValueError("compiled kernels are for the CPU, in float32 or bfloat16")
-            native.load()
-        self.kernels: ModuleType = native if compiled else kernels
+            library.load()
+        self.kernels: ModuleType = native_kernels if compiled else kernels
         self.dtype = dtype
         self.config = model.config
         backbone, detector = model.backbone, model.detector
@@ -287,7 +290,7 @@ class FusedSCFeat(nn.Module):
     @torch.inference_mode()
     def forward(self, image: torch.Tensor) -> SCFeatOutput:
         """As `SCFeat.forward`; `bridged` and `scores` are fp32, the others in `dtype`."""
-        if self.kernels is native and len(image) > 1:
+        if self.kernels is native_kernels and len(image) > 1:
             outputs = [self._forward(one[None]) for one in image]
             return SCFeatOutput(*(torch.cat(parts) for parts in zip(*outputs, strict=True)))
         return self._forward(image)

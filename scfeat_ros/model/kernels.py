@@ -1,7 +1,7 @@
 """What the fast network does between its convolutions, in PyTorch: any device, any batch.
 
-`native.py` does the same for one image on the CPU in fewer passes over memory; the functions there
-have the same names, arguments and results.
+`native/kernels.py` does the same for one image on the CPU in fewer passes over memory; the
+functions there have the same names, arguments and results.
 
 Statistics of a map are (B, 2, C) float64: the sums over the image of every channel and of its
 square.

@@ -1,6 +1,6 @@
 // The passes between the network's convolutions, each in one sweep over memory.
 //
-// native.py compiles this file for the machine it runs on and calls it through the C functions at
+// library.py compiles this file for the machine it runs on and calls it through the C functions at
 // the end; kernels.py says the same in PyTorch and is what the tests compare against.
 //
 // Maps are channels-last, (rows, columns, channels), but for the few-channel maps at the image's

@@ -1,0 +1,246 @@
+"""The functions of `model/kernels.py` in C++, for one image on the CPU."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from scfeat_ros.model.kernels import Image, Maps, Norm
+from scfeat_ros.native.library import call, channels_last, empty_map
+
+if TYPE_CHECKING:
+    from scfeat_ros.model.fused import Conv
+
+FEW = 8
+"""Channels at the image's resolution for which there are kernels of their own, as in kernels.cpp.
+
+Such maps are (1, FEW, height, width) with a line of each channel in every row, see `_lines`.
+"""
+FACTOR = 4
+"""Between the detector's two resolutions, as in kernels.cpp."""
+
+
+def _lines(height: int, width: int) -> torch.Tensor:
+    return torch.empty((height, FEW, width)).permute(1, 0, 2)[None]
+
+
+def _is_lines(x: torch.Tensor) -> bool:
+    _, channels, _, width = x.shape
+    return channels == FEW and x.stride()[1:] == (width, FEW * width, 1)
+
+
+def _totals(channels: int) -> torch.Tensor:
+    return torch.empty((1, 2, channels), dtype=torch.float64)
+
+
+def normalize_image(image: torch.Tensor, mean: torch.Tensor, deviation: torch.Tensor) -> Image:
+    if image.dtype == torch.uint8:  # normalized by whole numbers
+        mean, deviation = 255 * mean, 255 * deviation
+    else:
+        image = image.float()
+    image = channels_last(image)
+    _, _, height, width = image.shape
+    values = torch.empty((1, 3, height, width))
+    largest = call(
+        "normalize_bytes" if image.dtype == torch.uint8 else "normalize_floats",
+        None,
+        *(image, height * width, mean, deviation, values),
+    )
+    return Image(values, largest)
+
+
+def statistics(x: torch.Tensor) -> torch.Tensor:
+    x = channels_last(x)
+    _, channels, height, width = x.shape
+    totals = _totals(channels)
+    call("channel_sums", x.dtype, x, height, width, channels, totals)
+    return totals
+
+
+def convolution(x: torch.Tensor, conv: Conv) -> tuple[torch.Tensor, torch.Tensor]:
+    y = conv(x)
+    return y, statistics(y)
+
+
+def scale_and_shift(
+    totals: torch.Tensor, norm: Norm, pixels: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    channels = totals.shape[2]
+    scale, shift = torch.empty((2, channels)).unbind()
+    call(
+        "normalization",
+        None,
+        *(totals, pixels, channels, norm.groups, norm.weight, norm.bias, scale, shift),
+    )
+    return scale, shift
+
+
+def normalize_activate(
+    x: torch.Tensor,
+    totals: torch.Tensor,
+    norm: Norm,
+    slope: float | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    x = channels_last(x)
+    _, channels, height, width = x.shape
+    scale, shift = scale_and_shift(totals, norm, height * width)
+    out = torch.empty_like(x) if out is None else out
+    is_elu = slope is None
+    call(
+        "scale_activate",
+        x.dtype,
+        *(x, height * width, channels, scale, shift, is_elu, slope or 0.0, out, out.stride(3)),
+    )
+    return out
+
+
+def upsampled_sum(
+    taps: torch.Tensor, channels: int, factor: int, plus: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    taps = channels_last(taps)
+    _, count, height, width = taps.shape
+    plus = None if plus is None else channels_last(plus)
+    out = empty_map(channels, height * factor, width * factor, taps.dtype)
+    totals = _totals(channels)
+    call(
+        "upsampled" if count == channels else "upsampled_sum",
+        taps.dtype,
+        *(taps, height, width, factor, channels, plus, out, totals),
+    )
+    return out, totals
+
+
+def bridge_and_stem(
+    descriptors: torch.Tensor,
+    stem: torch.Tensor,
+    spatial: torch.nn.Conv2d,
+    channel: Norm,
+) -> Maps:
+    descriptors, stem = channels_last(descriptors), channels_last(stem)
+    _, channels, height, width = descriptors.shape
+    mean, inverse = torch.empty((2, 1, 1, height, width)).unbind()
+    totals = _totals(channels)
+    call(
+        "pixel_statistics",
+        descriptors.dtype,
+        *(descriptors, height, width, channels, mean, inverse, totals),
+    )
+    factor, offset = spatial(mean).contiguous()[0].unbind()
+    scale, shift = scale_and_shift(totals, channel, height * width)
+    maps = empty_map(channels + stem.shape[1], height, width, torch.float32)
+    maps_mean = torch.empty((height, width))
+    largest = call(
+        "bridge_and_stem",
+        descriptors.dtype,
+        *(descriptors, stem, height * width, channels, stem.shape[1]),
+        *(mean, inverse, factor, offset, scale, shift, maps, maps_mean),
+    )
+    return Maps(maps, maps_mean, largest)
+
+
+def weigh_by_peakiness(maps: Maps | Image, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    _, channels, height, width = maps.values.shape
+    peaks = torch.empty((1, 1, height, width))
+    weighted = empty_map(channels, height, width, dtype)
+    scale = 1.0 / max(maps.largest, 1e-6)
+    if isinstance(maps, Image):
+        call(
+            "weigh_image_by_peakiness",
+            dtype,
+            *(maps.values, scale, height, width, peaks, weighted),
+        )
+    else:
+        call(
+            "weigh_by_peakiness",
+            dtype,
+            *(maps.values, maps.mean, scale, height, width, channels, peaks, weighted),
+        )
+    return peaks, weighted
+
+
+def image_branch(image: Image, conv: Conv) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    if conv.weight.shape[0] != FEW:
+        peaks, weighted = weigh_by_peakiness(image, torch.float32)
+        return peaks, *convolution(weighted, conv)
+    _, _, height, width = image.values.shape
+    peaks, out, totals = torch.empty((1, 1, height, width)), _lines(height, width), _totals(FEW)
+    scale = 1.0 / max(image.largest, 1e-6)
+    weights = conv.weight.permute(1, 2, 3, 0).contiguous()
+    call(
+        "image_branch",
+        None,
+        *(image.values, scale, height, width, weights, peaks, out, totals),
+    )
+    return peaks, out, totals
+
+
+def hidden(
+    right: torch.Tensor,
+    totals: torch.Tensor,
+    norm: Norm,
+    slope: float,
+    conv: Conv,
+    left: torch.Tensor,
+    left_taps: Conv,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    left = channels_last(left)
+    _, channels, height, width = left.shape
+    factor = right.shape[3] // width
+    few = _is_lines(right) and conv.weight.shape[0] == left_taps.weight.shape[0] == FEW
+    if not few or factor != FACTOR:
+        right = conv(normalize_activate(right, totals, norm, slope))
+        return upsampled_sum(left_taps(left.float()), right.shape[1], factor, right)
+    scale, shift = scale_and_shift(totals, norm, right.shape[2] * right.shape[3])
+    weights = conv.weight.permute(1, 2, 3, 0).contiguous()
+    left_weights = left_taps.weight.view(FEW, channels).t().contiguous()
+    out, totals = _lines(height * FACTOR, width * FACTOR), _totals(FEW)
+    call(
+        "hidden",
+        left.dtype,
+        *(right, scale, shift, slope, weights),
+        *(left, height, width, channels, left_weights, out, totals),
+    )
+    return out, totals
+
+
+def response(
+    x: torch.Tensor, totals: torch.Tensor, norm: Norm, slope: float, weight: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    _, channels, height, width = x.shape
+    scale, shift = scale_and_shift(totals, norm, height * width)
+    out, sums = torch.empty((1, 1, height, width)), _totals(1)
+    if _is_lines(x):
+        call(
+            "response_of_lines",
+            None,
+            *(x, height, width, scale, shift, slope, weight, out, sums),
+        )
+        return out, sums
+    x = channels_last(x)
+    call(
+        "response",
+        x.dtype,
+        *(x, height, width, channels, scale, shift, slope, weight, out, sums),
+    )
+    return out, sums
+
+
+def score(
+    value: torch.Tensor,
+    totals: torch.Tensor,
+    norm: Norm,
+    left_peaks: torch.Tensor,
+    right_peaks: torch.Tensor,
+) -> torch.Tensor:
+    """As in `kernels`; `value` is overwritten."""
+    _, _, height, width = left_peaks.shape
+    factor = value.shape[2] // height
+    scale, shift = scale_and_shift(totals, norm, value.shape[2] * value.shape[3])
+    call(
+        "score",
+        None,
+        *(value, float(scale), float(shift), left_peaks, right_peaks, height, width, factor),
+    )
+    return value
