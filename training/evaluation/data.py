@@ -13,8 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from scfeat_ros.errors import InputError
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp")
+from scfeat_ros.sources import IMAGE_SUFFIXES
 
 
 def require_folder(path: Path, layout: str) -> Path:

@@ -19,8 +19,9 @@ import numpy as np
 
 from scfeat_ros.errors import InputError
 from scfeat_ros.matcher import match
+from scfeat_ros.sources import IMAGE_SUFFIXES
 from scfeat_training.evaluation.cache import Cache
-from scfeat_training.evaluation.data import IMAGE_SUFFIXES, load_homography, require_folder
+from scfeat_training.evaluation.data import load_homography, require_folder
 from scfeat_training.evaluation.estimators import estimate_homography
 from scfeat_training.evaluation.methods import PAPER_OPTIONS, Method
 from scfeat_training.evaluation.metrics import (
