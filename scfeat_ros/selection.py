@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from scfeat_ros.native import keypoints as native
+from scfeat_ros.native import keypoints as native_keypoints
 from scfeat_ros.parameters import ExtractorOptions
 
 TEXTURE_WINDOW = 5
@@ -49,7 +49,7 @@ def on_cpu(
         compiled: by the compiled kernels, see `native/library.py`.
     """
     scores = scores.float().contiguous()
-    find = native.local_maxima if compiled else local_maxima
+    find = native_keypoints.local_maxima if compiled else local_maxima
     places = find(scores, image, mask, options)
     values = scores.numpy().reshape(-1)[places]
     if len(values) > options.max_keypoints:
@@ -61,7 +61,7 @@ def on_cpu(
     order = np.argsort(-values, kind="stable")[: options.max_keypoints]
     places, values = torch.from_numpy(places[order]), torch.from_numpy(values[order])
     if compiled and options.subpixel:
-        return Selected(native.subpixel_points(scores, places), values)
+        return Selected(native_keypoints.subpixel_points(scores, places), values)
     return Selected(_points(scores, places, options.subpixel), values)
 
 

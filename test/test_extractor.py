@@ -60,11 +60,13 @@ def nearest(a, b):
     return np.linalg.norm(a[:, None] - b[None], axis=2).min(axis=1)
 
 
-@pytest.mark.parametrize("size", [(641, 479), (1241, 376), (320, 240), (50, 33)])
-def test_odd_sizes(extractor, size):
+@pytest.mark.parametrize(
+    ("size", "fewest"), [((641, 479), 20), ((1241, 376), 20), ((320, 240), 20), ((50, 33), 15)]
+)
+def test_odd_sizes(extractor, size, fewest):
     features = extractor(textured_image(*size))
     check_invariants(features, size, extractor.descriptor_dim)
-    assert len(features) > 15
+    assert len(features) > fewest
 
 
 @pytest.mark.parametrize(
@@ -236,7 +238,7 @@ def test_reliability_prefers_what_stays_to_noise(make):
     for fitted in (False, True):
         model = load_model("scfeat-s")
         if not fitted:
-            model.detector.reliability.reset()
+            model.detector.reliability = model.detector.reliability.unfitted()
         extractor = Extractor(model, "cpu", precision="fp32", max_keypoints=400)
         first, second = map(extractor, views)
         i, j = match(first, second).indices.T

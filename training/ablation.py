@@ -8,13 +8,12 @@ from pathlib import Path
 import numpy as np
 
 from scfeat_ros.extractor import Extractor
-from scfeat_ros.features import Features
 from scfeat_ros.matcher import match
+from scfeat_training.datasets import match_errors, pair_images
 from scfeat_training.evaluation.metrics import mma_score
-from scfeat_training.geometry import symmetric_epipolar_distance, transform_points
 from scfeat_training.scenes import Scene
 from scfeat_training.trained import load_network
-from scfeat_training.validation import NEAR, held_out_pairs
+from scfeat_training.validation import NEAR, held_out_pairs, share
 
 THRESHOLDS = range(1, 11)
 VARIANTS = {
@@ -43,19 +42,14 @@ def measure(extractor: Extractor, pairs: Sequence[dict]) -> dict[str, float]:
     """
     accuracies, line, counts = [], [], []
     for pair in pairs:
-        first, second = (
-            extractor(np.ascontiguousarray(pair[key].permute(1, 2, 0).numpy()))
-            for key in ("image1", "image2")
-        )
-        at1, at2 = _matched(first, second)
-        counts.append(len(at1))
+        first, second = map(extractor, pair_images(pair))
+        one, other = match(first, second).indices.T
+        errors = match_errors(pair, first.keypoints[one], second.keypoints[other])
+        counts.append(len(errors))
         if "H" in pair:
-            true = transform_points(pair["H"].double().numpy(), at1)
-            errors = np.linalg.norm(true - at2, axis=1)
-            accuracies.append([_share(errors, threshold) for threshold in THRESHOLDS])
+            accuracies.append([share(errors, threshold) for threshold in THRESHOLDS])
         else:
-            F = pair["F"].double().numpy()
-            line.append(_share(symmetric_epipolar_distance(F, at1, at2), NEAR))
+            line.append(share(errors, NEAR))
     mean = np.mean(accuracies, axis=0)
     return {
         "mma1": float(mean[0]),
@@ -64,15 +58,6 @@ def measure(extractor: Extractor, pairs: Sequence[dict]) -> dict[str, float]:
         "line": float(np.mean(line)),
         "matches": float(np.mean(counts)),
     }
-
-
-def _matched(first: Features, second: Features) -> tuple[np.ndarray, np.ndarray]:
-    one, other = match(first, second).indices.T
-    return first.keypoints[one].astype(float), second.keypoints[other].astype(float)
-
-
-def _share(errors: np.ndarray, threshold: float) -> float:
-    return float((errors < threshold).mean()) if len(errors) else 0.0
 
 
 def table(
@@ -96,7 +81,7 @@ def table(
         variants = {"": {}} if number else VARIANTS | WITHOUT_RELIABILITY
         for variant, options in variants.items():
             if variant in WITHOUT_RELIABILITY:
-                model.detector.reliability.reset()
+                model.detector.reliability = model.detector.reliability.unfitted()
             # the plain network: the fast one knows the complete architecture only
             plain = {"precision": "fp32", "compile": "off", "max_keypoints": 1000}
             figures = measure(Extractor(model, "cpu", **plain, **options), pairs)

@@ -28,6 +28,7 @@ from scfeat_training.geometry import (
     project,
     relative_pose,
     rotation_angle,
+    symmetric_epipolar_distance,
     transform_points,
 )
 from scfeat_training.photometric import Photometric, augment
@@ -588,3 +589,24 @@ class HomographyPairs(Dataset):
         bend = rng.uniform(-1, 1, (4, 2)) * config.perspective * strength
         moved += bend * scale * (width / 2, height / 2)
         return cv2.getPerspectiveTransform(corners.astype(np.float32), moved.astype(np.float32))
+
+
+def pair_images(pair: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Both images of a pair of `PosedPairs` or `HomographyPairs`, (H, W, 3) uint8 RGB."""
+    first, second = (
+        np.ascontiguousarray(pair[key].permute(1, 2, 0).numpy()) for key in ("image1", "image2")
+    )
+    return first, second
+
+
+def match_errors(pair: dict[str, Any], points1: np.ndarray, points2: np.ndarray) -> np.ndarray:
+    """(N,) how far off matches of (N, 2) points of a pair's images are, pixels.
+
+    Under a homography the distance from the true place in image 2, with known poses the larger of
+    the distances of both points from each other's epipolar lines.
+    """
+    points1, points2 = points1.astype(np.float64), points2.astype(np.float64)
+    if "H" in pair:
+        true = transform_points(pair["H"].double().numpy(), points1)
+        return np.linalg.norm(true - points2, axis=1)
+    return symmetric_epipolar_distance(pair["F"].double().numpy(), points1, points2)

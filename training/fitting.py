@@ -6,7 +6,6 @@ import copy
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -15,7 +14,12 @@ from scfeat_ros.extractor import Extractor
 from scfeat_ros.features import Features
 from scfeat_ros.model.descriptors import Projection
 from scfeat_ros.model.scfeat import SCFeat
-from scfeat_training.datasets import HomographyPairs, HomographyPairsConfig, validation_pairs
+from scfeat_training.datasets import (
+    HomographyPairs,
+    HomographyPairsConfig,
+    pair_images,
+    validation_pairs,
+)
 from scfeat_training.scenes import Scene, photo_paths
 
 KEYPOINTS = 1000
@@ -27,11 +31,12 @@ class SampledPairs:
 
     Iterating gives the pair (see `datasets`; it has "H" or "F") and the features of both images,
     with all samples that descriptors are made of, of unit norm together, as their descriptors.
+    They are extracted anew each time: all of them are too large to be kept.
 
     Args:
         name: of the kind.
         pairs: of images.
-        extractor: see `samples_extractor`.
+        extractor: see `sampled_pairs`.
     """
 
     def __init__(self, name: str, pairs: Dataset, extractor: Extractor) -> None:
@@ -43,10 +48,7 @@ class SampledPairs:
         count = len(self._pairs)
         for i in tqdm(range(count), self.name, unit="pair", disable=None):
             pair = self._pairs[i]
-            first, second = (
-                self._extractor(np.ascontiguousarray(pair[key].permute(1, 2, 0).numpy()))
-                for key in ("image1", "image2")
-            )
+            first, second = map(self._extractor, pair_images(pair))
             yield pair, first, second
 
 
@@ -74,7 +76,7 @@ def sampled_pairs(
     posed = validation_pairs(scenes, pairs, size)
     model = copy.deepcopy(model)
     model.projection.matrix = torch.eye(model.projection.matrix.shape[1])
-    model.detector.reliability.reset()
+    model.detector.reliability = model.detector.reliability.unfitted()
     extractor = Extractor(model, max_keypoints=KEYPOINTS, precision="fp32")
     return [
         SampledPairs("homographies", homographies, extractor),

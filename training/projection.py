@@ -22,8 +22,9 @@ from scfeat_ros.features import Features
 from scfeat_ros.matcher import match
 from scfeat_ros.model.descriptors import Projection
 from scfeat_ros.model.scfeat import SCFeat
+from scfeat_training.datasets import match_errors
 from scfeat_training.fitting import SampledPairs, described
-from scfeat_training.geometry import symmetric_epipolar_distance, transform_points
+from scfeat_training.geometry import transform_points
 
 SAME_PLACE = 1.5
 """Largest distance of two keypoints of one place under a homography, pixels."""
@@ -150,9 +151,7 @@ def _same(first: Features, second: Features, pair: dict[str, Any]) -> np.ndarray
         near = np.flatnonzero(distance < SAME_PLACE)
         return np.stack([near, nearest[near]], axis=1)
     rows, columns = match(first, second).indices.T
-    at1, at2 = first.keypoints[rows].astype(float), second.keypoints[columns].astype(float)
-    F = pair["F"].double().numpy()
-    right = symmetric_epipolar_distance(F, at1, at2) < ON_THE_LINE
+    right = match_errors(pair, first.keypoints[rows], second.keypoints[columns]) < ON_THE_LINE
     return np.stack([rows[right], columns[right]], axis=1)
 
 

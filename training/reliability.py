@@ -9,7 +9,6 @@ scores at the same keypoints.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,8 +18,8 @@ from scfeat_ros.features import Features
 from scfeat_ros.matcher import match
 from scfeat_ros.model.reliability import Reliability
 from scfeat_ros.model.scfeat import SCFeat
+from scfeat_training.datasets import match_errors
 from scfeat_training.fitting import SampledPairs, described
-from scfeat_training.geometry import symmetric_epipolar_distance, transform_points
 
 RIGHT = 3.0
 """Largest error of a right match under a homography, pixels."""
@@ -51,24 +50,20 @@ def fit_reliability(model: SCFeat, kinds: Sequence[SampledPairs]) -> Reliability
     for kind in kinds:
         for pair, *features in kind:
             first, second = (described(one, model.projection) for one in features)
-            indices = match(first, second).indices
-            is_right = _is_right(
-                pair, first.keypoints[indices[:, 0]], second.keypoints[indices[:, 1]]
-            )
-            for one, rows in zip(features, indices.T, strict=True):
-                places.append(_bridged(one, model.config.descriptor_dim))
+            rows, columns = match(first, second).indices.T
+            errors = match_errors(pair, first.keypoints[rows], second.keypoints[columns])
+            for one, at in ((features[0], rows), (features[1], columns)):
+                bridged = _bridged(one, model.config.descriptor_dim)
+                places.append(bridged)
                 scores.append(one.scores)
-                has_match, has_right = np.zeros((2, len(one)), bool)
-                has_match[rows], has_right[rows] = True, is_right
-                matched.append(has_match)
-                right.append(has_right)
-    places, scores, matched, right = map(np.concatenate, (places, scores, matched, right))
-    direction = discriminant(places[matched], right[matched])
-    values = places @ direction
-    weight = SPREAD * np.log(scores).std() / values.std() * direction
-    fitted = Reliability(len(weight))
-    fitted.weight.copy_(torch.from_numpy(weight))
-    fitted.bias.fill_(np.log(MEAN) - float((places @ weight).mean()))
+                matched.append(bridged[at])
+                right.append(errors < (RIGHT if "H" in pair else ON_THE_LINE))
+    direction = discriminant(np.concatenate(matched), np.concatenate(right))
+    values = np.concatenate(places) @ direction
+    strength = SPREAD * np.log(np.concatenate(scores)).std() / values.std()
+    fitted = model.detector.reliability.unfitted()
+    fitted.weight.copy_(torch.from_numpy(strength * direction))
+    fitted.bias.fill_(np.log(MEAN) - strength * values.mean())
     return fitted
 
 
@@ -99,13 +94,3 @@ def _bridged(samples: Features, dim: int) -> np.ndarray:
     """(N, D) F_cn at the keypoints, of unit norm: the first of the samples."""
     at_keypoint = samples.descriptors[:, :dim]
     return at_keypoint / np.linalg.norm(at_keypoint, axis=1, keepdims=True).clip(1e-12)
-
-
-def _is_right(pair: dict[str, Any], first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """(N,) bool: which matches of (N, 2) points are right."""
-    first, second = first.astype(float), second.astype(float)
-    if "H" in pair:
-        there = transform_points(pair["H"].double().numpy(), first)
-        return np.linalg.norm(there - second, axis=1) < RIGHT
-    distance = symmetric_epipolar_distance(pair["F"].double().numpy(), first, second)
-    return distance < ON_THE_LINE

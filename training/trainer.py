@@ -141,7 +141,8 @@ class Trainer:
             if not config.cross_norm:  # an ablation may start from a network that has the bridge
                 weights = {k: v for k, v in weights.items() if not k.startswith("bridge.")}
             _load_weights(self.model, weights, str(init))
-            self.model.detector.reliability.reset()  # it was fitted to the detector of then
+            detector = self.model.detector
+            detector.reliability = detector.reliability.unfitted()  # fitted to it as it was
             if config.stage != "detector":  # and this to the descriptors
                 self.model.projection = self.model.projection.unfitted()
         self.model.to(self.device, memory_format=torch.channels_last)

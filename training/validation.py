@@ -17,9 +17,9 @@ from scfeat_ros.selection import is_local_maximum, subpixel_offsets
 from scfeat_training.datasets import (
     HomographyPairs,
     HomographyPairsConfig,
+    match_errors,
     validation_pairs,
 )
-from scfeat_training.geometry import symmetric_epipolar_distance, transform_points
 from scfeat_training.scenes import Scene, photo_paths
 
 CORNERS = 500
@@ -122,18 +122,16 @@ class Validation:
                 matched2 = points[1][second].double().numpy()
                 kind = "h" if "H" in pair else "p"
                 note(f"{name}/{kind}_matches", len(matched1))
+                error = match_errors(pair, matched1, matched2)
                 if kind == "h":
-                    true = transform_points(pair["H"].double().numpy(), matched1)
-                    error = np.linalg.norm(true - matched2, axis=1)
                     for threshold in (1, 3):
-                        note(f"{name}/mma{threshold}", _share(error, threshold))
+                        note(f"{name}/mma{threshold}", share(error, threshold))
                     note(f"{name}/found", float((error < 3).sum()))
                 else:
-                    fundamental = pair["F"].double().numpy()
-                    error = symmetric_epipolar_distance(fundamental, matched1, matched2)
-                    note(f"{name}/line", _share(error, NEAR))
+                    note(f"{name}/line", share(error, NEAR))
         return {name: float(np.mean(values)) for name, values in figures.items()}
 
 
-def _share(errors: np.ndarray, threshold: float) -> float:
+def share(errors: np.ndarray, threshold: float) -> float:
+    """Share of (N,) errors below a threshold; 0 where there are none."""
     return float((errors < threshold).mean()) if len(errors) else 0.0

@@ -2,7 +2,7 @@
 
 The paper takes one bilinear sample of the map (Eq. 23). Here the map is sampled at the keypoint,
 and so are means of ever larger surroundings, of this map and of two of the encoder's; a linear map
-makes a descriptor of that. It is fitted after the training (`scfeat train project`), and is part of
+makes a descriptor of that. It is fitted after the training (`scfeat train fit`), and is part of
 the weights.
 """
 

@@ -34,10 +34,9 @@ class Reliability(nn.Module):
         self.register_buffer("weight", torch.zeros(dim))
         self.register_buffer("bias", torch.zeros(()))
 
-    def reset(self) -> None:
-        """Back to the start."""
-        self.weight.zero_()
-        self.bias.zero_()
+    def unfitted(self) -> Reliability:
+        """One of the same size at the start, on the same device."""
+        return Reliability(len(self.weight)).to(self.weight.device)
 
     def forward(self, bridged: torch.Tensor) -> torch.Tensor:
         """(B, D, h, w) F_cn -> (B, 1, h, w) fp32, positive."""
