@@ -78,6 +78,7 @@ class Extractor:
     ) -> None:
         self.options = ExtractorOptions(**options)
         validate(self.options)
+        _check_descriptor_dim(self.options, model)
         self.device = select_device(device)
         self.model = model.eval().to(self.device, memory_format=torch.channels_last)
         if self.options.threads:
@@ -108,7 +109,9 @@ class Extractor:
     @property
     def descriptor_dim(self) -> int:
         """Length of a descriptor."""
-        return self.model.config.descriptor_dim
+        if not _fitted(self.options):
+            return self.model.config.descriptor_dim
+        return self.options.descriptor_dim or len(self.model.projection.matrix)
 
     def set_options(self, **changes: object) -> None:
         """Change options; the next image is processed with them.
@@ -118,6 +121,7 @@ class Extractor:
         """
         options = replace(self.options, **changes)
         validate(options)
+        _check_descriptor_dim(options, self.model)
         if (options.precision, options.compile) != (self.options.precision, self.options.compile):
             self.network = self._choose_network(options)
         self.options = options
@@ -210,10 +214,8 @@ class Extractor:
 
     def _projection(self) -> Projection:
         """What makes descriptors of maps; it is fitted to the maps after the bridge alone."""
-        fitted = self.model.projection
-        if self.options.descriptor_source == "bridge":
-            return fitted
-        return fitted.unfitted()
+        projection = self.model.projection
+        return projection if _fitted(self.options) else projection.unfitted()
 
     def _describe(
         self,
@@ -230,7 +232,8 @@ class Extractor:
         if self.options.descriptor_sampling == "bilinear":
             sampled = sample(maps.bridged, points, DESCRIPTOR_STRIDE)
         else:
-            sampled = self._projection()(maps, points, sample, means)
+            length = self.options.descriptor_dim
+            sampled = self._projection()(maps, points, sample, means, length)
         normalize = l2_normalize if self.options.descriptor_norm == "l2" else fusion_normalize
         # working pixel x covers [x - 0.5, x + 0.5]; the same holds in the original
         scale = points.new_tensor([size[0] / working[0], size[1] / working[1]])
@@ -238,6 +241,30 @@ class Extractor:
         keypoints, scores, descriptors = _on_host(points, scores, normalize(sampled))
         return Features(
             keypoints=keypoints, scores=scores, descriptors=descriptors, image_size=size
+        )
+
+
+def _fitted(options: ExtractorOptions) -> bool:
+    """Whether descriptors are made by the fitted projection."""
+    return (options.descriptor_source, options.descriptor_sampling) == ("bridge", "pooled")
+
+
+def _check_descriptor_dim(options: ExtractorOptions, model: SCFeat | OnnxSCFeat) -> None:
+    """Whether descriptors can be that short.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    dim = options.descriptor_dim
+    if dim and not _fitted(options):
+        raise ValueError(
+            f"descriptor_dim {dim}: only descriptors of descriptor_source 'bridge' and "
+            "descriptor_sampling 'pooled' can be cut, whose first values tell most; use 0"
+        )
+    if dim > len(model.projection.matrix):
+        raise ValueError(
+            f"descriptor_dim {dim}: this network's descriptors have "
+            f"{len(model.projection.matrix)} values; use 0 for all of them"
         )
 
 

@@ -99,6 +99,13 @@ class ExtractorOptions:
         "matches are right",
         choices=("pooled", "bilinear"),
     )
+    descriptor_dim: int = option(
+        0,
+        "length of a descriptor: its first values, which tell most, for shorter messages and "
+        "faster matching; 0 keeps all",
+        0,
+        4096,
+    )
     descriptor_norm: str = option(
         "l2",
         "'l2' (paper Eq. 22) or 'fusion', the paper's ablation of Eq. 25",

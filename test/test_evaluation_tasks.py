@@ -193,7 +193,7 @@ def check_odometry(result, frames):
 def test_odometry_on_a_scene(tmp_path):
     scene = World(cameras=8, points=200).write_scene(tmp_path / "scene")
     check_odometry(evaluate("odometry", scene, tmp_path / "out"), 8)
-    result = evaluate("odometry", scene, tmp_path / "half", "--step", 2)
+    result = evaluate("odometry", scene, tmp_path / "half", "--step", 2, "--estimator", "magsac")
     check_odometry(result, 4)
 
 
@@ -428,6 +428,18 @@ def test_wrong_and_empty_folders_say_what_is_expected(tmp_path, capsys, task, ex
         assert message.count("\n") == 1 and "Traceback" not in message
         assert reason in message and name in message
         assert expected in message
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("task", "flag", "given"),
+    [("pose", "--estimators", "magsac,ransac"), ("odometry", "--estimator", "ransac")],
+)
+def test_an_unknown_estimator_is_named(tmp_path, capsys, task, flag, given):
+    scene = World(cameras=3, points=50).write_scene(tmp_path / "scene")
+    arguments = [task, "--data", str(scene), "--methods", "orb", "-o", str(tmp_path / "out")]
+    assert main([*arguments, flag, given]) == 2
+    assert f"{flag} ransac: unknown; choose from magsac" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

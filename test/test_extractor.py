@@ -196,12 +196,39 @@ def test_descriptor_options_change_descriptors_but_not_keypoints(make):
     image = textured_image(200, 160)
     plain = make()(image)
     pruned = make(descriptor_source="backbone")(image)
-    check_invariants(pruned, (200, 160), plain.descriptors.shape[1])
+    check_invariants(pruned, (200, 160), 64)
     fusion = make(descriptor_norm="fusion")(image)
     bilinear = make(descriptor_sampling="bilinear")(image)
+    check_invariants(bilinear, (200, 160), 64)
     for other in (pruned, fusion, bilinear):
         np.testing.assert_array_equal(other.keypoints, plain.keypoints)
-        assert np.abs(other.descriptors - plain.descriptors).max() > 1e-2
+    assert np.abs(pruned.descriptors - bilinear.descriptors).max() > 1e-2
+    assert np.abs(fusion.descriptors - plain.descriptors).max() > 1e-2
+
+
+def test_shorter_descriptors_are_the_first_values(make):
+    image = textured_image(200, 160)
+    whole, short = make()(image), make(descriptor_dim=40)
+    assert whole.descriptors.shape[1] > 64 and short.descriptor_dim == 40
+    found = short(image)
+    check_invariants(found, (200, 160), 40)
+    np.testing.assert_array_equal(found.keypoints, whole.keypoints)
+    first = whole.descriptors[:, :40] / np.linalg.norm(
+        whole.descriptors[:, :40], axis=1, keepdims=True
+    )
+    np.testing.assert_allclose(found.descriptors, first, atol=1e-4)
+    assert short(np.zeros((0, 0), np.uint8)).descriptors.shape == (0, 40)
+
+
+def test_descriptors_that_cannot_be_cut(make):
+    extractor = make()
+    with pytest.raises(ValueError, match="descriptor_dim 500: this network's descriptors have 128"):
+        make(descriptor_dim=500)
+    with pytest.raises(ValueError, match="descriptor_dim 40: only descriptors of"):
+        extractor.set_options(descriptor_dim=40, descriptor_sampling="bilinear")
+    with pytest.raises(ValueError, match="descriptor_dim 40: only descriptors of"):
+        make(descriptor_dim=40, descriptor_source="backbone")
+    assert extractor.options.descriptor_dim == 0
 
 
 def test_surroundings_tell_places_apart_that_look_alike(make):

@@ -69,6 +69,7 @@ def test_fit_changes_what_is_fitted_alone(data, tmp_path, capsys):  # noqa: F811
     assert changed == {"projection.matrix", *RELIABILITY}
     assert all(after[key].isfinite().all() for key in changed)
     assert after["projection.matrix"].abs().max() == 1
+    assert len(after["projection.matrix"]) == 128
     made = read_metadata(output)["provenance"]
     assert made["fitted"]["scenes"] == ["wall"] and made["fitted"]["pairs"] == 40
     assert made["history"] == read_metadata(find_weights("scfeat-s"))["provenance"]["history"]

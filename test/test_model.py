@@ -160,7 +160,7 @@ def test_descriptors_are_projected_from_the_place_and_its_surroundings():
     bridged, layer2, layer3 = layers
     points = np.array([[0.0, 0.0], [50.3, 41.7], [223.0, 159.0], [130.0, 62.5]], np.float32)
     projection = Projection(3, 4, 5)
-    projection.matrix = torch.from_numpy(random.normal(size=(3, 21)).astype(np.float32))
+    projection.matrix = torch.from_numpy(random.normal(size=(7, 21)).astype(np.float32))
     maps = Maps(*map(torch.from_numpy, layers))
     found = projection(maps, torch.from_numpy(points))
     level, blocks = bridged, []
@@ -176,7 +176,8 @@ def test_descriptors_are_projected_from_the_place_and_its_surroundings():
             )
         expected = projection.matrix.numpy() @ np.concatenate(parts)
         np.testing.assert_allclose(numpy(value), expected, atol=1e-4)
-    assert projection(maps, torch.zeros(0, 2)).shape == (0, 3)
+    torch.testing.assert_close(projection(maps, torch.from_numpy(points), length=2), found[:, :2])
+    assert projection(maps, torch.zeros(0, 2)).shape == (0, 7)
 
 
 def test_descriptors_change_little_where_the_cell_changes():
@@ -418,6 +419,17 @@ def test_weights_survive_the_file(small_model, tmp_path):
     assert [f.name for f in tmp_path.iterdir()] == ["model.safetensors"]
     for key, value in small_model.state_dict().items():
         torch.testing.assert_close(loaded.state_dict()[key], value, rtol=1e-3, atol=1e-6)
+
+
+def test_file_with_descriptors_of_another_length(small_model, tmp_path):
+    path = tmp_path / "model.safetensors"
+    matrix = torch.rand(90, small_model.projection.matrix.shape[1])
+    small_model.projection.matrix = matrix
+    save_model(small_model, path, {})
+    torch.testing.assert_close(load_model(path).projection.matrix, matrix, rtol=1e-3, atol=1e-3)
+    rewrite(path, lambda t: t.update({"projection.matrix": matrix[:, 1:].contiguous()}))
+    with pytest.raises(ModelError, match=r"'projection.matrix' has shape \(90, 639\).*\(90, 640\)"):
+        load_model(path)
 
 
 def rewrite(path, change_tensors=lambda t: None, change_config=lambda c: None):

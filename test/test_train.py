@@ -251,7 +251,7 @@ def test_training_on_forgets_what_was_fitted_to_what_it_trains(settings, tmp_pat
     main(["warmup", "--config", str(settings("warmup", steps=1)), "--run", str(run)])
     export(run, fitted)
     model = load_model(fitted)
-    torch.nn.init.normal_(model.projection.matrix)
+    model.projection.matrix = torch.randn(100, model.projection.matrix.shape[1])
     model.detector.reliability.weight.fill_(0.5)
     save_model(model, fitted, read_metadata(fitted)["provenance"])
     start = load_model(fitted).projection
@@ -261,6 +261,9 @@ def test_training_on_forgets_what_was_fitted_to_what_it_trains(settings, tmp_pat
     assert not found["detector.reliability.weight"].any()
     kept = start if stage == "detector" else start.unfitted()  # descriptors stay as they are
     assert torch.equal(found["projection.matrix"], kept.matrix)
+    assert main([stage, "--config", config, "--run", str(more), "--resume", "--steps", "2"]) == 0
+    found = load_checkpoint(more)
+    assert found["step"] == 2 and torch.equal(found["model"]["projection.matrix"], kept.matrix)
 
 
 def test_run_without_cross_normalization_is_for_study_only(settings, tmp_path):

@@ -3,7 +3,8 @@
 A discriminant analysis of the samples at the network's own keypoints. Two samples of one place
 differ by chance (`within`), a place and those that look like it by what tells them apart
 (`between`): the projection's rows are the directions in which the second differences are largest
-against the first, scaled so that the first are the same in all. What is the same place is known
+against the first, in that order, and scaled so that the first are the same in all but for
+`EMPHASIS`. What is the same place is known
 from the homography between two views of a photo, and from camera poses: mutual nearest neighbours
 on each other's epipolar lines.
 """
@@ -34,7 +35,12 @@ LOOK_ALIKES = 5
 """Wrong places that a place is told apart from: the nearest by unfitted descriptors."""
 APART = 8.0
 """Least distance of a wrong place from the right one, pixels."""
-REGULARIZATION = 0.3
+LENGTH = 128
+"""Values of a descriptor, as many as the paper's have."""
+EMPHASIS = 0.25
+"""Directions are scaled by the ratio of the two differences to this power: of the last ones, which
+hardly tell places apart, less goes into the descriptors' similarity."""
+REGULARIZATION = 0.1
 """Share of the mean variance within a place that is added in every direction."""
 COMMON = 0.7
 """Share that is taken away of what all samples have in common. Left as it is, the descriptors'
@@ -95,8 +101,9 @@ def discriminant(mean: np.ndarray, between: np.ndarray, within: np.ndarray, dim:
     within = within + REGULARIZATION * np.trace(within) / size * np.eye(size)
     values, vectors = np.linalg.eigh(within)
     whitening = (vectors / np.sqrt(values)) @ vectors.T
-    _, directions = np.linalg.eigh(whitening @ between @ whitening)
+    ratios, directions = np.linalg.eigh(whitening @ between @ whitening)
     rows = directions[:, ::-1][:, :dim].T @ whitening
+    rows *= ratios[::-1][:dim, None] ** EMPHASIS
     common = mean / np.linalg.norm(mean)
     rows -= COMMON * np.outer(rows @ common, common)
     return rows / np.abs(rows).max()  # for fp16; the descriptors' length is normalized anyway
@@ -120,8 +127,7 @@ def fit_projection(model: SCFeat, kinds: Sequence[SampledPairs]) -> Projection:
         for outers in ([s.between() for s in scatters], [s.within() for s in scatters])
     )
     fitted = model.projection.unfitted()
-    rows = discriminant(mean, between, within, model.config.descriptor_dim)
-    fitted.matrix.copy_(torch.from_numpy(rows))
+    fitted.matrix = torch.from_numpy(discriminant(mean, between, within, LENGTH)).float()
     return fitted
 
 

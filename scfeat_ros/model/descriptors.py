@@ -39,16 +39,17 @@ class Maps(NamedTuple):
 class Projection(nn.Module):
     """Makes descriptors; its matrix is a buffer, which is not trained with the network.
 
-    At the start a descriptor is the map at the keypoint plus the mean of its surroundings.
+    At the start a descriptor is the map at the keypoint plus the mean of its surroundings. Fitted,
+    it may have another length; its first values tell most.
 
     Args:
-        dim: channels of F_cn, and length of a descriptor.
+        dim: channels of F_cn, and length of a descriptor at the start.
         layer2, layer3: channels of the encoder's maps.
 
     Attributes:
         matrix: (D, S): from samples to descriptors. The samples are F_cn at the keypoint, its means
             over `BLOCKS`, and those of layer2 and layer3 over blocks of `ENCODER_BLOCK` cells, each
-            of unit norm.
+            of unit norm. A state dict may have one of another D.
     """
 
     matrix: torch.Tensor
@@ -61,6 +62,12 @@ class Projection(nn.Module):
             matrix[:, part * dim : (part + 1) * dim] = torch.eye(dim)
         self.register_buffer("matrix", matrix)
 
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *arguments: object) -> None:
+        given = state_dict.get(f"{prefix}matrix")
+        if given is not None:
+            self.matrix = self.matrix.new_zeros(len(given), self.matrix.shape[1])
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
     def unfitted(self) -> Projection:
         """One of the same sizes at the start, on the same device."""
         dim, *_, layer2, layer3 = self.channels
@@ -72,6 +79,7 @@ class Projection(nn.Module):
         points: torch.Tensor,
         sample: Callable[..., torch.Tensor] = sample_few,
         block_means: Callable[..., torch.Tensor] = block_means,
+        length: int = 0,
     ) -> torch.Tensor:
         """Descriptors, not normalized.
 
@@ -83,11 +91,13 @@ class Projection(nn.Module):
             maps: of the image.
             points: (N, 2) float32, pixels of the image.
             sample, block_means: the functions of `sampling` of these names, or others like them.
+            length: how many of a descriptor's values are wanted, the first ones; 0 for all.
 
         Returns:
-            (N, D) float32.
+            (N, D) float32, or (N, length).
         """
-        at_keypoint, *parts = self.matrix.split(self.channels, dim=1)
+        matrix = self.matrix[: length or None]
+        at_keypoint, *parts = matrix.split(self.channels, dim=1)
         near = F.normalize(sample(maps.bridged, points, 4, smooth=True), dim=1)
         descriptors = F.linear(near, at_keypoint)
         for (means, stride), part in zip(_surroundings(maps, block_means), parts, strict=True):

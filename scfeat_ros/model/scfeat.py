@@ -48,7 +48,8 @@ class SCFeatConfig:
         name: what the size is called.
         encoder: a key of `resnet.RESNETS`.
         decoder_channels: channels of the decoders at 1/8 and at 1/4.
-        descriptor_dim: length of a descriptor.
+        descriptor_dim: channels of D_desc and F_cn; length of the paper's descriptors, and of
+            those that are not projected.
         head_channels: channels of the head's Layer_0 on the quarter-resolution branch, of
             Layer_0 on the image branch, and of Layer_1.
         upsampled_kernel: size of the kernels over upsampled maps: of up-convolutions, and of the
@@ -286,10 +287,13 @@ def load_model(name_or_path: str | os.PathLike, device: str | torch.device = "cp
             tensors[key] = value  # written before there was one
         if key not in tensors:
             raise ModelError(f"{path}: weight '{key}' is missing")
-        if tensors[key].shape != value.shape:
+        given, needed = tensors[key].shape, value.shape
+        if key == "projection.matrix":
+            needed = (*given[:1], *needed[1:])  # descriptors may be of any length
+        if given != needed:
             raise ModelError(
-                f"{path}: weight '{key}' has shape {tuple(tensors[key].shape)}, "
-                f"but config '{config.name}' needs {tuple(value.shape)}"
+                f"{path}: weight '{key}' has shape {tuple(given)}, "
+                f"but config '{config.name}' needs {tuple(needed)}"
             )
     unknown = sorted(set(tensors) - set(model.state_dict()))
     if unknown:

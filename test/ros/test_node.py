@@ -363,6 +363,26 @@ def test_way_of_sampling_descriptors(unconfigured):
     assert np.abs(found[0]["descriptor"] - found[1]["descriptor"]).max() > 1e-2
 
 
+def test_shorter_descriptors(unconfigured):
+    from sensor_msgs.msg import PointCloud2
+
+    rig = unconfigured
+    assert rig.set_parameter("descriptor_dim", 9) == (True, "")
+    assert rig.transition("configure") and rig.transition("activate")
+    rig.listen(FEATURES, PointCloud2)
+    rig.connect()
+    points = decode_features(rig.received(FEATURES)[-1])
+    assert points["descriptor"].shape[1] == 9
+    np.testing.assert_allclose(np.linalg.norm(points["descriptor"], axis=1), 1, atol=1e-4)
+    rig.unsubscribe(FEATURES)
+    assert rig.transition("deactivate") and rig.transition("cleanup")
+    seen = len(rig.statuses())
+    assert rig.set_parameter("descriptor_dim", 500) == (True, "")
+    assert not rig.transition("configure")
+    rig.wait_for_status("ERROR", "descriptor_dim 500: this network's descriptors have", since=seen)
+    assert rig.set_parameter("descriptor_dim", 0) == (True, "")
+
+
 def test_cleanup_frees_the_network(unconfigured, tmp_path):
     import torch
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Sequence
+
 import cv2
 import numpy as np
+
+from scfeat_ros.errors import InputError
 
 CONFIDENCE = 0.99999
 MAX_ITERATIONS = 10_000
@@ -162,3 +167,28 @@ def estimate_pose_poselib(
     if inliers.sum() < 5:
         return None
     return np.asarray(pose.R), np.asarray(pose.t), inliers
+
+
+POSE_ESTIMATORS = {
+    "magsac": estimate_pose_magsac,
+    "magsac-1000": estimate_pose_magsac_1000,
+    "poselib": estimate_pose_poselib,
+}
+"""By the names that the commands take."""
+
+
+def check_estimators(names: Sequence[str], flag: str) -> None:
+    """Refuse what is unknown or not installed.
+
+    Args:
+        names: keys of `POSE_ESTIMATORS`.
+        flag: of the command line, for the message.
+
+    Raises:
+        InputError: names the flag and the remedy.
+    """
+    unknown = sorted(set(names) - set(POSE_ESTIMATORS))
+    if unknown:
+        raise InputError(f"{flag} {unknown[0]}: unknown; choose from {', '.join(POSE_ESTIMATORS)}")
+    if "poselib" in names and importlib.util.find_spec("poselib") is None:
+        raise InputError(f"poselib is not installed: pip install poselib, or use {flag} magsac")

@@ -21,7 +21,7 @@ import numpy as np
 from scfeat_ros.errors import InputError
 from scfeat_ros.matcher import match
 from scfeat_training.evaluation.cache import Cache, CorruptImageError, read_image
-from scfeat_training.evaluation.estimators import estimate_pose_magsac
+from scfeat_training.evaluation.estimators import POSE_ESTIMATORS, check_estimators
 from scfeat_training.evaluation.methods import Method
 from scfeat_training.evaluation.metrics import (
     epipolar_errors,
@@ -61,6 +61,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Odometry or TransformStamped)",
     )
     parser.add_argument(
+        "--estimator",
+        default="poselib",
+        help="of the motion between frames: poselib or magsac (default: %(default)s)",
+    )
+    parser.add_argument(
         "--threshold",
         type=float,
         default=1.0,
@@ -83,6 +88,7 @@ def check_data(args: argparse.Namespace) -> None:
     """Read the sequence before any model is loaded, and refuse it if it cannot be used."""
     if args.step < 1:
         raise InputError("--step must be at least 1")
+    check_estimators([args.estimator], "--estimator")
     sequence = load_sequence(
         args.data, args.intrinsics, args.poses, args.topic, args.pose_topic, args.output / "frames"
     )
@@ -132,9 +138,8 @@ def evaluate_method(
         second = sequence.undistort(now.features.keypoints[indices[:, 1]])
         usable = np.isfinite(first).all(axis=1) & np.isfinite(second).all(axis=1)
         indices, first, second = indices[usable], first[usable], second[usable]
-        found = estimate_pose_magsac(
-            first, second, sequence.camera.K, sequence.camera.K, args.threshold
-        )
+        K = sequence.camera.K
+        found = POSE_ESTIMATORS[args.estimator](first, second, K, K, args.threshold)
         agree = np.zeros(len(indices), bool) if found is None else found[2]
         right = (
             agree
@@ -242,6 +247,7 @@ def run(args: argparse.Namespace, methods: list[Method], cache: Cache) -> Report
                 "K": sequence.camera.K.tolist(),
                 "distortion": [sequence.camera.model, *sequence.camera.D.tolist()],
                 "poses": None if sequence.poses is None else sequence.poses.tolist(),
+                "estimator": args.estimator,
                 "thresholds": [args.threshold, args.precision_threshold],
             }
             results[method.label] = cache.result(
@@ -329,9 +335,10 @@ def _report(
             "features; mutual nearest neighbours between consecutive frames.",
             inlier,
             "Track length: mean number of frames of the tracks that chained inliers make.",
-            f"Visual odometry: essential matrix by USAC_MAGSAC at {args.threshold:g} px for each "
-            "step, length of the step from ground truth, no bundle adjustment, no loop closing; "
-            "where no motion is found, the last one is repeated and counted as a failure.",
+            f"Visual odometry: essential matrix by {args.estimator} at {args.threshold:g} px for "
+            "each step, length of the step from ground truth, no bundle adjustment over frames, no "
+            "loop closing; where no motion is found, the last one is repeated and counted as a "
+            "failure.",
             "ATE: RMSE of positions after rigid alignment; RPE: RMSE from frame to frame (evo).",
             "ms / image: median time of one extraction on the machine named below, at the time "
             "when the features were made.",

@@ -26,11 +26,7 @@ from scfeat_training.evaluation.data import (
     parse_pairs_file,
     require_folder,
 )
-from scfeat_training.evaluation.estimators import (
-    estimate_pose_magsac,
-    estimate_pose_magsac_1000,
-    estimate_pose_poselib,
-)
+from scfeat_training.evaluation.estimators import POSE_ESTIMATORS, check_estimators
 from scfeat_training.evaluation.methods import Method
 from scfeat_training.evaluation.metrics import (
     auc,
@@ -51,11 +47,6 @@ from scfeat_training.evaluation.report import (
 
 DEFAULTS = {"max_keypoints": 2048}
 AUC_THRESHOLDS = (5, 10, 20)
-ESTIMATORS = {
-    "magsac": estimate_pose_magsac,
-    "magsac-1000": estimate_pose_magsac_1000,
-    "poselib": estimate_pose_poselib,
-}
 RESULT_VERSION = 1
 LAYOUT = (
     "a scene (images/ and scene.npz), a folder of scenes, or a SuperGlue pairs file "
@@ -104,18 +95,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def check_data(args: argparse.Namespace) -> None:
     """Refuse a wrong folder or estimator before any model is loaded."""
     _groups(args)
-    unknown = set(_estimators(args)) - set(ESTIMATORS)
-    if unknown:
-        raise InputError(
-            f"--estimators {unknown.pop()}: unknown; choose from {', '.join(ESTIMATORS)}"
-        )
-    if "poselib" in _estimators(args):
-        try:
-            import poselib  # noqa: F401
-        except ImportError as error:
-            raise InputError(
-                "poselib is not installed: pip install poselib, or use --estimators magsac"
-            ) from error
+    check_estimators(_estimators(args), "--estimators")
 
 
 def _estimators(args: argparse.Namespace) -> list[str]:
@@ -178,7 +158,7 @@ def evaluate_pair(
     right = int((epipolar_errors(F, points_a, points_b) <= args.precision_threshold).sum())
     errors = {}
     for name in estimators:
-        found = ESTIMATORS[name](points_a, points_b, pair.K1, pair.K2, args.threshold)
+        found = POSE_ESTIMATORS[name](points_a, points_b, pair.K1, pair.K2, args.threshold)
         errors[name] = (
             None
             if found is None
