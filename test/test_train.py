@@ -96,7 +96,7 @@ def settings(data, tmp_path):
         common = dict(
             stage=stage, data=str(data), size=[96, 64], batch=2, steps=6, warmup_steps=2,
             log_every=1, validate_every=1000, validation_pairs=0, workers=0, threads=1,
-            posed_share=1.0 if stage == "descriptor" else 0.5,
+            posed_share={"descriptor": 1.0, "adaptation": 0.0}.get(stage, 0.5),
         )  # fmt: skip
         path.write_text(yaml.safe_dump(common | values))
         return path
@@ -114,7 +114,7 @@ def same(first, second):
     return all(torch.equal(first[key], second[key]) for key in first)
 
 
-@pytest.mark.parametrize("stage", ["warmup", "descriptor", "detector"])
+@pytest.mark.parametrize("stage", ["warmup", "descriptor", "detector", "adaptation"])
 def test_resumed_run_is_the_same_to_the_bit(stage, settings, tmp_path):
     config = str(settings(stage))
     straight, broken = tmp_path / "straight", tmp_path / "broken"
@@ -130,17 +130,30 @@ def test_resumed_run_is_the_same_to_the_bit(stage, settings, tmp_path):
     assert [part["to_step"] for part in second["history"]] == [3, 6]
 
 
-def test_detector_stage_leaves_descriptors_and_bridge_as_they_are(settings, tmp_path):
+@pytest.mark.parametrize("stage", ["detector", "adaptation"])
+def test_the_detectors_stages_leave_descriptors_and_bridge_as_they_are(settings, tmp_path, stage):
     before = tmp_path / "before"
     assert main(["warmup", "--config", str(settings("warmup", steps=2)), "--run", str(before)]) == 0
     after = tmp_path / "after"
-    config = str(settings("detector", steps=4))
-    assert main(["detector", "--config", config, "--run", str(after), "--init", str(before)]) == 0
+    config = str(settings(stage, steps=4))
+    assert main([stage, "--config", config, "--run", str(after), "--init", str(before)]) == 0
     old, new = load_checkpoint(before)["ema"], load_checkpoint(after)
     for weights in (new["model"], new["ema"]):
         changed = {key.split(".")[0] for key in old if not torch.equal(old[key], weights[key])}
         assert changed == {"detector"}
-    assert [part["stage"] for part in new["history"]] == ["warmup", "detector"]
+    assert [part["stage"] for part in new["history"]] == ["warmup", stage]
+
+
+def test_adaptation_brings_the_views_scores_together(settings, tmp_path, capsys):
+    run = tmp_path / "run"
+    config = str(settings("adaptation", steps=40, lr=1e-2))
+    arguments = ["adaptation", "--config", config, "--run", str(run)]
+    assert main([*arguments, "--init", "scfeat-s"]) == 0
+    values = list(losses(run).values())
+    assert sum(values[-10:]) < 0.8 * sum(values[:10])
+    config = str(settings("adaptation", posed_share=0.5))
+    assert main(["adaptation", "--config", config, "--run", str(tmp_path / "other")]) == 1
+    assert "takes homographies alone" in capsys.readouterr().err
 
 
 def test_descriptor_loss_falls(settings, tmp_path):

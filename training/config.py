@@ -16,7 +16,7 @@ class TrainConfig:
     """Settings of one stage.
 
     Attributes:
-        stage: warmup, descriptor or detector.
+        stage: warmup, descriptor, detector or adaptation.
         model: a key of `scfeat_ros.model.scfeat.CONFIGS`.
         network: fields of `SCFeatConfig` that differ from that model's, to try other sizes.
         encoder_weights: a torchvision ResNet state dict to start the encoder from.
@@ -78,7 +78,7 @@ class TrainConfig:
     checkpoint_every: int = 100
 
 
-STAGES = ("warmup", "descriptor", "detector")
+STAGES = ("warmup", "descriptor", "detector", "adaptation")
 
 
 def read_config(path: str | Path, stage: str, **changes: Any) -> TrainConfig:

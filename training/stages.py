@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any, TypeVar
@@ -15,6 +16,7 @@ from torch.utils.data import Dataset
 from scfeat_ros.errors import InputError
 from scfeat_ros.model.descriptors import Maps
 from scfeat_ros.model.scfeat import SCFeat
+from scfeat_training.adaptation import divergence, seen_from
 from scfeat_training.config import TrainConfig
 from scfeat_training.correspondences import CorrespondencePairs, GeometryPairs, MixedPairs
 from scfeat_training.datasets import (
@@ -81,9 +83,11 @@ class Stage:
     Attributes:
         network: the part of the model that this stage runs forward, as one module, so that
             DistributedDataParallel and torch.compile can wrap it.
+        detects: whether the detector is trained, and descriptors stay as they are.
     """
 
     network: nn.Module
+    detects: bool = False
 
     def __init__(self, config: TrainConfig, model: SCFeat) -> None:
         self.config = config
@@ -101,6 +105,13 @@ class Stage:
         """Loss (B,) of each pair and mean terms for the log; `network` is `network`, wrapped."""
         raise NotImplementedError
 
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint needs beside the model."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Take back what `state_dict` gave."""
+
     def pictures(self, model: SCFeat, batch: Batch) -> dict[str, np.ndarray]:
         """Pictures (H, W, 3) uint8 for TensorBoard of the batch's first pair of each kind."""
         pictures = {}
@@ -109,7 +120,7 @@ class Stage:
             if of_kind:
                 i = of_kind[0]
                 pair = batch["image1"][i], batch["image2"][i], batch["geometry"][i]
-                found = pictures_of(model, *pair, planar, self.config.stage == "detector")
+                found = pictures_of(model, *pair, planar, self.detects)
                 kind = "planar" if planar else "posed"
                 pictures |= {f"{kind}/{name}": picture for name, picture in found.items()}
         return pictures
@@ -148,6 +159,13 @@ def description_groups(config: TrainConfig, model: SCFeat) -> list[dict[str, Any
         {"params": [p for p in trained if id(p) in in_encoder], "peak": config.lr_encoder},
         {"params": [p for p in trained if id(p) not in in_encoder], "peak": config.lr},
     ]
+
+
+def detector_groups(config: TrainConfig, model: SCFeat) -> list[dict[str, Any]]:
+    """The detector trained, all else frozen."""
+    model.requires_grad_(False)
+    model.detector.requires_grad_(True)
+    return [{"params": list(model.detector.parameters()), "peak": config.lr}]
 
 
 def size_of(config: TrainConfig) -> tuple[int, int]:
@@ -308,6 +326,8 @@ class DetectorStage(Stage):
     where the distance to the true place is known and pays instead of the one to the line.
     """
 
+    detects = True
+
     def __init__(self, config: TrainConfig, model: SCFeat) -> None:
         super().__init__(config, model)
         self.options = options_of(PolicyOptions, config.loss, "loss")
@@ -317,9 +337,7 @@ class DetectorStage(Stage):
         self.network = Detect(model)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        self.model.requires_grad_(False)
-        self.model.detector.requires_grad_(True)
-        return [{"params": list(self.model.detector.parameters()), "peak": self.config.lr}]
+        return detector_groups(self.config, self.model)
 
     def dataset(self, scenes: Sequence[Scene], skip_bad: bool) -> Dataset:
         posed = posed_pairs(self.config, scenes, skip_bad)
@@ -413,8 +431,61 @@ class DetectorStage(Stage):
         return loss, figures
 
 
+class DetectTwice(nn.Module):
+    """Images -> score maps of the detector and of the one before; only the first is trained."""
+
+    def __init__(self, model: SCFeat) -> None:
+        super().__init__()
+        self.model = model
+        self.before = copy.deepcopy(model.detector).requires_grad_(False)
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.no_grad():
+            description = self.model.describe(images)
+            maps = self.model.normalize(images), description.bridged, description.encoded.stem
+            before = self.before(*maps)
+        return self.model.detector(*maps), before
+
+
+class AdaptationStage(Stage):
+    """Stage 3: the detector, by what it found in other views; backbone and bridge are frozen."""
+
+    detects = True
+
+    def __init__(self, config: TrainConfig, model: SCFeat) -> None:
+        super().__init__(config, model)
+        if config.posed_share:
+            raise InputError("config: stage adaptation takes homographies alone; no posed_share")
+        self.network = DetectTwice(model)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        return detector_groups(self.config, self.model)
+
+    def dataset(self, scenes: Sequence[Scene], skip_bad: bool) -> Dataset:
+        return GeometryPairs(homography_pairs(self.config, scenes, skip_bad))
+
+    def losses(self, network: Callable, batch: Batch) -> tuple[torch.Tensor, Terms]:
+        scores, before = (maps[:, 0].float() for maps in network(images_of(batch)))
+        pairs = len(batch["index"])
+        losses, counted = [], []
+        for i, H in enumerate(batch["geometry"].double()):
+            for own, other, warp in ((i, pairs + i, H), (pairs + i, i, torch.linalg.inv(H))):
+                target, counts = seen_from(before[other], warp)
+                losses.append(divergence(scores[own], target, counts))
+                counted.append(counts.float().mean())
+        losses = torch.stack(losses).view(pairs, 2).mean(dim=1)
+        return losses, {"counted": torch.stack(counted).mean()}
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return self.network.before.state_dict()
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        self.network.before.load_state_dict(state)
+
+
 STAGE_CLASSES: dict[str, type[Stage]] = {
     "warmup": WarmupStage,
     "descriptor": DescriptorStage,
     "detector": DetectorStage,
+    "adaptation": AdaptationStage,
 }

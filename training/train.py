@@ -23,6 +23,7 @@ HELP = {
     "warmup": "stage 0: descriptors from homographies and known correspondences",
     "descriptor": "stage 1: descriptors from camera poses alone",
     "detector": "stage 2: the keypoint detector, by policy gradient",
+    "adaptation": "stage 3: the keypoint detector, by what it finds in other views",
 }
 
 
@@ -99,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
         )
         one.add_argument("--data", help="folder of scenes, in place of the configuration's")
         one.add_argument("--encoder-weights", help="torchvision ResNet file for the encoder")
-        one.add_argument("--init", help="checkpoint or weights file to start from")
+        one.add_argument("--init", help="checkpoint, weights file or installed model to start from")
         one.add_argument("--resume", action="store_true", help="go on from the run's checkpoint")
         one.add_argument("--steps", type=int, help="steps of the whole run")
         one.add_argument("--stop-at", type=int, help="stop there; --resume goes on to --steps")

@@ -27,7 +27,15 @@ from tqdm import tqdm
 
 from scfeat_ros.errors import InputError, ScfeatError
 from scfeat_ros.memory import keep_freed_memory
-from scfeat_ros.model.scfeat import CONFIGS, SCFeat, SCFeatConfig, load_model, read_metadata
+from scfeat_ros.model.scfeat import (
+    CONFIGS,
+    SCFeat,
+    SCFeatConfig,
+    available_models,
+    find_weights,
+    load_model,
+    read_metadata,
+)
 from scfeat_training.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
 from scfeat_training.config import TrainConfig
 from scfeat_training.ema import Ema
@@ -143,7 +151,7 @@ class Trainer:
             _load_weights(self.model, weights, str(init))
             detector = self.model.detector
             detector.reliability = detector.reliability.unfitted()  # fitted to it as it was
-            if config.stage != "detector":  # and this to the descriptors
+            if not STAGE_CLASSES[config.stage].detects:  # and this to the descriptors
                 self.model.projection = self.model.projection.unfitted()
         self.model.to(self.device, memory_format=torch.channels_last)
         self.step = 0
@@ -191,6 +199,7 @@ class Trainer:
             )
         _load_weights(self.model, state["model"], str(self.run))
         _load_weights(self.ema.model, state["ema"], str(self.run))
+        self.stage.load_state_dict(state.get("stage_state", {}))
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
         self.history = state["history"]
@@ -204,6 +213,7 @@ class Trainer:
                 {
                     "stage": self.config.stage,
                     "step": self.step,
+                    "stage_state": self.stage.state_dict(),
                     "model": self.model.state_dict(),
                     "ema": self.ema.model.state_dict(),
                     "optimizer": self.optimizer.state_dict(),
@@ -277,8 +287,7 @@ class Trainer:
                     log.pictures(self.step, self.stage.pictures(self.ema.model, batch))
                 if validation and (self.step % config.validate_every == 0 or self.step == end):
                     tested = time.monotonic()
-                    detector = config.stage == "detector"
-                    figures = validation(self.ema.model, detector=detector)
+                    figures = validation(self.ema.model, detector=self.stage.detects)
                     figures["validation_seconds"] = time.monotonic() - tested
                     log.validation(self.step, figures)
                     line = ", ".join(f"{key} {value:.3f}" for key, value in figures.items())
@@ -435,9 +444,9 @@ def _scenes(config: TrainConfig, skip_bad: bool, on_bad: Any) -> tuple[list[Scen
 
 
 def _earlier(path: str | Path) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
-    """Weights and history of a checkpoint or of an exported .safetensors file."""
-    if Path(path).suffix == ".safetensors":
-        history = read_metadata(path)["provenance"].get("history", [])
+    """Weights and history of a checkpoint, of a .safetensors file or of an installed model."""
+    if str(path) in available_models() or Path(path).suffix == ".safetensors":
+        history = read_metadata(find_weights(path))["provenance"].get("history", [])
         return load_model(path).state_dict(), history
     state = load_checkpoint(path)
     return state["ema"], list(state["history"])

@@ -1,0 +1,62 @@
+"""Stage 3: the detector learns to find in every view what it finds in the others.
+
+After stage 2 the score of a place still changes by chance with the place's position between
+pixels, with scale, light and noise, and so do keypoints. The mean over many views of a photo
+changes less; SuperPoint's homographic adaptation (DeTone, Malisiewicz and Rabinovich 2018, Sec. 5)
+labels photos by it. Here it is learned: the score map of a view is trained towards what the
+detector of stage 2 finds in another view, warped. As the other view is a new one every time, and
+the divergence a Bregman divergence, the map that it is smallest for is the mean over views.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from scfeat_training.geometry import transform_points
+
+MARGIN = 8
+"""Scores closer than this to the border of either view do not count, pixels."""
+LEAST = 1e-3
+"""Added to scores before their logarithm is taken."""
+
+
+def seen_from(scores: torch.Tensor, H: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A score map as another view sees it.
+
+    Args:
+        scores: (h, w) of the second view.
+        H: (3, 3), pixels of the first view to pixels of the second; both are of one size.
+
+    Returns:
+        (h, w) float scores, bilinearly sampled, and (h, w) bool: where they count.
+    """
+    height, width = scores.shape
+    size = scores.new_tensor([width, height])
+    rows, columns = torch.meshgrid(
+        torch.arange(height, device=scores.device),
+        torch.arange(width, device=scores.device),
+        indexing="ij",
+    )
+    here = torch.stack([columns, rows], dim=-1).to(scores)
+    there = transform_points(H.to(scores), here.flatten(0, 1)).view(height, width, 2)
+    grid = (2 * there + 1) / size - 1
+    seen = F.grid_sample(scores[None, None], grid[None], align_corners=False)[0, 0]
+    counts = torch.stack([here, there])
+    inside = (counts >= MARGIN) & (counts <= size - 1 - MARGIN)
+    return seen, inside.all(dim=3).all(dim=0)
+
+
+def divergence(scores: torch.Tensor, target: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """Generalized Kullback-Leibler divergence, a share of the target's sum.
+
+    Args:
+        scores, target: (h, w), not negative.
+        counts: (h, w) bool.
+
+    Returns:
+        A scalar; 0 where nothing counts.
+    """
+    scores, target = scores[counts] + LEAST, target[counts] + LEAST
+    total = (target * (target.log() - scores.log()) - target + scores).sum()
+    return total / target.sum().clamp_min(LEAST)
