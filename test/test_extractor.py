@@ -61,7 +61,7 @@ def nearest(a, b):
 
 
 @pytest.mark.parametrize(
-    ("size", "fewest"), [((641, 479), 20), ((1241, 376), 20), ((320, 240), 20), ((50, 33), 15)]
+    ("size", "fewest"), [((641, 479), 20), ((1241, 376), 20), ((320, 240), 20), ((50, 33), 5)]
 )
 def test_odd_sizes(extractor, size, fewest):
     features = extractor(textured_image(*size))
@@ -271,7 +271,7 @@ def test_reliability_prefers_what_stays_to_noise(make):
         i, j = match(first, second).indices.T
         true = cv2.perspectiveTransform(first.keypoints[i][:, None].astype(float), H)[:, 0]
         right[fitted] = np.sum(np.linalg.norm(true - second.keypoints[j], axis=1) < 3)
-    assert right[True] > 10 and right[True] > 3 * right[False]
+    assert right[True] > 6 and right[True] > 3 * right[False]
 
 
 def test_fusion_normalization_follows_equation_25():

@@ -62,7 +62,7 @@ def test_fit_changes_what_is_fitted_alone(data, tmp_path, capsys):  # noqa: F811
     arguments += ["--size", "160", "112"]
     assert main([*arguments, "--pairs", "1"]) == 1
     assert "give more pairs" in capsys.readouterr().err and not output.exists()
-    assert main([*arguments, "--pairs", "40"]) == 0
+    assert main([*arguments, "--pairs", "60"]) == 0
     before, after = load_file(find_weights("scfeat-s")), load_file(output)
     assert before.keys() == after.keys()
     changed = {key for key in before if not torch.equal(before[key], after[key])}
@@ -71,9 +71,9 @@ def test_fit_changes_what_is_fitted_alone(data, tmp_path, capsys):  # noqa: F811
     assert after["projection.matrix"].abs().max() == 1
     assert len(after["projection.matrix"]) == 128
     made = read_metadata(output)["provenance"]
-    assert made["fitted"]["scenes"] == ["wall"] and made["fitted"]["pairs"] == 40
+    assert made["fitted"]["scenes"] == ["wall"] and made["fitted"]["pairs"] == 60
     assert made["history"] == read_metadata(find_weights("scfeat-s"))["provenance"]["history"]
-    assert main([*arguments, "--pairs", "40"]) == 1
+    assert main([*arguments, "--pairs", "60"]) == 1
     assert "exists already" in capsys.readouterr().err
 
 

@@ -11,10 +11,12 @@ from scfeat_ros.model.sampling import convolve_upsampled, upsample
 
 
 def mean_of_3x3(x: torch.Tensor) -> torch.Tensor:
-    """(B, C, H + 2, W + 2) -> (B, C, H, W): faster than `avg_pool2d` on channels-last maps."""
-    channels = x.shape[1]
-    kernel = x.new_full((channels, 1, 3, 3), 1 / 9)
-    return F.conv2d(x, kernel, groups=channels)
+    """(B, C, H + 2, W + 2) -> (B, C, H, W): on the CPU faster than `avg_pool2d` of few channels."""
+    columns = x[..., :-2] + x[..., 1:-1]
+    columns += x[..., 2:]
+    mean = columns[..., :-2, :] + columns[..., 1:-1, :]
+    mean += columns[..., 2:, :]
+    return mean.div_(9)
 
 
 def peakiness(x: torch.Tensor) -> torch.Tensor:
@@ -113,8 +115,7 @@ class Detector(nn.Module):
         left_peaks, right_peaks = peakiness(maps), peakiness(image)
         left = self.layer0_left(left_peaks * maps)
         right = self.layer0_right(right_peaks * image)
-        hidden = convolve_upsampled(self.layer1_left, left, 4)
-        hidden += self.layer1_right(right)
+        hidden = convolve_upsampled(self.layer1_left, left, 4) + self.layer1_right(right)
         hidden = self.layer1_activation(self.layer1_norm(hidden))
         response = F.softplus(self.layer2_norm(self.layer2(hidden)))
         return upsample(left_peaks * self.reliability(bridged), 4) * right_peaks * response
