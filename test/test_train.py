@@ -197,17 +197,18 @@ def test_terminated_run_leaves_a_checkpoint(settings, tmp_path):
 def test_two_processes_train_like_one(settings, tmp_path):
     config = str(settings("warmup", steps=3))
     assert main(["warmup", "--config", config, "--run", str(tmp_path / "one")]) == 0
-    subprocess.run(
+    result = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
             *("-m", "scfeat_training.train", "warmup", "--config", config),
             *("-o", str(tmp_path / "two"), "--device", "cpu"),
         ],
-        check=True,
         capture_output=True,
+        text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         timeout=300,
     )
+    assert result.returncode == 0, result.stderr
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert one.keys() == two.keys() == {1, 2, 3}
     assert list(two.values()) == pytest.approx(list(one.values()), rel=5e-3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -177,7 +178,6 @@ def _train(args: argparse.Namespace, argv: list[str]) -> int:
         )
         step = trainer.train(args.stop_at, args.time_limit)
     finally:
-        # else a process may abort at its exit, and torchrun ends the others
         if dist.is_initialized():
             dist.destroy_process_group()
     if trainer.rank == 0:
@@ -211,4 +211,11 @@ def _ablation(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    status = main()
+    if "RANK" in os.environ:
+        # By torchrun: DistributedDataParallel leaves gloo's threads behind, and one that wants the
+        # interpreter while it shuts down aborts the process. All files are closed by now.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    raise SystemExit(status)
