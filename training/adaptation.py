@@ -11,8 +11,8 @@ the divergence a Bregman divergence, the map that it is smallest for is the mean
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
+from scfeat_ros.model.sampling import sample
 from scfeat_training.geometry import transform_points
 
 MARGIN = 8
@@ -32,19 +32,13 @@ def seen_from(scores: torch.Tensor, H: torch.Tensor) -> tuple[torch.Tensor, torc
         (h, w) float scores, bilinearly sampled, and (h, w) bool: where they count.
     """
     height, width = scores.shape
-    size = scores.new_tensor([width, height])
-    rows, columns = torch.meshgrid(
-        torch.arange(height, device=scores.device),
-        torch.arange(width, device=scores.device),
-        indexing="ij",
-    )
-    here = torch.stack([columns, rows], dim=-1).to(scores)
-    there = transform_points(H.to(scores), here.flatten(0, 1)).view(height, width, 2)
-    grid = (2 * there + 1) / size - 1
-    seen = F.grid_sample(scores[None, None], grid[None], align_corners=False)[0, 0]
-    counts = torch.stack([here, there])
-    inside = (counts >= MARGIN) & (counts <= size - 1 - MARGIN)
-    return seen, inside.all(dim=3).all(dim=0)
+    sides = (torch.arange(side, device=scores.device) for side in (width, height))
+    here = torch.stack(torch.meshgrid(*sides, indexing="xy"), dim=-1).view(-1, 2).to(scores)
+    there = transform_points(H.to(scores), here)
+    seen = sample(scores[None, None], there[None], stride=1)
+    last = scores.new_tensor([width, height]) - 1 - MARGIN
+    inside = ((here >= MARGIN) & (here <= last) & (there >= MARGIN) & (there <= last)).all(dim=1)
+    return seen.view(height, width), inside.view(height, width)
 
 
 def divergence(scores: torch.Tensor, target: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:

@@ -166,20 +166,18 @@ def _train(args: argparse.Namespace, argv: list[str]) -> int:
     names = ("data", "encoder_weights", "steps", "threads", "workers", "seed", "compile")
     changes = {name: getattr(args, name) for name in names}
     config = read_config(args.config, args.command, **changes)
-    try:
-        trainer = Trainer(
-            config,
-            args.run,
-            resume=args.resume,
-            init=args.init,
-            skip_bad=args.skip_bad,
-            device=args.device,
-            command=shlex.join(["scfeat", "train", *argv]),
-        )
-        step = trainer.train(args.stop_at, args.time_limit)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    trainer = Trainer(
+        config,
+        args.run,
+        resume=args.resume,
+        init=args.init,
+        skip_bad=args.skip_bad,
+        device=args.device,
+        command=shlex.join(["scfeat", "train", *argv]),
+    )
+    step = trainer.train(args.stop_at, args.time_limit)
+    if dist.is_initialized():
+        dist.destroy_process_group()
     if trainer.rank == 0:
         left_out = f", {len(trainer.bad)} bad inputs left out" if trainer.bad else ""
         print(f"{args.command}: at step {step} of {config.steps}{left_out}; {args.run}")
