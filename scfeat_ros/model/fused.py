@@ -300,9 +300,10 @@ class FusedSCFeat(nn.Module):
         normalized = k.normalize_image(image, self.mean, self.deviation)
         stem = self.stem(normalized.values)
         descriptors, layer2, layer3 = self._describe(stem)
-        maps = k.bridge_and_stem(descriptors, stem, self.spatial, self.norms["bridge"])
+        bridge = self.spatial, self.norms["bridge"], self.reliability
+        maps = k.bridge_and_stem(descriptors, stem, *bridge)
         bridged = maps.values[:, : descriptors.shape[1]]
-        scores = self._detect(normalized, maps, self.reliability(bridged))
+        scores = self._detect(normalized, maps)
         return SCFeatOutput(descriptors, bridged, scores, layer2, layer3)
 
     def _describe(self, stem: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -341,10 +342,8 @@ class FusedSCFeat(nn.Module):
             x, self.kernels.statistics(x), self.norms[name], out=out
         )
 
-    def _detect(
-        self, image: kernels.Image, maps: kernels.Maps, reliability: torch.Tensor
-    ) -> torch.Tensor:
-        """Score map from the normalized image, F_cn and F_0 (Eq. 7-13), and reliability."""
+    def _detect(self, image: kernels.Image, maps: kernels.Maps) -> torch.Tensor:
+        """Score map from the normalized image, F_cn, F_0 (Eq. 7-13) and the reliability."""
         k = self.kernels
         left_peaks, left = k.weigh_by_peakiness(maps, self.dtype)
         left, totals = k.convolution(left, self.layer0_left)
@@ -359,8 +358,8 @@ class FusedSCFeat(nn.Module):
         value, totals = k.response(
             hidden, totals, self.norms["layer1"], self.slopes["layer1"], self.layer2
         )
-        left_peaks = left_peaks * reliability
-        return k.score(value, totals, self.norms["layer2"], left_peaks, right_peaks)
+        peaks = left_peaks * maps.reliability, right_peaks
+        return k.score(value, totals, self.norms["layer2"], *peaks)
 
 
 def _space(like: torch.Tensor, channels: int) -> torch.Tensor:

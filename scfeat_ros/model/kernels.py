@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from scfeat_ros.model.detector import peakiness
+from scfeat_ros.model.reliability import Reliability
 from scfeat_ros.model.sampling import upsample
 from scfeat_ros.model.scfeat import unit_range
 
@@ -35,6 +36,8 @@ class Maps(NamedTuple):
 
     values: torch.Tensor
     """(B, D + 64, h, w)"""
+    reliability: torch.Tensor
+    """(B, 1, h, w), see `Reliability`."""
     mean: torch.Tensor | None = None
     """(h, w): mean over the channels, where the kernels want it."""
     largest: float | None = None
@@ -154,8 +157,9 @@ def bridge_and_stem(
     stem: torch.Tensor,
     spatial: torch.nn.Conv2d,
     channel: Norm,
+    reliability: Reliability,
 ) -> Maps:
-    """Cross normalization (Eq. 2-3), and the stem's map beside its result.
+    """Cross normalization (Eq. 2-3), the stem's map beside its result, and the reliability.
 
     Args:
         descriptors: (B, D, h, w) D_desc.
@@ -170,7 +174,7 @@ def bridge_and_stem(
     pixels = descriptors.shape[2] * descriptors.shape[3]
     scale, shift = scale_and_shift(statistics(descriptors), channel, pixels)
     bridged = across + descriptors * scale[:, :, None, None] + shift[:, :, None, None]
-    return Maps(torch.cat([bridged, stem], dim=1))
+    return Maps(torch.cat([bridged, stem], dim=1), reliability(bridged))
 
 
 def weigh_by_peakiness(maps: Maps | Image, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

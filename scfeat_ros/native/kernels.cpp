@@ -316,12 +316,14 @@ void pixel_statistics(const T *x, long rows, int columns, int channels, float *m
   all.write(totals);
 }
 
-// F_cn beside the stem's map, the mean over both at each pixel, and the largest magnitude.
+// F_cn beside the stem's map, the mean over both and the reliability at each pixel, and the largest
+// magnitude.
 template <typename T>
 float bridge_and_stem(const T *x, const T *stem, long pixels, int channels, int stem_channels,
                       const float *mean, const float *inverse_deviation, const float *factor,
-                      const float *offset, const float *scale, const float *shift, float *maps,
-                      float *maps_mean, int threads) {
+                      const float *offset, const float *scale, const float *shift,
+                      const float *direction, float bias, float *maps, float *maps_mean,
+                      float *reliability, int threads) {
   const int all = channels + stem_channels;
   float largest = 0;
 #pragma omp parallel for num_threads(threads) schedule(static) reduction(max : largest)
@@ -329,14 +331,17 @@ float bridge_and_stem(const T *x, const T *stem, long pixels, int channels, int 
     const T *p = x + i * channels, *q = stem + i * stem_channels;
     float *to = maps + i * all;
     const float a = factor[i] * inverse_deviation[i], b = offset[i] - mean[i] * a;
-    float total = 0, peak = 0;
-#pragma omp simd reduction(+ : total) reduction(max : peak)
+    float total = 0, peak = 0, square = 0, along = 0;
+#pragma omp simd reduction(+ : total, square, along) reduction(max : peak)
     for (int c = 0; c < channels; c++) {
       float v = read(p[c]) * (a + scale[c]) + (b + shift[c]);
       to[c] = v;
       total += v;
+      square += v * v;
+      along += v * direction[c];
       peak = std::max(peak, std::fabs(v));
     }
+    reliability[i] = std::exp(along / std::max(std::sqrt(square), 1e-12f) + bias);
 #pragma omp simd reduction(+ : total) reduction(max : peak)
     for (int c = 0; c < stem_channels; c++) {
       float v = read(q[c]);
@@ -716,9 +721,11 @@ void response(const T *x, long rows, int columns, int channels, const float *sca
   float bridge_and_stem_##T(const T *x, const T *stem, long pixels, int channels,                  \
                             int stem_channels, const float *mean, const float *inverse_deviation,  \
                             const float *factor, const float *offset, const float *scale,          \
-                            const float *shift, float *maps, float *maps_mean, int threads) {      \
+                            const float *shift, const float *direction, float bias, float *maps,   \
+                            float *maps_mean, float *reliability, int threads) {                   \
     return bridge_and_stem(x, stem, pixels, channels, stem_channels, mean, inverse_deviation,      \
-                           factor, offset, scale, shift, maps, maps_mean, threads);                \
+                           factor, offset, scale, shift, direction, bias, maps, maps_mean,         \
+                           reliability, threads);                                                  \
   }                                                                                                \
   void weigh_by_peakiness_##T(const float *maps, const float *mean, float scale, int height,       \
                               int width, int channels, float *peaks, T *out, int threads) {        \

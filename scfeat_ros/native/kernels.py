@@ -11,6 +11,7 @@ from scfeat_ros.native.library import call, channels_last, empty_map
 
 if TYPE_CHECKING:
     from scfeat_ros.model.fused import Conv
+    from scfeat_ros.model.reliability import Reliability
 
 FEW = 8
 """Channels at the image's resolution for which there are kernels of their own, as in kernels.cpp.
@@ -117,6 +118,7 @@ def bridge_and_stem(
     stem: torch.Tensor,
     spatial: torch.nn.Conv2d,
     channel: Norm,
+    reliability: Reliability,
 ) -> Maps:
     descriptors, stem = channels_last(descriptors), channels_last(stem)
     _, channels, height, width = descriptors.shape
@@ -130,14 +132,15 @@ def bridge_and_stem(
     factor, offset = spatial(mean).contiguous()[0].unbind()
     scale, shift = scale_and_shift(totals, channel, height * width)
     maps = empty_map(channels + stem.shape[1], height, width, torch.float32)
-    maps_mean = torch.empty((height, width))
+    maps_mean, factors = torch.empty((height, width)), torch.empty((1, 1, height, width))
     largest = call(
         "bridge_and_stem",
         descriptors.dtype,
         *(descriptors, stem, height * width, channels, stem.shape[1]),
-        *(mean, inverse, factor, offset, scale, shift, maps, maps_mean),
+        *(mean, inverse, factor, offset, scale, shift),
+        *(reliability.weight, float(reliability.bias), maps, maps_mean, factors),
     )
-    return Maps(maps, maps_mean, largest)
+    return Maps(maps, factors, maps_mean, largest)
 
 
 def weigh_by_peakiness(maps: Maps | Image, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

@@ -131,7 +131,7 @@ ARGUMENTS = {
     "upsampled_sum": "piiiipppi",
     "scale_activate": "plippifpli",
     "pixel_statistics": "pliipppi",
-    "bridge_and_stem": "ppliippppppppi",
+    "bridge_and_stem": "ppliipppppppfpppi",
     "weigh_by_peakiness": "ppfiiippi",
     "normalize_bytes": "plpppi",
     "normalize_floats": "plpppi",
