@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -13,11 +14,12 @@ import pytest
 import torch
 import yaml
 
+import scfeat_training
 from scfeat_ros.errors import InputError, OutputExistsError
-from scfeat_ros.model.scfeat import load_model, read_metadata, save_model
+from scfeat_ros.model.scfeat import CONFIGS, SCFeat, load_model, read_metadata, save_model
 from scfeat_training.ablation import mma_score
 from scfeat_training.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
-from scfeat_training.config import make_config, read_config
+from scfeat_training.config import STAGES, make_config, read_config
 from scfeat_training.correspondences import CorrespondencePairs, MixedPairs, textured_points
 from scfeat_training.datasets import (
     HomographyPairs,
@@ -26,8 +28,9 @@ from scfeat_training.datasets import (
     PosedPairsConfig,
 )
 from scfeat_training.keypoint_policy import epipolar_errors, homography_errors
-from scfeat_training.scenes import photo_paths, read_scenes
-from scfeat_training.stages import homography_pairs, posed_pairs
+from scfeat_training.networks import make_model
+from scfeat_training.scenes import photo_paths, read_scenes, split_scenes
+from scfeat_training.stages import STAGE_CLASSES, homography_pairs, posed_pairs
 from scfeat_training.train import export, main
 from scfeat_training.trainer import LOG, Trainer
 
@@ -96,7 +99,8 @@ def settings(data, tmp_path):
         common = dict(
             stage=stage, data=str(data), size=[96, 64], batch=2, steps=6, warmup_steps=2,
             log_every=1, validate_every=1000, validation_pairs=0, workers=0, threads=1,
-            posed_share={"descriptor": 1.0, "adaptation": 0.0}.get(stage, 0.5),
+            model="scfeat-xs" if stage == "distillation" else "scfeat-s",
+            posed_share={"warmup": 0.5, "descriptor": 1.0, "detector": 0.5}.get(stage, 0.0),
         )  # fmt: skip
         path.write_text(yaml.safe_dump(common | values))
         return path
@@ -114,12 +118,22 @@ def same(first, second):
     return all(torch.equal(first[key], second[key]) for key in first)
 
 
-@pytest.mark.parametrize("stage", ["warmup", "descriptor", "detector", "adaptation"])
-def test_resumed_run_is_the_same_to_the_bit(stage, settings, tmp_path):
-    config = str(settings(stage))
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """A file of weights of a network to learn from."""
+    path = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
+    torch.manual_seed(0)
+    save_model(SCFeat(CONFIGS["scfeat-s"]), path, {})
+    return str(path)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_resumed_run_is_the_same_to_the_bit(stage, settings, teacher, tmp_path):
+    config = str(settings(stage, loss={"scores": 0.3} if stage == "distillation" else {}))
     straight, broken = tmp_path / "straight", tmp_path / "broken"
-    assert main([stage, "--config", config, "--run", str(straight)]) == 0
-    assert main([stage, "--config", config, "--run", str(broken), "--stop-at", "3"]) == 0
+    first = ["--init", teacher] if stage == "distillation" else []
+    assert main([stage, "--config", config, "--run", str(straight), *first]) == 0
+    assert main([stage, "--config", config, "--run", str(broken), "--stop-at", "3", *first]) == 0
     assert load_checkpoint(broken)["step"] == 3
     assert main([stage, "--config", config, "--run", str(broken), "--resume"]) == 0
     first, second = load_checkpoint(straight), load_checkpoint(broken)
@@ -157,6 +171,27 @@ def test_adaptation_brings_the_views_scores_together(settings, tmp_path, capsys)
     config = str(settings("adaptation", posed_share=0.5))
     assert main(["adaptation", "--config", config, "--run", str(tmp_path / "other")]) == 1
     assert "takes homographies alone" in capsys.readouterr().err
+    config = str(settings("adaptation", loss={"threshold": 1.0}))
+    assert main(["adaptation", "--config", config, "--run", str(tmp_path / "other")]) == 1
+    assert "no section 'loss'" in capsys.readouterr().err
+
+
+def test_distillation_brings_the_maps_together(settings, teacher, tmp_path, capsys):
+    run = tmp_path / "run"
+    for scores in (0.0, 0.3):
+        run = tmp_path / str(scores)
+        config = str(settings("distillation", steps=30, lr=2e-3, loss={"scores": scores}))
+        arguments = ["--config", config, "--run", str(run)]
+        assert main(["distillation", *arguments, "--init", teacher]) == 0
+        values = list(losses(run).values())
+        assert sum(values[-5:]) < 0.7 * sum(values[:5])
+        found = load_checkpoint(run)["ema"]
+        before = load_model(teacher).state_dict()
+        same_detector = all(torch.equal(found[k], before[k]) for k in before if "detector.l" in k)
+        assert same_detector == (scores == 0)
+    arguments = ["--config", config, "--run", str(tmp_path / "other")]
+    assert main(["distillation", *arguments]) == 1
+    assert "--init" in capsys.readouterr().err
 
 
 def test_descriptor_loss_falls(settings, tmp_path):
@@ -213,6 +248,20 @@ def test_two_processes_train_like_one(settings, tmp_path):
     assert one.keys() == two.keys() == {1, 2, 3}
     assert list(two.values()) == pytest.approx(list(one.values()), rel=5e-3)
     assert len(load_checkpoint(tmp_path / "two")["history"]) == 1
+
+
+SHIPPED = sorted((Path(scfeat_training.__file__).parent / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=[path.stem for path in SHIPPED])
+def test_shipped_settings_are_taken(path, data):
+    stage = path.stem.removeprefix("scfeat_")
+    config = read_config(path, stage)
+    model = make_model(config)
+    made = STAGE_CLASSES[stage](config, model, model)
+    assert sum(len(group["params"]) for group in made.parameter_groups()) > 5
+    scenes, _ = split_scenes(read_scenes(data))
+    assert len(made.dataset(scenes, skip_bad=False)) > 0
 
 
 def test_loss_that_is_not_finite_names_the_pair_and_goes_on(settings, tmp_path, capsys):
@@ -338,7 +387,7 @@ def test_damaged_checkpoint_is_named(tmp_path):
         ({"lr": "fast"}, "'lr' must be a number"),
         ({"size": [100, 64]}, "multiples of 16"),
         ({"schedule": "linear"}, "neither constant nor cosine"),
-        ({"model": "scfeat-xl"}, "none of scfeat, scfeat-s"),
+        ({"model": "scfeat-xl"}, "none of scfeat, scfeat-s, scfeat-xs"),
         ({"loss": {"temprature": 1}}, "unknown field 'temprature'"),
         ({"photometric": {"glow": 1}}, "config section 'photometric': unknown field 'glow'"),
         ({"homography": {"photometric": {"blur": 1}}}, "'photometric' takes no fields"),

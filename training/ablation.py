@@ -11,8 +11,8 @@ from scfeat_ros.extractor import Extractor
 from scfeat_ros.matcher import match
 from scfeat_training.datasets import match_errors, pair_images
 from scfeat_training.evaluation.metrics import mma_score
+from scfeat_training.networks import load_network
 from scfeat_training.scenes import Scene
-from scfeat_training.trained import load_network
 from scfeat_training.validation import NEAR, held_out_pairs, share
 
 THRESHOLDS = range(1, 11)

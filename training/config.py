@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
 from scfeat_ros.errors import InputError
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -16,7 +18,7 @@ class TrainConfig:
     """Settings of one stage.
 
     Attributes:
-        stage: warmup, descriptor, detector or adaptation.
+        stage: warmup, descriptor, detector, adaptation or distillation.
         model: a key of `scfeat_ros.model.scfeat.CONFIGS`.
         network: fields of `SCFeatConfig` that differ from that model's, to try other sizes.
         encoder_weights: a torchvision ResNet state dict to start the encoder from.
@@ -78,7 +80,7 @@ class TrainConfig:
     checkpoint_every: int = 100
 
 
-STAGES = ("warmup", "descriptor", "detector", "adaptation")
+STAGES = ("warmup", "descriptor", "detector", "adaptation", "distillation")
 
 
 def read_config(path: str | Path, stage: str, **changes: Any) -> TrainConfig:
@@ -137,3 +139,21 @@ def _number(text: str, key: str, where: str) -> float:
         return float(text)
     except ValueError as error:
         raise InputError(f"{where}: '{key}' must be a number, got {text!r}") from error
+
+
+def options_of(kind: type[T], values: dict[str, Any], where: str) -> T:
+    """A dataclass of options from a section of the configuration; lists become tuples.
+
+    Raises:
+        InputError: an unknown field, or a section inside of the section.
+    """
+    known = [f.name for f in fields(kind)]
+    for key in values:
+        if key not in known:
+            raise InputError(f"config section '{where}': unknown field '{key}'; known: {known}")
+        if isinstance(values[key], dict):
+            raise InputError(
+                f"config section '{where}': '{key}' takes no fields; a section stands at the top "
+                "level of the file"
+            )
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})

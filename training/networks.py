@@ -1,22 +1,62 @@
-"""Networks out of checkpoints and weights files."""
+"""Networks: at their start, and out of checkpoints and weights files."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from scfeat_ros.errors import InputError
 from scfeat_ros.model.scfeat import (
+    CONFIGS,
     SCFeat,
+    SCFeatConfig,
     available_models,
     find_weights,
     load_model,
     read_metadata,
 )
 from scfeat_training.checkpoint import load_checkpoint
-from scfeat_training.config import make_config
-from scfeat_training.trainer import make_model
+from scfeat_training.config import TrainConfig, make_config, options_of
+
+
+def make_model(config: TrainConfig) -> SCFeat:
+    """The network at its start: random weights, with the encoder's file where one is given.
+
+    Raises:
+        InputError: an unknown model, or an encoder file that cannot be read or does not fit.
+    """
+    if config.model not in CONFIGS:
+        raise InputError(f"model '{config.model}' is none of {', '.join(CONFIGS)}")
+    torch.manual_seed(config.seed)
+    network = options_of(SCFeatConfig, asdict(CONFIGS[config.model]) | config.network, "network")
+    model = SCFeat(network)
+    if config.encoder_weights:
+        path = Path(config.encoder_weights)
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            model.backbone.encoder.load_torchvision(state)
+        except Exception as error:  # torch.load has no error of its own
+            raise InputError(f"{path}: encoder weights cannot be used ({error})") from error
+    if not config.cross_norm:
+        model.bridge = nn.Identity()
+    return model
+
+
+def load_weights(model: nn.Module, state: dict[str, torch.Tensor], where: str) -> None:
+    """Give a network its weights.
+
+    Raises:
+        InputError: they are of another network; `where` names their source.
+    """
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+        raise InputError(f"{where}: weights of another network ({first})") from error
 
 
 def load_trained(checkpoint: str | Path) -> tuple[SCFeat, dict[str, Any]]:

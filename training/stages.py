@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import fields
-from typing import Any, TypeVar
+from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,9 +15,9 @@ from torch.utils.data import Dataset
 
 from scfeat_ros.errors import InputError
 from scfeat_ros.model.descriptors import Maps
-from scfeat_ros.model.scfeat import SCFeat
+from scfeat_ros.model.scfeat import SCFeat, SCFeatConfig
 from scfeat_training.adaptation import divergence, seen_from
-from scfeat_training.config import TrainConfig
+from scfeat_training.config import TrainConfig, options_of
 from scfeat_training.correspondences import CorrespondencePairs, GeometryPairs, MixedPairs
 from scfeat_training.datasets import (
     HomographyPairs,
@@ -32,6 +32,7 @@ from scfeat_training.descriptor_loss import (
     descriptor_loss,
     query_count,
 )
+from scfeat_training.distillation import Distill, DistillationOptions, start_from, unexplained
 from scfeat_training.keypoint_policy import (
     PolicyOptions,
     draw_keypoints,
@@ -44,6 +45,7 @@ from scfeat_training.keypoint_policy import (
     noise_count,
     pair_reward,
 )
+from scfeat_training.networks import load_weights
 from scfeat_training.photometric import Photometric
 from scfeat_training.pictures import pictures_of
 from scfeat_training.sampling_order import generator_of, uniform
@@ -54,27 +56,8 @@ from scfeat_training.warmup_loss import WarmupOptions, warmup_loss
 POINTS = 1024
 """Corresponding points a pair, of which up to a half come from sparse 3D points."""
 
-T = TypeVar("T")
 Batch = dict[str, Any]
 Terms = dict[str, torch.Tensor]
-
-
-def options_of(kind: type[T], values: dict[str, Any], where: str) -> T:
-    """A dataclass of options from a section of the configuration; lists become tuples.
-
-    Raises:
-        InputError: an unknown field, or a section inside of the section.
-    """
-    known = [f.name for f in fields(kind)]
-    for key in values:
-        if key not in known:
-            raise InputError(f"config section '{where}': unknown field '{key}'; known: {known}")
-        if isinstance(values[key], dict):
-            raise InputError(
-                f"config section '{where}': '{key}' takes no fields; a section stands at the top "
-                "level of the file"
-            )
-    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
 class Stage:
@@ -83,15 +66,41 @@ class Stage:
     Attributes:
         network: the part of the model that this stage runs forward, as one module, so that
             DistributedDataParallel and torch.compile can wrap it.
-        detects: whether the detector is trained, and descriptors stay as they are.
+        detects: whether the network is one with keypoints of its own, and descriptors that the
+            projection fits; else it is validated at corners.
+        needs_earlier: whether there is no training without a network to start from.
     """
 
     network: nn.Module
     detects: bool = False
+    needs_earlier: bool = False
 
-    def __init__(self, config: TrainConfig, model: SCFeat) -> None:
+    def __init__(self, config: TrainConfig, model: SCFeat, earlier: SCFeat | None = None) -> None:
+        """Make a stage of a network that trains.
+
+        Args:
+            config: the stage's settings.
+            model: the network, with the weights it starts from.
+            earlier: the network that these are from; None where there is none, or the run is
+                resumed.
+        """
         self.config = config
         self.model = model
+
+    @classmethod
+    def start(cls, config: TrainConfig, model: SCFeat, earlier: SCFeat, where: str) -> None:
+        """Give the network the weights of an earlier one, read from `where`.
+
+        Raises:
+            InputError: it is another network.
+        """
+        weights = earlier.state_dict()
+        if not config.cross_norm:  # an ablation may start from a network that has the bridge
+            weights = {k: v for k, v in weights.items() if not k.startswith("bridge.")}
+        load_weights(model, weights, where)
+        model.detector.reliability = model.detector.reliability.unfitted()  # fitted to it as it was
+        if not cls.detects:  # and this to the descriptors
+            model.projection = model.projection.unfitted()
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Trained parameters with their peak learning rate; all others are frozen here."""
@@ -105,11 +114,11 @@ class Stage:
         """Loss (B,) of each pair and mean terms for the log; `network` is `network`, wrapped."""
         raise NotImplementedError
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
+    def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs beside the model."""
         return {}
 
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` gave."""
 
     def pictures(self, model: SCFeat, batch: Batch) -> dict[str, np.ndarray]:
@@ -222,8 +231,8 @@ def correspondence_pairs(
 class WarmupStage(Stage):
     """Stage 0: descriptors before and after the bridge, from known correspondences."""
 
-    def __init__(self, config: TrainConfig, model: SCFeat) -> None:
-        super().__init__(config, model)
+    def __init__(self, config: TrainConfig, model: SCFeat, earlier: SCFeat | None = None) -> None:
+        super().__init__(config, model, earlier)
         self.options = options_of(WarmupOptions, config.loss, "loss")
         self.network = Describe(model)
 
@@ -257,8 +266,8 @@ class DescriptorStage(Stage):
     1 - `posed_share` of the pairs are homographies, which have no epipolar loss.
     """
 
-    def __init__(self, config: TrainConfig, model: SCFeat) -> None:
-        super().__init__(config, model)
+    def __init__(self, config: TrainConfig, model: SCFeat, earlier: SCFeat | None = None) -> None:
+        super().__init__(config, model, earlier)
         self.options = options_of(DescriptorOptions, config.loss, "loss")
         if self.options.contrast_weight == 0 and config.posed_share != 1:
             raise InputError("config: without contrast_weight, posed_share must be 1 in stage 1")
@@ -328,8 +337,8 @@ class DetectorStage(Stage):
 
     detects = True
 
-    def __init__(self, config: TrainConfig, model: SCFeat) -> None:
-        super().__init__(config, model)
+    def __init__(self, config: TrainConfig, model: SCFeat, earlier: SCFeat | None = None) -> None:
+        super().__init__(config, model, earlier)
         self.options = options_of(PolicyOptions, config.loss, "loss")
         width, height = size_of(config)
         if width % self.options.cell or height % self.options.cell:
@@ -452,10 +461,12 @@ class AdaptationStage(Stage):
 
     detects = True
 
-    def __init__(self, config: TrainConfig, model: SCFeat) -> None:
-        super().__init__(config, model)
+    def __init__(self, config: TrainConfig, model: SCFeat, earlier: SCFeat | None = None) -> None:
+        super().__init__(config, model, earlier)
         if config.posed_share:
             raise InputError("config: stage adaptation takes homographies alone; no posed_share")
+        if config.loss:
+            raise InputError("config: stage adaptation has no section 'loss'; take it out")
         self.network = DetectTwice(model)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -483,9 +494,71 @@ class AdaptationStage(Stage):
         self.network.before.load_state_dict(state)
 
 
+class DistillationStage(Stage):
+    """A smaller network learns from an earlier one, which is given as the one to start from.
+
+    The detector is trained where `scores` is not 0.
+    """
+
+    detects = True
+    needs_earlier = True
+
+    def __init__(self, config: TrainConfig, model: SCFeat, earlier: SCFeat | None = None) -> None:
+        super().__init__(config, model, earlier)
+        if config.posed_share:
+            raise InputError("config: stage distillation takes homographies alone; no posed_share")
+        self.options = options_of(DistillationOptions, config.loss, "loss")
+        if earlier is not None:
+            self._learn_from(earlier)
+
+    @classmethod
+    def start(cls, config: TrainConfig, model: SCFeat, earlier: SCFeat, where: str) -> None:
+        start_from(earlier, model)
+
+    def _learn_from(self, teacher: SCFeat) -> None:
+        teacher = teacher.to(self.model.mean.device, memory_format=torch.channels_last)
+        self.network = Distill(self.model, teacher, self.options.scores > 0)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        groups = description_groups(self.config, self.model)
+        if self.options.scores > 0:
+            self.model.detector.requires_grad_(True)
+            groups.append(
+                {"params": list(self.model.detector.parameters()), "peak": self.config.lr}
+            )
+        return groups
+
+    def dataset(self, scenes: Sequence[Scene], skip_bad: bool) -> Dataset:
+        return GeometryPairs(homography_pairs(self.config, scenes, skip_bad))
+
+    def losses(self, network: Callable, batch: Batch) -> tuple[torch.Tensor, Terms]:
+        maps, target = network(images_of(batch))
+        options = self.options
+        weights = {"bridged": 1.0, **dict.fromkeys(("layer1", "layer2", "layer3"), options.layers)}
+        total, terms = 0.0, {}
+        for (name, weight), own, theirs in zip(weights.items(), maps, target, strict=False):
+            loss = unexplained(own.float(), theirs.float())
+            total, terms[name] = total + weight * loss, loss.detach().mean()
+        if options.scores > 0:
+            both = zip(maps[-1][:, 0].float(), target[-1][:, 0].float(), strict=True)
+            loss = torch.stack([divergence(a, b, torch.ones_like(b, dtype=bool)) for a, b in both])
+            total, terms["scores"] = total + options.scores * loss, loss.detach().mean()
+        return total.view(2, -1).mean(dim=0), terms
+
+    def state_dict(self) -> dict[str, Any]:
+        teacher = self.network.teacher
+        return {"config": asdict(teacher.config), "weights": teacher.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        teacher = SCFeat(SCFeatConfig(**state["config"]))
+        teacher.load_state_dict(state["weights"])
+        self._learn_from(teacher)
+
+
 STAGE_CLASSES: dict[str, type[Stage]] = {
     "warmup": WarmupStage,
     "descriptor": DescriptorStage,
     "detector": DetectorStage,
     "adaptation": AdaptationStage,
+    "distillation": DistillationStage,
 }

@@ -16,8 +16,8 @@ from scfeat_ros.errors import InputError, OutputExistsError, ScfeatError
 from scfeat_ros.model.cross_norm import CrossNorm
 from scfeat_ros.model.scfeat import SCFeat, save_model
 from scfeat_training.config import STAGES, read_config
+from scfeat_training.networks import load_network
 from scfeat_training.scenes import read_scenes, split_scenes
-from scfeat_training.trained import load_network
 from scfeat_training.trainer import Trainer
 
 HELP = {
@@ -25,6 +25,7 @@ HELP = {
     "descriptor": "stage 1: descriptors from camera poses alone",
     "detector": "stage 2: the keypoint detector, by policy gradient",
     "adaptation": "stage 3: the keypoint detector, by what it finds in other views",
+    "distillation": "a smaller network, by the maps of the one given by --init",
 }
 
 

@@ -27,51 +27,20 @@ from tqdm import tqdm
 
 from scfeat_ros.errors import InputError, ScfeatError
 from scfeat_ros.memory import keep_freed_memory
-from scfeat_ros.model.scfeat import (
-    CONFIGS,
-    SCFeat,
-    SCFeatConfig,
-    available_models,
-    find_weights,
-    load_model,
-    read_metadata,
-)
 from scfeat_training.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
 from scfeat_training.config import TrainConfig
 from scfeat_training.ema import Ema
 from scfeat_training.fast_conv import accelerate, cpu_has_bfloat16
+from scfeat_training.networks import load_network, load_weights, make_model
 from scfeat_training.sampling_order import Numbered, StepSampler
 from scfeat_training.scenes import Scene, read_scenes, split_scenes
-from scfeat_training.stages import STAGE_CLASSES, options_of
+from scfeat_training.stages import STAGE_CLASSES
 from scfeat_training.validation import Validation
 
 LOG = "log.jsonl"
 MAX_SKIPPED_IN_A_ROW = 50
 KEPT_MEMORY = 2**31 - 1
 """Bytes of freed memory that a run on the CPU keeps for the next step."""
-
-
-def make_model(config: TrainConfig) -> SCFeat:
-    """The network at its start: random weights, with the encoder's file where one is given.
-
-    Raises:
-        InputError: an unknown model, or an encoder file that cannot be read or does not fit.
-    """
-    if config.model not in CONFIGS:
-        raise InputError(f"model '{config.model}' is none of {', '.join(CONFIGS)}")
-    torch.manual_seed(config.seed)
-    network = options_of(SCFeatConfig, asdict(CONFIGS[config.model]) | config.network, "network")
-    model = SCFeat(network)
-    if config.encoder_weights:
-        path = Path(config.encoder_weights)
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            model.backbone.encoder.load_torchvision(state)
-        except Exception as error:  # torch.load has no error of its own
-            raise InputError(f"{path}: encoder weights cannot be used ({error})") from error
-    if not config.cross_norm:
-        model.bridge = nn.Identity()
-    return model
 
 
 def hardware(device: torch.device) -> str:
@@ -142,21 +111,20 @@ class Trainer:
         self.skip_bad = skip_bad
 
         self.model = make_model(config).eval()  # batch norm stays frozen; nothing else differs
+        stage = STAGE_CLASSES[config.stage]
         state = load_checkpoint(self.run) if resume else None
         self.history: list[dict[str, Any]] = []
+        earlier = None
         if init is not None and state is None:
-            weights, self.history = _earlier(init)
-            if not config.cross_norm:  # an ablation may start from a network that has the bridge
-                weights = {k: v for k, v in weights.items() if not k.startswith("bridge.")}
-            _load_weights(self.model, weights, str(init))
-            detector = self.model.detector
-            detector.reliability = detector.reliability.unfitted()  # fitted to it as it was
-            if not STAGE_CLASSES[config.stage].detects:  # and this to the descriptors
-                self.model.projection = self.model.projection.unfitted()
+            earlier, provenance = load_network(init)
+            self.history = list(provenance.get("history", []))
+            stage.start(config, self.model, earlier, str(init))
+        elif state is None and stage.needs_earlier:
+            raise InputError(f"{config.stage}: give the network to learn from by --init")
         self.model.to(self.device, memory_format=torch.channels_last)
         self.step = 0
         self.ema = Ema(self.model, config.ema)
-        self.stage = STAGE_CLASSES[config.stage](config, self.model)
+        self.stage = stage(config, self.model, earlier)
         groups = self.stage.parameter_groups()
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, weight_decay=config.weight_decay)
         if state is not None:
@@ -164,7 +132,7 @@ class Trainer:
         if self.device.type == "cpu":
             keep_freed_memory(KEPT_MEMORY)
             if cpu_has_bfloat16():
-                accelerate(self.model)
+                accelerate(self.stage.network)
         network: nn.Module = self.stage.network
         if config.compile:
             network = torch.compile(network)
@@ -197,8 +165,8 @@ class Trainer:
             raise InputError(
                 f"{self.run}: holds a run of stage '{state['stage']}', not '{self.config.stage}'"
             )
-        _load_weights(self.model, state["model"], str(self.run))
-        _load_weights(self.ema.model, state["ema"], str(self.run))
+        load_weights(self.model, state["model"], str(self.run))
+        load_weights(self.ema.model, state["ema"], str(self.run))
         self.stage.load_state_dict(state.get("stage_state", {}))
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
@@ -441,23 +409,6 @@ def _scenes(config: TrainConfig, skip_bad: bool, on_bad: Any) -> tuple[list[Scen
     if not train:
         raise InputError(f"{config.data}: all scenes are held out for validation, none to train on")
     return train, held_out
-
-
-def _earlier(path: str | Path) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
-    """Weights and history of a checkpoint, of a .safetensors file or of an installed model."""
-    if str(path) in available_models() or Path(path).suffix == ".safetensors":
-        history = read_metadata(find_weights(path))["provenance"].get("history", [])
-        return load_model(path).state_dict(), history
-    state = load_checkpoint(path)
-    return state["ema"], list(state["history"])
-
-
-def _load_weights(model: nn.Module, state: dict[str, torch.Tensor], where: str) -> None:
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
-        raise InputError(f"{where}: weights of another network ({first})") from error
 
 
 def _to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:

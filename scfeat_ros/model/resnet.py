@@ -12,6 +12,7 @@ STEM_CHANNELS = 64
 RESNETS: dict[str, tuple[str, tuple[int, int, int]]] = {
     "resnet10": ("basic", (1, 1, 1)),
     "resnet16": ("basic", (1, 2, 2)),
+    "resnet16-narrow": ("narrow", (1, 2, 2)),
     "resnet18": ("basic", (2, 2, 2)),
     "resnet34": ("basic", (3, 4, 6)),
     "resnet50": ("bottleneck", (3, 4, 6)),
@@ -34,13 +35,15 @@ class BasicBlock(nn.Module):
     """Two 3x3 convolutions with a shortcut (ResNet-18 and -34)."""
 
     expansion = 1
+    narrowing = 1
 
     def __init__(self, inputs: int, width: int, stride: int) -> None:
         super().__init__()
-        self.conv1 = _conv(inputs, width, 3, stride)
-        self.bn1 = nn.BatchNorm2d(width)
+        inner = width // self.narrowing
+        self.conv1 = _conv(inputs, inner, 3, stride)
+        self.bn1 = nn.BatchNorm2d(inner)
         self.relu = nn.ReLU(inplace=True)
-        self.conv2 = _conv(width, width, 3)
+        self.conv2 = _conv(inner, width, 3)
         self.bn2 = nn.BatchNorm2d(width)
         self.downsample = _projection(inputs, width, stride)
 
@@ -48,6 +51,12 @@ class BasicBlock(nn.Module):
         shortcut = x if self.downsample is None else self.downsample(x)
         x = self.relu(self.bn1(self.conv1(x)))
         return self.relu(self.bn2(self.conv2(x)) + shortcut)
+
+
+class NarrowBlock(BasicBlock):
+    """`BasicBlock` with half the channels between its convolutions."""
+
+    narrowing = 2
 
 
 class Bottleneck(nn.Module):
@@ -102,7 +111,7 @@ class ResNetEncoder(nn.Module):
         if name not in RESNETS:
             raise ValueError(f"unknown encoder '{name}', choose one of {', '.join(RESNETS)}")
         kind, blocks = RESNETS[name]
-        block = {"basic": BasicBlock, "bottleneck": Bottleneck}[kind]
+        block = {"basic": BasicBlock, "narrow": NarrowBlock, "bottleneck": Bottleneck}[kind]
         self.channels = tuple(width * block.expansion for width in (64, 128, 256))
         self.conv1 = _conv(3, STEM_CHANNELS, 7, stride=2)
         self.bn1 = nn.BatchNorm2d(STEM_CHANNELS)
