@@ -314,7 +314,8 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
         "--weights",
         default="scfeat-s",
         metavar="NAME_OR_FILE",
-        help="an installed model or a .safetensors file (default: %(default)s)",
+        help="an installed model (scfeat-s, or scfeat-xs, which is faster) or a .safetensors file "
+        "(default: %(default)s)",
     )
     group.add_argument(
         "--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: %(default)s)"

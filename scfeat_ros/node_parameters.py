@@ -18,7 +18,10 @@ from scfeat_ros.parameters import (
 class NodeOptions:
     """What only the node knows: lifecycle, input, output and diagnostics."""
 
-    weights: str = option("scfeat-s", "name of an installed model, or path of a .safetensors file")
+    weights: str = option(
+        "scfeat-s",
+        "installed model (scfeat-s, or scfeat-xs, which is faster), or path of a .safetensors file",
+    )
     device: str = option(
         "auto",
         "where the network runs: auto (CUDA where there is one), cpu, cuda, cuda:1 ...; without "

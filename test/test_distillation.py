@@ -2,10 +2,13 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
+from test_extractor import textured_image
 
 from scfeat_ros.errors import InputError
+from scfeat_ros.extractor import Extractor
 from scfeat_ros.model.scfeat import CONFIGS, SCFeat
 from scfeat_training.distillation import start_from, unexplained
 
@@ -49,3 +52,17 @@ def test_unexplained_share_is_between_equal_maps_and_their_mean():
     share = unexplained(other, target)
     assert ((share > 0) & (share < 0.05)).all()
     torch.testing.assert_close(unexplained(10 * other, 10 * target), share)
+
+
+def test_scfeat_xs_gives_what_scfeat_s_gives():
+    """So that the one matches what the other has seen."""
+    image = textured_image(320, 240)
+    options = {"device": "cpu", "precision": "fp32", "max_keypoints": 300}
+    large, small = (
+        Extractor.from_pretrained(n, **options)(image) for n in ("scfeat-s", "scfeat-xs")
+    )
+    distance = np.linalg.norm(large.keypoints[:, None] - small.keypoints[None], axis=2)
+    found, there = distance.min(axis=1) < 1, distance.argmin(axis=1)
+    assert found.mean() > 0.8
+    cosine = (large.descriptors * small.descriptors[there]).sum(axis=1)[found]
+    assert np.median(cosine) > 0.97

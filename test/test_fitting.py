@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from test_train import data  # noqa: F401 - a fixture
 
 from scfeat_ros.errors import InputError
-from scfeat_ros.model.scfeat import find_weights, load_model, read_metadata
+from scfeat_ros.model.scfeat import available_models, find_weights, load_model, read_metadata
 from scfeat_training import reliability
 from scfeat_training.projection import Scatter, discriminant
 from scfeat_training.train import main
@@ -90,8 +90,9 @@ def test_older_weights_without_what_is_fitted(tmp_path):
     assert torch.equal(found.detector.reliability(torch.rand(1, 64, 4, 5)), torch.ones(1, 1, 4, 5))
 
 
-def test_published_weights_are_fitted():
-    published = load_model("scfeat-s")
+@pytest.mark.parametrize("name", available_models())
+def test_published_weights_are_fitted(name):
+    published = load_model(name)
     assert not torch.equal(published.projection.matrix, published.projection.unfitted().matrix)
     assert published.detector.reliability.weight.norm() > 1
 
