@@ -131,9 +131,9 @@ def teacher(tmp_path_factory):
 def test_resumed_run_is_the_same_to_the_bit(stage, settings, teacher, tmp_path):
     config = str(settings(stage, loss={"scores": 0.3} if stage == "distillation" else {}))
     straight, broken = tmp_path / "straight", tmp_path / "broken"
-    first = ["--init", teacher] if stage == "distillation" else []
-    assert main([stage, "--config", config, "--run", str(straight), *first]) == 0
-    assert main([stage, "--config", config, "--run", str(broken), "--stop-at", "3", *first]) == 0
+    start = ["--init", teacher] if stage == "distillation" else []
+    assert main([stage, "--config", config, "--run", str(straight), *start]) == 0
+    assert main([stage, "--config", config, "--run", str(broken), "--stop-at", "3", *start]) == 0
     assert load_checkpoint(broken)["step"] == 3
     assert main([stage, "--config", config, "--run", str(broken), "--resume"]) == 0
     first, second = load_checkpoint(straight), load_checkpoint(broken)
@@ -177,7 +177,6 @@ def test_adaptation_brings_the_views_scores_together(settings, tmp_path, capsys)
 
 
 def test_distillation_brings_the_maps_together(settings, teacher, tmp_path, capsys):
-    run = tmp_path / "run"
     for scores in (0.0, 0.3):
         run = tmp_path / str(scores)
         config = str(settings("distillation", steps=30, lr=2e-3, loss={"scores": scores}))
@@ -258,7 +257,7 @@ def test_shipped_settings_are_taken(path, data):
     stage = path.stem.removeprefix("scfeat_")
     config = read_config(path, stage)
     model = make_model(config)
-    made = STAGE_CLASSES[stage](config, model, model)
+    made = STAGE_CLASSES[stage](config, model)
     assert sum(len(group["params"]) for group in made.parameter_groups()) > 5
     scenes, _ = split_scenes(read_scenes(data))
     assert len(made.dataset(scenes, skip_bad=False)) > 0

@@ -100,13 +100,18 @@ class Distill(nn.Module):
         self.model, self.scores = model, scores
         self.teacher = teacher.eval().requires_grad_(False)
 
-    def forward(self, images: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """For each network: (2 B, C, h, w) F_cn, layer1, layer2, layer3, and scores if wanted."""
+    def forward(
+        self, images: torch.Tensor
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """For each network: F_cn ("bridged"), "layer1", "layer2", "layer3"; "scores" if wanted."""
         with torch.no_grad():
             target = self._maps(self.teacher, images)
         return self._maps(self.model, images), target
 
-    def _maps(self, network: SCFeat, images: torch.Tensor) -> list[torch.Tensor]:
+    def _maps(self, network: SCFeat, images: torch.Tensor) -> dict[str, torch.Tensor]:
         description = network.describe(images)
-        maps = [description.bridged, *description.encoded[1:]]
-        return [*maps, network.detect(images, description)] if self.scores else maps
+        maps = {"bridged": description.bridged, **description.encoded._asdict()}
+        del maps["stem"]
+        if self.scores:
+            maps["scores"] = network.detect(images, description)
+        return maps

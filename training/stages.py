@@ -75,31 +75,23 @@ class Stage:
     detects: bool = False
     needs_earlier: bool = False
 
-    def __init__(self, config: TrainConfig, model: SCFeat, earlier: SCFeat | None = None) -> None:
-        """Make a stage of a network that trains.
-
-        Args:
-            config: the stage's settings.
-            model: the network, with the weights it starts from.
-            earlier: the network that these are from; None where there is none, or the run is
-                resumed.
-        """
+    def __init__(self, config: TrainConfig, model: SCFeat) -> None:
         self.config = config
         self.model = model
 
-    @classmethod
-    def start(cls, config: TrainConfig, model: SCFeat, earlier: SCFeat, where: str) -> None:
-        """Give the network the weights of an earlier one, read from `where`.
+    def start(self, earlier: SCFeat, where: str) -> None:
+        """Begin from an earlier network, read from `where`: take over its weights.
 
         Raises:
             InputError: it is another network.
         """
         weights = earlier.state_dict()
-        if not config.cross_norm:  # an ablation may start from a network that has the bridge
+        if not self.config.cross_norm:  # an ablation may start from a network that has the bridge
             weights = {k: v for k, v in weights.items() if not k.startswith("bridge.")}
+        model = self.model
         load_weights(model, weights, where)
         model.detector.reliability = model.detector.reliability.unfitted()  # fitted to it as it was
-        if not cls.detects:  # and this to the descriptors
+        if not self.detects:  # and this to the descriptors
             model.projection = model.projection.unfitted()
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -231,8 +223,8 @@ def correspondence_pairs(
 class WarmupStage(Stage):
     """Stage 0: descriptors before and after the bridge, from known correspondences."""
 
-    def __init__(self, config: TrainConfig, model: SCFeat, earlier: SCFeat | None = None) -> None:
-        super().__init__(config, model, earlier)
+    def __init__(self, config: TrainConfig, model: SCFeat) -> None:
+        super().__init__(config, model)
         self.options = options_of(WarmupOptions, config.loss, "loss")
         self.network = Describe(model)
 
@@ -266,8 +258,8 @@ class DescriptorStage(Stage):
     1 - `posed_share` of the pairs are homographies, which have no epipolar loss.
     """
 
-    def __init__(self, config: TrainConfig, model: SCFeat, earlier: SCFeat | None = None) -> None:
-        super().__init__(config, model, earlier)
+    def __init__(self, config: TrainConfig, model: SCFeat) -> None:
+        super().__init__(config, model)
         self.options = options_of(DescriptorOptions, config.loss, "loss")
         if self.options.contrast_weight == 0 and config.posed_share != 1:
             raise InputError("config: without contrast_weight, posed_share must be 1 in stage 1")
@@ -337,8 +329,8 @@ class DetectorStage(Stage):
 
     detects = True
 
-    def __init__(self, config: TrainConfig, model: SCFeat, earlier: SCFeat | None = None) -> None:
-        super().__init__(config, model, earlier)
+    def __init__(self, config: TrainConfig, model: SCFeat) -> None:
+        super().__init__(config, model)
         self.options = options_of(PolicyOptions, config.loss, "loss")
         width, height = size_of(config)
         if width % self.options.cell or height % self.options.cell:
@@ -440,6 +432,20 @@ class DetectorStage(Stage):
         return loss, figures
 
 
+class HomographyStage(Stage):
+    """Base of the stages that need views of single photos alone, and no poses."""
+
+    def __init__(self, config: TrainConfig, model: SCFeat) -> None:
+        super().__init__(config, model)
+        if config.posed_share:
+            raise InputError(
+                f"config: stage {config.stage} takes homographies alone; no posed_share"
+            )
+
+    def dataset(self, scenes: Sequence[Scene], skip_bad: bool) -> Dataset:
+        return GeometryPairs(homography_pairs(self.config, scenes, skip_bad))
+
+
 class DetectTwice(nn.Module):
     """Images -> score maps of the detector and of the one before; only the first is trained."""
 
@@ -456,24 +462,23 @@ class DetectTwice(nn.Module):
         return self.model.detector(*maps), before
 
 
-class AdaptationStage(Stage):
+class AdaptationStage(HomographyStage):
     """Stage 3: the detector, by what it found in other views; backbone and bridge are frozen."""
 
     detects = True
 
-    def __init__(self, config: TrainConfig, model: SCFeat, earlier: SCFeat | None = None) -> None:
-        super().__init__(config, model, earlier)
-        if config.posed_share:
-            raise InputError("config: stage adaptation takes homographies alone; no posed_share")
+    def __init__(self, config: TrainConfig, model: SCFeat) -> None:
+        super().__init__(config, model)
         if config.loss:
             raise InputError("config: stage adaptation has no section 'loss'; take it out")
         self.network = DetectTwice(model)
 
+    def start(self, earlier: SCFeat, where: str) -> None:
+        super().start(earlier, where)
+        self.network = DetectTwice(self.model)
+
     def parameter_groups(self) -> list[dict[str, Any]]:
         return detector_groups(self.config, self.model)
-
-    def dataset(self, scenes: Sequence[Scene], skip_bad: bool) -> Dataset:
-        return GeometryPairs(homography_pairs(self.config, scenes, skip_bad))
 
     def losses(self, network: Callable, batch: Batch) -> tuple[torch.Tensor, Terms]:
         scores, before = (maps[:, 0].float() for maps in network(images_of(batch)))
@@ -494,7 +499,7 @@ class AdaptationStage(Stage):
         self.network.before.load_state_dict(state)
 
 
-class DistillationStage(Stage):
+class DistillationStage(HomographyStage):
     """A smaller network learns from an earlier one, which is given as the one to start from.
 
     The detector is trained where `scores` is not 0.
@@ -503,17 +508,13 @@ class DistillationStage(Stage):
     detects = True
     needs_earlier = True
 
-    def __init__(self, config: TrainConfig, model: SCFeat, earlier: SCFeat | None = None) -> None:
-        super().__init__(config, model, earlier)
-        if config.posed_share:
-            raise InputError("config: stage distillation takes homographies alone; no posed_share")
+    def __init__(self, config: TrainConfig, model: SCFeat) -> None:
+        super().__init__(config, model)
         self.options = options_of(DistillationOptions, config.loss, "loss")
-        if earlier is not None:
-            self._learn_from(earlier)
 
-    @classmethod
-    def start(cls, config: TrainConfig, model: SCFeat, earlier: SCFeat, where: str) -> None:
-        start_from(earlier, model)
+    def start(self, earlier: SCFeat, where: str) -> None:
+        start_from(earlier, self.model)
+        self._learn_from(earlier)
 
     def _learn_from(self, teacher: SCFeat) -> None:
         teacher = teacher.to(self.model.mean.device, memory_format=torch.channels_last)
@@ -528,21 +529,20 @@ class DistillationStage(Stage):
             )
         return groups
 
-    def dataset(self, scenes: Sequence[Scene], skip_bad: bool) -> Dataset:
-        return GeometryPairs(homography_pairs(self.config, scenes, skip_bad))
-
     def losses(self, network: Callable, batch: Batch) -> tuple[torch.Tensor, Terms]:
         maps, target = network(images_of(batch))
-        options = self.options
-        weights = {"bridged": 1.0, **dict.fromkeys(("layer1", "layer2", "layer3"), options.layers)}
+        weights = {"bridged": 1.0, "scores": self.options.scores}
         total, terms = 0.0, {}
-        for (name, weight), own, theirs in zip(weights.items(), maps, target, strict=False):
-            loss = unexplained(own.float(), theirs.float())
-            total, terms[name] = total + weight * loss, loss.detach().mean()
-        if options.scores > 0:
-            both = zip(maps[-1][:, 0].float(), target[-1][:, 0].float(), strict=True)
-            loss = torch.stack([divergence(a, b, torch.ones_like(b, dtype=bool)) for a, b in both])
-            total, terms["scores"] = total + options.scores * loss, loss.detach().mean()
+        for name in target:
+            own, theirs = maps[name].float(), target[name].float()
+            if name == "scores":
+                everywhere = torch.ones_like(theirs[0, 0], dtype=torch.bool)
+                both = zip(own[:, 0], theirs[:, 0], strict=True)
+                loss = torch.stack([divergence(a, b, everywhere) for a, b in both])
+            else:
+                loss = unexplained(own, theirs)
+            total = total + weights.get(name, self.options.layers) * loss
+            terms[name] = loss.detach().mean()
         return total.view(2, -1).mean(dim=0), terms
 
     def state_dict(self) -> dict[str, Any]:

@@ -69,8 +69,8 @@ class Trainer:
         config: the stage's settings.
         run: folder of checkpoint, log and TensorBoard files.
         resume: go on from the run's checkpoint.
-        init: checkpoint of an earlier stage whose averaged weights this one starts from, or a
-            file of exported weights.
+        init: checkpoint of an earlier stage whose averaged weights this one starts from (or, in
+            the distillation, learns from), a file of exported weights, or an installed model.
         skip_bad: go on without unreadable images and wrong cameras.
         device: torch device; "auto" is CUDA where there is one.
         command: the command line, for the record.
@@ -111,20 +111,18 @@ class Trainer:
         self.skip_bad = skip_bad
 
         self.model = make_model(config).eval()  # batch norm stays frozen; nothing else differs
-        stage = STAGE_CLASSES[config.stage]
         state = load_checkpoint(self.run) if resume else None
         self.history: list[dict[str, Any]] = []
-        earlier = None
-        if init is not None and state is None:
+        self.model.to(self.device, memory_format=torch.channels_last)
+        self.stage = STAGE_CLASSES[config.stage](config, self.model)
+        if state is None and init is not None:
             earlier, provenance = load_network(init)
             self.history = list(provenance.get("history", []))
-            stage.start(config, self.model, earlier, str(init))
-        elif state is None and stage.needs_earlier:
+            self.stage.start(earlier, str(init))
+        elif state is None and self.stage.needs_earlier:
             raise InputError(f"{config.stage}: give the network to learn from by --init")
-        self.model.to(self.device, memory_format=torch.channels_last)
         self.step = 0
         self.ema = Ema(self.model, config.ema)
-        self.stage = stage(config, self.model, earlier)
         groups = self.stage.parameter_groups()
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, weight_decay=config.weight_decay)
         if state is not None:

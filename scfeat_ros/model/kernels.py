@@ -166,6 +166,7 @@ def bridge_and_stem(
         stem: (B, 64, h, w).
         spatial: 7x7 convolution from the channel mean to scale and shift, times w_s.
         channel: the instance normalization with its numbers times w_c.
+        reliability: of F_cn.
     """
     descriptors, stem = descriptors.float(), stem.float()
     variance, mean = torch.var_mean(descriptors, dim=1, correction=0, keepdim=True)
