@@ -314,7 +314,7 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
         "--weights",
         default="scfeat-s",
         metavar="NAME_OR_FILE",
-        help="an installed model (scfeat-s, or scfeat-xs, which is faster) or a .safetensors file "
+        help="an installed model (scfeat-s or the larger scfeat-m) or a .safetensors file "
         "(default: %(default)s)",
     )
     group.add_argument(

@@ -20,7 +20,7 @@ class NodeOptions:
 
     weights: str = option(
         "scfeat-s",
-        "installed model (scfeat-s, or scfeat-xs, which is faster), or path of a .safetensors file",
+        "installed model (scfeat-s or the larger scfeat-m), or path of a .safetensors file",
     )
     device: str = option(
         "auto",

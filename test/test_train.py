@@ -99,7 +99,7 @@ def settings(data, tmp_path):
         common = dict(
             stage=stage, data=str(data), size=[96, 64], batch=2, steps=6, warmup_steps=2,
             log_every=1, validate_every=1000, validation_pairs=0, workers=0, threads=1,
-            model="scfeat-xs" if stage == "distillation" else "scfeat-s",
+            model="scfeat-s",
             posed_share={"warmup": 0.5, "descriptor": 1.0, "detector": 0.5}.get(stage, 0.0),
         )  # fmt: skip
         path.write_text(yaml.safe_dump(common | values))
@@ -123,7 +123,7 @@ def teacher(tmp_path_factory):
     """A file of weights of a network to learn from."""
     path = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
     torch.manual_seed(0)
-    save_model(SCFeat(CONFIGS["scfeat-s"]), path, {})
+    save_model(SCFeat(CONFIGS["scfeat-m"]), path, {})
     return str(path)
 
 
@@ -191,6 +191,16 @@ def test_distillation_brings_the_maps_together(settings, teacher, tmp_path, caps
     arguments = ["--config", config, "--run", str(tmp_path / "other")]
     assert main(["distillation", *arguments]) == 1
     assert "--init" in capsys.readouterr().err
+
+
+def test_frozen_layers_stay_as_they_are(settings, teacher, tmp_path):
+    config = str(settings("distillation", steps=3, frozen=["stem", "layer1"]))
+    run = tmp_path / "run"
+    assert main(["distillation", "--config", config, "--run", str(run), "--init", teacher]) == 0
+    found, before = load_checkpoint(run)["model"], load_model(teacher).state_dict()
+    changed = {key for key in before if not torch.equal(found[key], before[key])}
+    layers = {key.split(".")[2] for key in changed if ".encoder." in key}
+    assert layers == {"layer2", "layer3"}
 
 
 def test_descriptor_loss_falls(settings, tmp_path):
@@ -386,13 +396,14 @@ def test_damaged_checkpoint_is_named(tmp_path):
         ({"lr": "fast"}, "'lr' must be a number"),
         ({"size": [100, 64]}, "multiples of 16"),
         ({"schedule": "linear"}, "neither constant nor cosine"),
-        ({"model": "scfeat-xl"}, "none of scfeat, scfeat-s, scfeat-xs"),
+        ({"model": "scfeat-xl"}, "none of scfeat, scfeat-m, scfeat-s"),
         ({"loss": {"temprature": 1}}, "unknown field 'temprature'"),
         ({"photometric": {"glow": 1}}, "config section 'photometric': unknown field 'glow'"),
         ({"homography": {"photometric": {"blur": 1}}}, "'photometric' takes no fields"),
         ({"data": "/nowhere"}, "/nowhere"),
         ({"encoder_weights": "/nowhere.pth"}, "/nowhere.pth"),
         ({"scenes": ["fern"]}, "none to train on"),
+        ({"frozen": ["layer9"]}, "'layer9' is none of stem, layer1"),
     ],
 )
 def test_wrong_settings_give_one_line(values, message, settings, tmp_path, capsys):

@@ -31,7 +31,7 @@ class TrainConfig:
         schedule: constant, or cosine down to a twentieth; both after `warmup_steps` of rise.
         clip: largest norm of the gradient.
         ema: decay of the moving average of the weights; that average is validated and exported.
-        freeze_stem: do not train conv1 and bn1 of the encoder.
+        frozen: parts of the encoder that are not trained: stem (conv1, bn1), layer1 to layer3.
         cross_norm: False takes the bridge out (Table III, "w/o cross norm.").
         posed_share: share of pairs that come from posed scenes (the others are homographies);
             stages 1 and 2 alone read it from their own sections.
@@ -61,7 +61,7 @@ class TrainConfig:
     warmup_steps: int = 100
     clip: float = 1.0
     ema: float = 0.998
-    freeze_stem: bool = False
+    frozen: list[str] = field(default_factory=list)
     cross_norm: bool = True
     posed_share: float = 0.0
     synthetic_share: float = 0.0

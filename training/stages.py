@@ -151,9 +151,12 @@ def description_groups(config: TrainConfig, model: SCFeat) -> list[dict[str, Any
     encoder = model.backbone.encoder
     for part in (model.backbone, model.bridge):
         part.requires_grad_(True)
-    if config.freeze_stem:
-        encoder.conv1.requires_grad_(False)
-        encoder.bn1.requires_grad_(False)
+    for name in config.frozen:
+        if name not in ("stem", "layer1", "layer2", "layer3"):
+            raise InputError(f"frozen: '{name}' is none of stem, layer1, layer2, layer3")
+        parts = (encoder.conv1, encoder.bn1) if name == "stem" else (getattr(encoder, name),)
+        for part in parts:
+            part.requires_grad_(False)
     in_encoder = {id(p) for p in encoder.parameters()}
     trained = [p for p in model.parameters() if p.requires_grad]
     return [

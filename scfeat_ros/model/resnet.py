@@ -9,15 +9,29 @@ from torch import nn
 
 STEM_CHANNELS = 64
 
-RESNETS: dict[str, tuple[str, tuple[int, int, int]]] = {
-    "resnet10": ("basic", (1, 1, 1)),
-    "resnet16": ("basic", (1, 2, 2)),
-    "resnet16-narrow": ("narrow", (1, 2, 2)),
-    "resnet18": ("basic", (2, 2, 2)),
-    "resnet34": ("basic", (3, 4, 6)),
-    "resnet50": ("bottleneck", (3, 4, 6)),
+WIDTHS = (64, 128, 256)
+"""Inner channels of layer1, layer2 and layer3 in a standard ResNet."""
+
+
+class Layout(NamedTuple):
+    """What tells one ResNet from another."""
+
+    block: str
+    """"basic" or "bottleneck"."""
+    blocks: tuple[int, int, int]
+    """Their number in layer1, layer2 and layer3."""
+    inner: tuple[int, int, int] = WIDTHS
+    """Channels between a block's convolutions in each of these."""
+
+
+RESNETS: dict[str, Layout] = {
+    "resnet10": Layout("basic", (1, 1, 1)),
+    "resnet16": Layout("basic", (1, 2, 2)),
+    "resnet16-narrow": Layout("basic", (1, 2, 2), inner=(64, 96, 128)),
+    "resnet18": Layout("basic", (2, 2, 2)),
+    "resnet34": Layout("basic", (3, 4, 6)),
+    "resnet50": Layout("bottleneck", (3, 4, 6)),
 }
-"""Block type and number of blocks in layer1, layer2, layer3."""
 
 
 def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Conv2d:
@@ -35,17 +49,15 @@ class BasicBlock(nn.Module):
     """Two 3x3 convolutions with a shortcut (ResNet-18 and -34)."""
 
     expansion = 1
-    narrowing = 1
 
-    def __init__(self, inputs: int, width: int, stride: int) -> None:
+    def __init__(self, inputs: int, outputs: int, inner: int, stride: int) -> None:
         super().__init__()
-        inner = width // self.narrowing
         self.conv1 = _conv(inputs, inner, 3, stride)
         self.bn1 = nn.BatchNorm2d(inner)
         self.relu = nn.ReLU(inplace=True)
-        self.conv2 = _conv(inner, width, 3)
-        self.bn2 = nn.BatchNorm2d(width)
-        self.downsample = _projection(inputs, width, stride)
+        self.conv2 = _conv(inner, outputs, 3)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.downsample = _projection(inputs, outputs, stride)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
@@ -53,25 +65,18 @@ class BasicBlock(nn.Module):
         return self.relu(self.bn2(self.conv2(x)) + shortcut)
 
 
-class NarrowBlock(BasicBlock):
-    """`BasicBlock` with half the channels between its convolutions."""
-
-    narrowing = 2
-
-
 class Bottleneck(nn.Module):
     """1x1, 3x3, 1x1 convolutions with a shortcut (ResNet-50); the 3x3 carries the stride."""
 
     expansion = 4
 
-    def __init__(self, inputs: int, width: int, stride: int) -> None:
+    def __init__(self, inputs: int, outputs: int, inner: int, stride: int) -> None:
         super().__init__()
-        outputs = width * self.expansion
-        self.conv1 = _conv(inputs, width, 1)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = _conv(width, width, 3, stride)
-        self.bn2 = nn.BatchNorm2d(width)
-        self.conv3 = _conv(width, outputs, 1)
+        self.conv1 = _conv(inputs, inner, 1)
+        self.bn1 = nn.BatchNorm2d(inner)
+        self.conv2 = _conv(inner, inner, 3, stride)
+        self.bn2 = nn.BatchNorm2d(inner)
+        self.conv3 = _conv(inner, outputs, 1)
         self.bn3 = nn.BatchNorm2d(outputs)
         self.relu = nn.ReLU(inplace=True)
         self.downsample = _projection(inputs, outputs, stride)
@@ -110,23 +115,20 @@ class ResNetEncoder(nn.Module):
         super().__init__()
         if name not in RESNETS:
             raise ValueError(f"unknown encoder '{name}', choose one of {', '.join(RESNETS)}")
-        kind, blocks = RESNETS[name]
-        block = {"basic": BasicBlock, "narrow": NarrowBlock, "bottleneck": Bottleneck}[kind]
-        self.channels = tuple(width * block.expansion for width in (64, 128, 256))
+        layout = RESNETS[name]
+        block = {"basic": BasicBlock, "bottleneck": Bottleneck}[layout.block]
+        self.channels = tuple(width * block.expansion for width in WIDTHS)
         self.conv1 = _conv(3, STEM_CHANNELS, 7, stride=2)
         self.bn1 = nn.BatchNorm2d(STEM_CHANNELS)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
-        self.layer1 = self._layer(block, STEM_CHANNELS, 64, blocks[0], stride=1)
-        self.layer2 = self._layer(block, self.channels[0], 128, blocks[1], stride=2)
-        self.layer3 = self._layer(block, self.channels[1], 256, blocks[2], stride=2)
-
-    @staticmethod
-    def _layer(
-        block: type[BasicBlock] | type[Bottleneck], inputs: int, width: int, count: int, stride: int
-    ) -> nn.Sequential:
-        rest = [block(width * block.expansion, width, 1) for _ in range(count - 1)]
-        return nn.Sequential(block(inputs, width, stride), *rest)
+        layers, inputs = [], STEM_CHANNELS
+        for i, (outputs, inner) in enumerate(zip(self.channels, layout.inner, strict=True)):
+            first = block(inputs, outputs, inner, stride=1 if i == 0 else 2)
+            rest = [block(outputs, outputs, inner, stride=1) for _ in range(layout.blocks[i] - 1)]
+            layers.append(nn.Sequential(first, *rest))
+            inputs = outputs
+        self.layer1, self.layer2, self.layer3 = layers
 
     def forward(self, image: torch.Tensor) -> EncoderFeatures:
         """Encode a normalized (B, 3, H, W) image."""

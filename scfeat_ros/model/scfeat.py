@@ -66,12 +66,12 @@ class SCFeatConfig:
 
 CONFIGS = {
     "scfeat": SCFeatConfig("scfeat", "resnet50", (512, 256), 128, (192, 64, 128)),
-    "scfeat-s": SCFeatConfig("scfeat-s", "resnet16", (64, 32), 64, (16, 8, 8), upsampled_kernel=1),
-    "scfeat-xs": SCFeatConfig(
-        "scfeat-xs", "resnet16-narrow", (64, 32), 64, (16, 8, 8), upsampled_kernel=1
+    "scfeat-m": SCFeatConfig("scfeat-m", "resnet16", (64, 32), 64, (16, 8, 8), upsampled_kernel=1),
+    "scfeat-s": SCFeatConfig(
+        "scfeat-s", "resnet16-narrow", (64, 32), 64, (16, 8, 8), upsampled_kernel=1
     ),
 }
-"""The paper's network, the robot size, and a faster one that learned from it."""
+"""The paper's network, a smaller one for robots, and the default, which learned from that."""
 
 
 class Description(NamedTuple):
