@@ -30,9 +30,8 @@ from scfeat_ros.messages import encode_features, encode_matches, rosbags_types
 from scfeat_ros.model import kernels
 from scfeat_ros.model.fused import Conv, FusedSCFeat
 from scfeat_ros.model.scfeat import STRIDE
-from scfeat_ros.native import library
+from scfeat_ros.native import library, matching
 from scfeat_ros.native.awake import keeps_cores_awake
-from scfeat_ros.native.matching import has_tiles
 from scfeat_ros.offline import OutputOptions
 from scfeat_ros.offline import run as run_offline
 from scfeat_ros.sources import FolderSource
@@ -303,10 +302,10 @@ def _stage_cases(
             row.path, row.features = str(extractor.network), len(first)
             row.gflop = gflop
         if stage == "match":
-            by_tiles = device.type == "cpu" and library.is_compiled() and has_tiles()
-            products = 3 if by_tiles else 1
+            compiled = device.type == "cpu" and library.is_compiled()
+            row.path = matching.way() if compiled else "fp32"
+            products = 3 if row.path.startswith("bf16") else 1
             row.gflop = products * 2e-9 * len(first) * len(second) * extractor.descriptor_dim
-            row.path = "bf16, in two parts" if by_tiles else "fp32"
         frames = SEQUENCE if stage in ("sequence", "offline") else 1
         cases.append(Case(row, runs[stage], device, frames))
     return cases

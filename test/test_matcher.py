@@ -14,17 +14,16 @@ from scfeat_ros.native import library, matching
 
 
 @pytest.fixture(
-    params=[pytest.param(name, marks=needs_compiler) for name in ("tiles", "vectors")] + ["torch"],
+    params=[pytest.param(name, marks=needs_compiler) for name in ("fastest", "exact")] + ["torch"],
     autouse=True,
 )
 def way(request, monkeypatch):
     """All ways to the neighbours."""
-    if request.param == "tiles" and not matching.has_tiles():
-        pytest.skip("this CPU has no AMX")
+    if request.param == "fastest" and matching.way() == "fp32":
+        pytest.skip("this CPU has neither AMX nor AVX512-VNNI")
     monkeypatch.setattr(library, "is_compiled", lambda: request.param != "torch")
-    monkeypatch.setattr(
-        matching, "nearest", partial(matching.nearest, by_tiles=request.param == "tiles")
-    )
+    exact = request.param == "exact"
+    monkeypatch.setattr(matching, "nearest", partial(matching.nearest, exact=exact))
 
 
 def features(descriptors):
@@ -78,6 +77,29 @@ def test_matches_are_the_mutual_nearest_neighbours(ratio, dim):
     assert found.indices.dtype == np.int64 and found.similarity.dtype == np.float32
 
 
+@needs_compiler
+def test_fast_products_are_close_to_exact_ones():
+    """Also where values or norms are as large as they may be against each other."""
+    random = np.random.default_rng(0)
+    normal = random.normal(size=(150, 127)).astype(np.float32)
+    normal /= np.linalg.norm(normal, axis=1, keepdims=True)
+    one_value = np.eye(127, dtype=np.float32)[random.permutation(127)[:90]]
+    all_alike = np.full((60, 127), 127**-0.5, np.float32) * random.choice([-1, 1], (60, 1))
+    for a in (normal, one_value, all_alike):
+        for b in (normal, one_value, all_alike):
+            for size in (1.0, 1e-3, 1e4):
+                found = matching.nearest(size * a, size * b)
+                ordered = np.sort(a @ b.T, axis=1)
+                back = np.sort(a @ b.T, axis=0)
+                rounded_alike = a is not normal and b is not normal
+                close = {"rtol": 0, "atol": 2.5e-4 if rounded_alike else 5e-5}
+                np.testing.assert_allclose(found.similarity / size**2, ordered[:, -1], **close)
+                np.testing.assert_allclose(found.second / size**2, ordered[:, -2], **close)
+                np.testing.assert_allclose(found.second_of_column / size**2, back[-2], **close)
+                chosen = (a @ b.T)[np.arange(len(a)), found.of_row]
+                np.testing.assert_allclose(found.similarity / size**2, chosen, rtol=0, atol=5e-6)
+
+
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (9, 47), (64, 48), (100, 33), (37, 301)])
 def test_of_equally_near_neighbours_the_first_is_taken(rows, columns):
     random = np.random.default_rng(0)
@@ -114,6 +136,13 @@ def test_a_repeated_pattern_fails_the_ratio_test():
     second = features([[1, 0.01, 0], [1, 0, 0.01], [0, 1, 0]])
     assert len(match(first, second)) == 2
     assert match(first, second, 0.8).indices.tolist() == [[1, 2]]
+
+
+def test_a_descriptor_that_is_there_twice_fails_the_ratio_test():
+    first = random_features(60, 128, seed=9)
+    twice = features(np.concatenate([first.descriptors, first.descriptors[::-1]]))
+    assert len(match(first, twice)) == 60
+    assert len(match(first, twice, 0.99)) == len(match(twice, first, 0.99)) == 0
 
 
 def test_of_equal_descriptors_the_first_matches():

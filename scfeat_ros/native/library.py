@@ -151,12 +151,13 @@ ARGUMENTS = {
     "winograd_columns": "i",
     "winograd_convolution": "piiipippipi",
     "has_tiles": "",
+    "has_shorts": "",
     "nearest": "pipiiipppppi",
 }
 """Types of the C functions' arguments: pointer, long, int, float."""
 
 WITHOUT_THREADS = (
-    *("normalization", "subpixel_points", "has_tiles"),
+    *("normalization", "subpixel_points", "has_tiles", "has_shorts"),
     *("winograd_lanes", "winograd_columns"),
 )
 RETURNS = {
@@ -165,6 +166,7 @@ RETURNS = {
     "normalize_floats": ctypes.c_float,
     "local_maxima": ctypes.c_long,
     "has_tiles": ctypes.c_int,
+    "has_shorts": ctypes.c_int,
     "winograd_lanes": ctypes.c_int,
     "winograd_columns": ctypes.c_int,
 }

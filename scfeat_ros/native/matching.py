@@ -25,22 +25,32 @@ class Nearest(NamedTuple):
 
 
 def has_tiles() -> bool:
-    """Whether `nearest` can multiply by AMX's tiles of bf16."""
+    """Whether the CPU multiplies by AMX's tiles of bf16."""
     return bool(call("has_tiles", None))
 
 
-def nearest(a: np.ndarray, b: np.ndarray, by_tiles: bool = True) -> Nearest:
+def way() -> str:
+    """How `nearest` multiplies where it need not be exact: bf16, int16 or fp32."""
+    if has_tiles():
+        return "bf16, in two parts"
+    return "int16" if call("has_shorts", None) else "fp32"
+
+
+def nearest(a: np.ndarray, b: np.ndarray, exact: bool = False) -> Nearest:
     """Of (N, D) and (M, D) float32, neither empty, by inner product.
 
     Args:
         a, b: the vectors.
-        by_tiles: multiply by AMX's tiles where the CPU has them. Every factor is then the sum of
-            two numbers of bf16; inner products of unit vectors are within 2e-5.
+        exact: multiply in fp32 everywhere. Else neighbours are found by what the CPU multiplies
+            fastest: AMX's tiles, with every factor as the sum of two numbers of bf16; or integers
+            of 16 bits (AVX512-VNNI). Inner products of unit vectors are then within 2e-5 as a
+            rule (within sqrt(D) of that where all values are rounded alike), and so near ones may
+            change places; `similarity` is computed in fp32 for those that are found.
     """
     a, b = np.ascontiguousarray(a, np.float32), np.ascontiguousarray(b, np.float32)
     found = Nearest(
         *(np.empty(len(a), dtype) for dtype in (np.int64, np.float32, np.float32)),
         *(np.empty(len(b), dtype) for dtype in (np.int64, np.float32)),
     )
-    call("nearest", None, a, len(a), b, len(b), a.shape[1], by_tiles, *found)
+    call("nearest", None, a, len(a), b, len(b), a.shape[1], exact, *found)
     return found
