@@ -12,11 +12,10 @@
 #include "bfloat16.h"
 #include "lanes.h"
 
-#if defined(__AVX512VNNI__)
+#if defined(__AVX512VNNI__) || defined(__AMX_BF16__)
 #include <immintrin.h>
 #endif
 #if defined(__AMX_BF16__) && defined(__linux__)
-#include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -121,9 +120,9 @@ class ByShorts {
       __m512i value[VECTORS];
       for (int v = 0; v < VECTORS; v++) value[v] = load<__m512i>(from + v * LANES);
       for (int r = 0; r < ROWS; r++) {
-        const __m512i factor = _mm512_set1_epi32(load<int32_t>(row + r * pairs + k));
+        const __m512i one = _mm512_set1_epi32(load<int32_t>(row + r * pairs + k));
         for (int v = 0; v < VECTORS; v++)
-          sum[r][v] = Places(_mm512_dpwssd_epi32(__m512i(sum[r][v]), factor, value[v]));
+          sum[r][v] = Places(_mm512_dpwssd_epi32(__m512i(sum[r][v]), one, value[v]));
       }
     }
     for (int r = 0; r < ROWS; r++)
