@@ -11,11 +11,10 @@
 
 #include "bfloat16.h"
 #include "lanes.h"
+#include "shorts.h"
 
-#if defined(__AVX512VNNI__) || defined(__AMX_BF16__)
-#include <immintrin.h>
-#endif
 #if defined(__AMX_BF16__) && defined(__linux__)
+#include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -23,8 +22,6 @@
 namespace {
 
 constexpr float LEAST = -1e30f;  // below every similarity
-
-typedef int32_t Places __attribute__((vector_size(LANES * sizeof(int32_t))));
 
 inline int parts(int count, int size) { return (count + size - 1) / size; }
 
@@ -81,7 +78,7 @@ class ByVectors {
   std::vector<float> packed;  // of `b` by tiles of columns, value by value
 };
 
-#if defined(__AVX512VNNI__)
+#if defined(HAS_SHORTS)
 // The same in half of the time, of numbers rounded to 16 bits. Their scale lets no sum overflow 32
 // bits: by Cauchy and Schwarz it is at most the product of two rows' norms. Inner products of unit
 // vectors come out within 2e-5 as a rule, and the root of their length times 2e-5 at worst, where
@@ -115,14 +112,13 @@ class ByShorts {
   void operator()(int block, int tile, float (*out)[COLUMNS]) const {
     const Pair *row = left.data() + size_t(block) * ROWS * pairs;
     const Pair *from = right.data() + size_t(tile) * pairs * COLUMNS;
-    Places sum[ROWS][VECTORS] = {};
+    Integers sum[ROWS][VECTORS] = {};
     for (int k = 0; k < pairs; k++, from += COLUMNS) {
-      __m512i value[VECTORS];
-      for (int v = 0; v < VECTORS; v++) value[v] = load<__m512i>(from + v * LANES);
+      Integers value[VECTORS];
+      for (int v = 0; v < VECTORS; v++) value[v] = load<Integers>(from + v * LANES);
       for (int r = 0; r < ROWS; r++) {
-        const __m512i one = _mm512_set1_epi32(load<int32_t>(row + r * pairs + k));
-        for (int v = 0; v < VECTORS; v++)
-          sum[r][v] = Places(_mm512_dpwssd_epi32(__m512i(sum[r][v]), one, value[v]));
+        const Integers one = Integers{} + load<int32_t>(row + r * pairs + k);
+        for (int v = 0; v < VECTORS; v++) sum[r][v] = add_products(sum[r][v], one, value[v]);
       }
     }
     for (int r = 0; r < ROWS; r++)
@@ -291,9 +287,9 @@ class ByTiles {
 // The largest and the second largest similarity of many, lane by lane, and the first's place.
 struct Best {
   Lanes first, second;
-  Places place;
+  Integers place;
 
-  void take(Lanes value, Places at) {
+  void take(Lanes value, Integers at) {
     const auto larger = value > first;
     const Lanes smaller = larger ? first : value;
     second = smaller > second ? smaller : second;
@@ -332,13 +328,13 @@ void search(Matrix a, Matrix b, int64_t *row_place, float *row_first, float *row
     const typename Products::Thread prepared;
     Nearest &found = of_columns[omp_get_thread_num()];
     alignas(64) float values[ROWS][COLUMNS];
-    Places lane;
+    Integers lane;
     for (int k = 0; k < LANES; k++) lane[k] = k;
 #pragma omp for schedule(static)
     for (int block = 0; block < parts(a.rows, ROWS); block++) {
       const int start = block * ROWS, filled = std::min(ROWS, a.rows - start);
       Best best[ROWS];
-      std::fill_n(best, ROWS, Best{Lanes{} + LEAST, Lanes{} + LEAST, Places{}});
+      std::fill_n(best, ROWS, Best{Lanes{} + LEAST, Lanes{} + LEAST, Integers{}});
       for (int tile = 0; tile < tiles; tile++) {
         products(block, tile, values);
         const int left = b.rows - tile * COLUMNS;
@@ -347,11 +343,11 @@ void search(Matrix a, Matrix b, int64_t *row_place, float *row_first, float *row
         for (int v = 0; v < COLUMNS; v += LANES) {
           const int column = tile * COLUMNS + v;
           Best down = {load<Lanes>(&found.first[column]), load<Lanes>(&found.second[column]),
-                       load<Places>(&found.place[column])};
+                       load<Integers>(&found.place[column])};
           for (int r = 0; r < filled; r++) {
             const Lanes value = load<Lanes>(values[r] + v);
             best[r].take(value, lane + column);
-            down.take(value, Places{} + (start + r));
+            down.take(value, Integers{} + (start + r));
           }
           store(&found.first[column], down.first);
           store(&found.second[column], down.second);
@@ -408,7 +404,7 @@ int has_tiles() {
 
 // Whether it multiplies and adds integers of 16 bits.
 int has_shorts() {
-#if defined(__AVX512VNNI__)
+#if defined(HAS_SHORTS)
   return 1;
 #else
   return 0;
@@ -421,7 +417,7 @@ void nearest(const float *a, int rows, const float *b, int columns, int length, 
              int64_t *row_place, float *row_first, float *row_second, int64_t *column_place,
              float *column_second, int threads) {
   auto way = search<ByVectors>;
-#if defined(__AVX512VNNI__)
+#if defined(HAS_SHORTS)
   if (!exact) way = search<ByShorts>;
 #endif
 #if defined(__AMX_BF16__) && defined(__linux__)

@@ -29,11 +29,16 @@ def has_tiles() -> bool:
     return bool(call("has_tiles", None))
 
 
+def has_shorts() -> bool:
+    """Whether it multiplies and adds integers of 16 bits twice as fast as floats."""
+    return bool(call("has_shorts", None))
+
+
 def way() -> str:
     """How `nearest` multiplies where it need not be exact: bf16, int16 or fp32."""
     if has_tiles():
         return "bf16, in two parts"
-    return "int16" if call("has_shorts", None) else "fp32"
+    return "int16" if has_shorts() else "fp32"
 
 
 def nearest(a: np.ndarray, b: np.ndarray, exact: bool = False) -> Nearest:

@@ -10,7 +10,6 @@
 #include <algorithm>
 #include <vector>
 
-#include "bfloat16.h"
 #include "winograd.h"
 
 namespace {
@@ -31,14 +30,15 @@ inline void transform_output(const Lanes m[PATCH], Lanes out[TILE]) {
 }
 
 // One image's way through the stem, by one thread.
+template <typename Kind>
 class Stem {
  public:
-  Stem(const float *planes, int height, int width, const float *weight, int columns, int outputs)
-      : planes(planes), weight(weight), width(width), rows(height / 2), across(width / 2),
-        tiles((across + TILE - 1) / TILE), columns(columns), outputs(outputs),
+  Stem(const float *planes, int height, int width, Weights<Kind> weights, int outputs)
+      : planes(planes), weights(weights), width(width), rows(height / 2), across(width / 2),
+        tiles((across + TILE - 1) / TILE), outputs(outputs),
         strip(long(PATCH) * cells() * CHANNELS + LANES),
         places(PATCH * PATCH * places_pitch() + LANES), products(PATCH * PATCH * products_pitch()),
-        results(long(KEPT) * across * outputs), line(long(across) * outputs) {}
+        scales(BLOCK), results(long(KEPT) * across * outputs), line(long(across) * outputs) {}
 
   // Rows `row` to `end` of the pooled map: ReLU(largest result of 3x3 + bias).
   template <typename T>
@@ -53,9 +53,12 @@ class Stem {
   }
 
  private:
-  const float *planes, *weight;
-  int width, rows, across, tiles, columns, outputs;
-  std::vector<float> strip, places, products, results, line;
+  const float *planes;
+  Weights<Kind> weights;
+  int width, rows, across, tiles, outputs;
+  std::vector<float> strip;
+  std::vector<typename Kind::Number> places;
+  std::vector<float> products, scales, results, line;
 
   // Of a row of patches, which overlap.
   long cells() const { return long(tiles) * TILE + PATCH - TILE; }
@@ -72,7 +75,7 @@ class Stem {
     for (int first = 0; first < tiles; first += BLOCK) {
       const int count = std::min(BLOCK, tiles - first);
       for (int n = 0; n < count; n++) to_places(first + n, n);
-      multiply_places(places.data(), places_pitch(), count, CHANNELS, weight, columns, outputs,
+      multiply_places(places.data(), places_pitch(), count, CHANNELS, weights, outputs,
                       products.data(), products_pitch());
       for (int n = 0; n < count; n++) from_places(n, TILE * tile_row, TILE * (first + n));
     }
@@ -99,19 +102,25 @@ class Stem {
   // behind there the next tile overwrites.
   void to_places(int patch, int n) {
     const float *from = strip.data() + long(patch) * TILE * CHANNELS;
-    float *to = places.data() + n * CHANNELS;
+    const float *cell[PATCH][PATCH];
+    for (int i = 0; i < PATCH; i++)
+      for (int j = 0; j < PATCH; j++) cell[i][j] = from + (i * cells() + j) * CHANNELS;
+    scales[n] = Kind::scale(cell, CHANNELS);
+    const float factor = weights.largest / scales[n];
+    auto *to = places.data() + n * CHANNELS;
     for (int c = 0; c < CHANNELS; c += LANES) {
       Lanes transformed[PATCH][PATCH];
       for (int j = 0; j < PATCH; j++) {
         Lanes d[PATCH];
-        for (int i = 0; i < PATCH; i++) d[i] = load<Lanes>(from + (i * cells() + j) * CHANNELS + c);
+        for (int i = 0; i < PATCH; i++) d[i] = load<Lanes>(cell[i][j] + c);
         transform_input(d, transformed[j]);
       }
       for (int i = 0; i < PATCH; i++) {
         Lanes d[PATCH], v[PATCH];
         for (int j = 0; j < PATCH; j++) d[j] = transformed[j][i];
         transform_input(d, v);
-        for (int j = 0; j < PATCH; j++) store(to + (i * PATCH + j) * places_pitch() + c, v[j]);
+        for (int j = 0; j < PATCH; j++)
+          Kind::put(to + (i * PATCH + j) * places_pitch() + c, v[j], factor, i, j);
       }
     }
   }
@@ -132,7 +141,7 @@ class Stem {
         Lanes m[PATCH], y[TILE];
         for (int j = 0; j < PATCH; j++) m[j] = half[j][i];
         transform_output(m, y);
-        for (int j = 0; j < inside; j++) store(result(row + i, column + j) + c, y[j]);
+        for (int j = 0; j < inside; j++) store(result(row + i, column + j) + c, y[j] * scales[n]);
       }
     }
   }
@@ -161,14 +170,14 @@ class Stem {
   }
 };
 
-template <typename T>
-void stem(const float *planes, int height, int width, const float *weight, int columns,
-          const float *bias, int outputs, T *out, int threads) {
+template <typename Kind, typename T>
+void stem(const float *planes, int height, int width, Weights<Kind> weights, const float *bias,
+          int outputs, T *out, int threads) {
   const int pooled = (height / 2 + 1) / 2;
 #pragma omp parallel num_threads(threads)
   {
     const int thread = omp_get_thread_num(), all = omp_get_num_threads();
-    Stem(planes, height, width, weight, columns, outputs)
+    Stem<Kind>(planes, height, width, weights, outputs)
         .run(pooled * thread / all, pooled * (thread + 1) / all, bias, out);
   }
 }
@@ -177,10 +186,14 @@ void stem(const float *planes, int height, int width, const float *weight, int c
 
 extern "C" {
 
-#define STEM(T)                                                                                   \
-  void stem_##T(const float *planes, int height, int width, const float *weight, int columns,     \
-                const float *bias, int outputs, T *out, int threads) {                            \
-    stem(planes, height, width, weight, columns, bias, outputs, out, threads);                    \
+#define STEM(T)                                                                                  \
+  void stem_##T(const float *planes, int height, int width, const void *weights,                 \
+                const float *scales, float largest, int columns, const float *bias, int outputs, \
+                T *out, int threads) {                                                           \
+    typedef Products<T>::Kind Kind;                                                              \
+    stem(planes, height, width,                                                                  \
+         Weights<Kind>{static_cast<const Kind::Number *>(weights), scales, largest, columns},    \
+         bias, outputs, out, threads);                                                           \
   }
 
 STEM(float)

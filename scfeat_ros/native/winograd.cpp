@@ -4,34 +4,17 @@
 // The input's tiles of 6x6, which overlap by two, are transformed; each of the 36 places of a tile
 // is then a matrix product of its own over many tiles; their results are transformed back. A thread
 // takes a block of tiles through all three, so that what lies between stays in its cache.
-// Maps are (rows, columns, channels) of fp32 or bf16; what lies between is fp32.
+// Maps are (rows, columns, channels) of fp32 or bf16. What lies between is fp32; for maps of bf16,
+// where the CPU is faster with them, the factors of the products are integers of 16 bits.
 
 #include <omp.h>
 
 #include <algorithm>
 #include <vector>
 
-#include "bfloat16.h"
 #include "winograd.h"
 
 namespace {
-
-typedef uint16_t HalfLanes __attribute__((vector_size(LANES * sizeof(uint16_t))));
-typedef uint32_t WordLanes __attribute__((vector_size(LANES * sizeof(uint32_t))));
-
-inline Lanes read_lanes(const float *from) { return load<Lanes>(from); }
-
-inline Lanes read_lanes(const bfloat16 *from) {
-  const WordLanes bits = __builtin_convertvector(load<HalfLanes>(from), WordLanes) << 16;
-  return load<Lanes>(&bits);
-}
-
-inline void write_lanes(float *to, Lanes value) { store(to, value); }
-
-inline void write_lanes(bfloat16 *to, Lanes value) {  // rounded as by `write`
-  const WordLanes bits = load<WordLanes>(&value);
-  store(to, __builtin_convertvector((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, HalfLanes));
-}
 
 constexpr int TILE = 4;
 
@@ -54,15 +37,16 @@ struct Map {
   long tiles() const { return long(across()) * ((height + TILE - 1) / TILE); }
   long at(int row, int column) const { return (long(row) * width + column) * channels; }
 
-  // Of a block of transformed tiles: floats from one place to the next (not a power of two, which
+  // Of a block of transformed tiles: numbers from one place to the next (not a power of two, which
   // the cache would hold badly), and where a tile's values at a place lie.
   long pitch() const { return long(BLOCK) * channels + 16; }
   long in_block(int place, int tile) const { return place * pitch() + long(tile) * channels; }
 };
 
-// Patches of tiles `first` to `first + count` -> a block.
-template <typename T>
-void to_places(const T *x, Map map, long first, int count, const T *nothing, float *out) {
+// Patches of tiles `first` to `first + count` -> a block, and the scale of each.
+template <typename Kind, typename T>
+void to_places(const T *x, Map map, long first, int count, const T *nothing,
+               float largest, typename Kind::Number *out, float *scales) {
   for (int n = 0; n < count; n++) {
     const int top = int((first + n) / map.across()) * TILE - 1;
     const int left = int((first + n) % map.across()) * TILE - 1;
@@ -73,6 +57,8 @@ void to_places(const T *x, Map map, long first, int count, const T *nothing, flo
         const bool inside = row >= 0 && row < map.height && column >= 0 && column < map.width;
         pixel[i][j] = inside ? x + map.at(row, column) : nothing;
       }
+    scales[n] = Kind::scale(pixel, map.channels);
+    const float factor = largest / scales[n];
     for (int c = 0; c < map.channels; c += LANES) {
       Lanes columns[PATCH][PATCH];
       for (int j = 0; j < PATCH; j++) {
@@ -85,7 +71,7 @@ void to_places(const T *x, Map map, long first, int count, const T *nothing, flo
         for (int j = 0; j < PATCH; j++) d[j] = columns[j][i];
         transform_input(d, v);
         for (int j = 0; j < PATCH; j++)
-          store(out + map.in_block(i * PATCH + j, n) + c, v[j]);
+          Kind::put(out + map.in_block(i * PATCH + j, n) + c, v[j], factor, i, j);
       }
     }
   }
@@ -99,9 +85,10 @@ struct After {
   bool relu;
 };
 
-// A block -> tiles `first` to `first + count` of a map.
+// A block and its tiles' scales -> tiles `first` to `first + count` of a map.
 template <typename T>
-void from_places(const float *products, Map map, long first, int count, After<T> after, T *out) {
+void from_places(const float *products, const float *scales, Map map, long first, int count,
+                 After<T> after, T *out) {
   for (int n = 0; n < count; n++) {
     const int top = int((first + n) / map.across()) * TILE;
     const int left = int((first + n) % map.across()) * TILE;
@@ -121,7 +108,7 @@ void from_places(const float *products, Map map, long first, int count, After<T>
         transform_output(m, y);
         for (int j = 0; j < columns; j++) {
           const long place = map.at(top + i, left + j) + c;
-          Lanes value = y[j] + bias;
+          Lanes value = y[j] * scales[n] + bias;
           if (after.plus) value += read_lanes(after.plus + place);
           if (after.relu) value = value > 0.0f ? value : Lanes{};
           write_lanes(out + place, value);
@@ -131,23 +118,24 @@ void from_places(const float *products, Map map, long first, int count, After<T>
   }
 }
 
-template <typename T>
-void convolve(const T *x, Map from, const float *weight, Map to, int columns, After<T> after,
-              T *out, int threads) {
+template <typename T, typename Kind>
+void convolve(const T *x, Map from, Weights<Kind> weights, Map to, After<T> after, T *out,
+              int threads) {
   const long tiles = from.tiles();
 #pragma omp parallel num_threads(threads)
   {
     const std::vector<T> nothing(from.channels);
-    std::vector<float> places(PATCH * PATCH * from.pitch());
-    std::vector<float> products(PATCH * PATCH * to.pitch());
+    std::vector<typename Kind::Number> places(PATCH * PATCH * from.pitch());
+    std::vector<float> products(PATCH * PATCH * to.pitch()), scales(BLOCK);
     const int thread = omp_get_thread_num(), all = omp_get_num_threads();
     const long end = tiles * (thread + 1) / all;
     for (long first = tiles * thread / all; first < end; first += BLOCK) {
       const int count = int(std::min<long>(BLOCK, end - first));
-      to_places(x, from, first, count, nothing.data(), places.data());
-      multiply_places(places.data(), from.pitch(), count, from.channels, weight, columns,
-                      to.channels, products.data(), to.pitch());
-      from_places(products.data(), to, first, count, after, out);
+      to_places<Kind>(x, from, first, count, nothing.data(), weights.largest, places.data(),
+                      scales.data());
+      multiply_places(places.data(), from.pitch(), count, from.channels, weights, to.channels,
+                      products.data(), to.pitch());
+      from_places(products.data(), scales.data(), to, first, count, after, out);
     }
   }
 }
@@ -159,15 +147,19 @@ extern "C" {
 // Floats of a vector: channels are multiples of it.
 int winograd_lanes() { return LANES; }
 
-// Columns of results that a panel of weights holds; they are (36, panels, inputs, columns).
+// Columns of results that a panel of weights holds.
 int winograd_columns(int outputs) { return outputs % (2 * LANES) ? LANES : 2 * LANES; }
 
 #define WINOGRAD_CONVOLUTION(T)                                                                  \
   void winograd_convolution_##T(const T *x, int height, int width, int inputs,                   \
-                                const float *weight, int outputs, const float *bias,             \
-                                const T *plus, int relu, T *out, int threads) {                  \
-    convolve(x, Map{height, width, inputs}, weight, Map{height, width, outputs},                 \
-             winograd_columns(outputs), After<T>{bias, plus, bool(relu)}, out, threads);         \
+                                const void *weights, const float *scales, float largest,         \
+                                int outputs, const float *bias, const T *plus, int relu, T *out, \
+                                int threads) {                                                   \
+    typedef Products<T>::Kind Kind;                                                              \
+    const auto values = static_cast<const Kind::Number *>(weights);                              \
+    convolve(x, Map{height, width, inputs},                                                      \
+             Weights<Kind>{values, scales, largest, winograd_columns(outputs)},                  \
+             Map{height, width, outputs}, After<T>{bias, plus, bool(relu)}, out, threads);       \
   }
 
 WINOGRAD_CONVOLUTION(float)

@@ -5,9 +5,30 @@
 // is one product of the inputs' channels with the weights.
 #pragma once
 
+#include <algorithm>
+
+#include "bfloat16.h"
 #include "lanes.h"
+#include "shorts.h"
 
 namespace {
+
+typedef uint16_t HalfLanes __attribute__((vector_size(LANES * sizeof(uint16_t))));
+typedef uint32_t WordLanes __attribute__((vector_size(LANES * sizeof(uint32_t))));
+
+inline Lanes read_lanes(const float *from) { return load<Lanes>(from); }
+
+inline Lanes read_lanes(const bfloat16 *from) {
+  const WordLanes bits = __builtin_convertvector(load<HalfLanes>(from), WordLanes) << 16;
+  return load<Lanes>(&bits);
+}
+
+inline void write_lanes(float *to, Lanes value) { store(to, value); }
+
+inline void write_lanes(bfloat16 *to, Lanes value) {  // rounded as by `write`
+  const WordLanes bits = load<WordLanes>(&value);
+  store(to, __builtin_convertvector((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, HalfLanes));
+}
 
 constexpr int PATCH = 6;
 
@@ -23,51 +44,138 @@ inline void transform_input(const Lanes d[PATCH], Lanes out[PATCH]) {
   out[5] = 4.0f * d[1] - 5.0f * d[3] + d[5];
 }
 
+// What the products are of. Transformed patches and weights are kept as `Number`s; a lane of a `Sum`
+// takes up PAIR of them at a time. `scale` is what the results of a patch are to be multiplied by.
+
+struct Floats {
+  typedef float Number;
+  typedef Lanes Sum;
+  static constexpr int PAIR = 1;
+
+  template <typename T>
+  static float scale(const T *const (*)[PATCH], int) { return 1; }
+
+  // Lanes of a transformed patch at place (i, j), brought to its scale by a factor.
+  static void put(Number *to, Lanes value, float, int, int) { store(to, value); }
+
+  static Sum repeat(const Number *from) { return Lanes{} + *from; }
+  static Sum add(Sum sum, Sum one, Sum weight) { return sum + one * weight; }
+  static Lanes finish(Sum sum, const float *) { return sum; }
+};
+
+#if defined(HAS_SHORTS)
+// Integers of 16 bits. The largest magnitude in a patch tells how large its transform can be at each
+// place, and that is brought to `Weights::largest`, so that no sum overflows 32 bits.
+struct Shorts {
+  typedef int16_t Number;
+  typedef Integers Sum;
+  static constexpr int PAIR = 2;
+
+  template <typename T>
+  static float scale(const T *const (*pixel)[PATCH], int channels) {
+    Lanes largest = Lanes{} + 1e-30f;
+    for (int i = 0; i < PATCH; i++)
+      for (int j = 0; j < PATCH; j++)
+        for (int c = 0; c < channels; c += LANES) {
+          const Lanes value = read_lanes(pixel[i][j] + c);
+          const Lanes magnitude = value < 0.0f ? -value : value;
+          largest = magnitude > largest ? magnitude : largest;
+        }
+    float most = 0;
+    for (int lane = 0; lane < LANES; lane++) most = std::max(most, largest[lane]);
+    return most;
+  }
+
+  static void put(Number *to, Lanes value, float factor, int i, int j) {
+    // what the rows of B^T come to at most
+    constexpr float bound[PATCH] = {10, 10, 10, 6, 6, 10};
+    store(to, round_to_shorts(value * (1 / (bound[i] * bound[j]) * factor)));
+  }
+
+  static Sum repeat(const Number *from) { return Integers{} + load<int32_t>(from); }
+  static Sum add(Sum sum, Sum one, Sum weight) { return add_products(sum, one, weight); }
+  static Lanes finish(Sum sum, const float *scale) {
+    return __builtin_convertvector(sum, Lanes) * load<Lanes>(scale);
+  }
+};
+#endif
+
+// For maps of a type.
+template <typename T>
+struct Products {
+  typedef Floats Kind;
+};
+#if defined(HAS_SHORTS)
+template <>
+struct Products<bfloat16> {
+  typedef Shorts Kind;
+};
+#endif
+
 // Register blocks of the matrix product: ROWS tiles by VECTORS of their results. What is left of the
 // tiles is taken by REST at a time.
 constexpr int ROWS = LANES == 16 ? 12 : REGISTERS == 32 ? 8 : 6;
 constexpr int REST = LANES == 16 ? 4 : 2;
 
 // (TILES, inputs) times (inputs, VECTORS * LANES) -> as many columns of (TILES, outputs).
-template <int TILES, int VECTORS>
-void multiply_few(const float *a, int inputs, const float *weight, float *out, int outputs) {
-  Lanes sum[TILES][VECTORS] = {};
-  for (int k = 0; k < inputs; k++) {
-    Lanes w[VECTORS];
-    for (int v = 0; v < VECTORS; v++) w[v] = load<Lanes>(weight + (k * VECTORS + v) * LANES);
-    for (int r = 0; r < TILES; r++)
-      for (int v = 0; v < VECTORS; v++) sum[r][v] += a[r * inputs + k] * w[v];
+template <typename Kind, int TILES, int VECTORS>
+void multiply_few(const typename Kind::Number *a, int inputs, const typename Kind::Number *weight,
+                  const float *scale, float *out, int outputs) {
+  constexpr int PAIR = Kind::PAIR;
+  typedef typename Kind::Sum Sum;
+  Sum sum[TILES][VECTORS] = {};
+  for (int k = 0; k < inputs; k += PAIR) {
+    Sum w[VECTORS];
+    for (int v = 0; v < VECTORS; v++) w[v] = load<Sum>(weight + (k * VECTORS + v * PAIR) * LANES);
+    for (int r = 0; r < TILES; r++) {
+      const Sum one = Kind::repeat(a + r * inputs + k);
+      for (int v = 0; v < VECTORS; v++) sum[r][v] = Kind::add(sum[r][v], one, w[v]);
+    }
   }
   for (int r = 0; r < TILES; r++)
-    for (int v = 0; v < VECTORS; v++) store(out + long(r) * outputs + v * LANES, sum[r][v]);
+    for (int v = 0; v < VECTORS; v++)
+      store(out + long(r) * outputs + v * LANES, Kind::finish(sum[r][v], scale + v * LANES));
 }
 
 // The same for `count` tiles.
-template <int VECTORS>
-void multiply(const float *a, int count, int inputs, const float *weight, float *out, int outputs) {
+template <typename Kind, int VECTORS>
+void multiply(const typename Kind::Number *a, int count, int inputs,
+              const typename Kind::Number *weight, const float *scale, float *out, int outputs) {
   int row = 0;
   for (; row + ROWS <= count; row += ROWS)
-    multiply_few<ROWS, VECTORS>(a + long(row) * inputs, inputs, weight, out + long(row) * outputs,
-                                outputs);
+    multiply_few<Kind, ROWS, VECTORS>(a + long(row) * inputs, inputs, weight, scale,
+                                      out + long(row) * outputs, outputs);
   for (; row < count; row += REST)
-    multiply_few<REST, VECTORS>(a + long(row) * inputs, inputs, weight, out + long(row) * outputs,
-                                outputs);
+    multiply_few<Kind, REST, VECTORS>(a + long(row) * inputs, inputs, weight, scale,
+                                      out + long(row) * outputs, outputs);
 }
+
+// Transformed weights: (36, panels, inputs / PAIR, columns, PAIR). Where numbers are rounded: the
+// scale of each place and output, (36, outputs), and the largest number that a patch may have.
+template <typename Kind>
+struct Weights {
+  const typename Kind::Number *values;
+  const float *scales;
+  float largest;
+  int columns;
+};
 
 // The products of a block of tiles at all places.
 //
-// places: (36, tiles, inputs), `pitch_in` floats from one place to the next; weight: (36, panels,
-// inputs, columns); products: (36, tiles, outputs), `pitch_out` floats apart. Both blocks have room
-// for a multiple of REST tiles.
-inline void multiply_places(const float *places, long pitch_in, int count, int inputs,
-                            const float *weight, int columns, int outputs, float *products,
-                            long pitch_out) {
-  const auto product = columns == LANES ? multiply<1> : multiply<2>;
+// places: (36, tiles, inputs), `pitch_in` numbers from one place to the next; products: (36, tiles,
+// outputs), `pitch_out` apart, each to be multiplied by its tile's scale. Both blocks have room for a
+// multiple of REST tiles.
+template <typename Kind>
+void multiply_places(const typename Kind::Number *places, long pitch_in, int count, int inputs,
+                     Weights<Kind> weights, int outputs, float *products, long pitch_out) {
+  const auto product = weights.columns == LANES ? multiply<Kind, 1> : multiply<Kind, 2>;
   for (int place = 0; place < PATCH * PATCH; place++)
-    for (int column = 0; column < outputs; column += columns)
-      product(places + place * pitch_in, count, inputs,
-              weight + (long(place) * outputs + column) * inputs,
+    for (int column = 0; column < outputs; column += weights.columns) {
+      const long before = long(place) * outputs + column;
+      product(places + place * pitch_in, count, inputs, weights.values + before * inputs,
+              weights.scales ? weights.scales + before : nullptr,
               products + place * pitch_out + column, outputs);
+    }
 }
 
 }  // namespace

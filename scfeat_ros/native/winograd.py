@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from scfeat_ros.native.kernels import FEW
 from scfeat_ros.native.library import call, channels_last, empty_map
+from scfeat_ros.native.matching import has_shorts
 
 TILE = 4
 """Side of a tile of a 3x3 convolution's results, as in winograd.cpp."""
@@ -17,38 +18,87 @@ STEM_TILE = 3
 MIN_TILES = 16
 """Tiles of a map from which on a Winograd convolution pays: it reads four times as many weights."""
 
+LARGEST = 2**15 - 1
+"""Of 16 bits."""
+PEAK = 40
+"""How many times a patch's bound is its usual magnitude: with it, patch and weights of int16, which
+share the 31 bits of a sum, are rounded alike."""
+BOUNDS = (10, 10, 10, 6, 6, 10)
+"""What the rows of B^T come to at most, as in winograd.h."""
+
 
 def _tiles(height: int, width: int, side: int) -> int:
     return -(-height // side) * -(-width // side)
 
 
-def _transformed(weight: torch.Tensor) -> torch.Tensor:
-    """Weights of minimal filtering: G w G^T at its 36 places, for kernels of 3x3 and 4x4.
+class Weights(NamedTuple):
+    """Transformed weights in the order that the kernels read, for maps of a type."""
+
+    values: torch.Tensor
+    """(36, panels, C_in, columns) fp32, or, as int16, (36, panels, C_in / 2, columns, 2)."""
+    scales: torch.Tensor | None
+    """(36, C_out) fp32: what sums of products of int16 are to be multiplied by."""
+    largest: float
+    """What the values of a transformed patch are brought to, for products of int16."""
+
+    @classmethod
+    def of(cls, weight: torch.Tensor, dtype: torch.dtype) -> Weights:
+        """G w G^T at its 36 places.
+
+        Args:
+            weight: (C_out, C_in, k, k) with k = 3 or 4.
+            dtype: of the maps.
+        """
+        outputs, inputs, taps, _ = weight.shape
+        scales = torch.tensor([1 / 4, -1 / 6, -1 / 6, 1 / 24, 1 / 24], dtype=torch.float64)
+        points = torch.tensor([0, 1, -1, 2, -2], dtype=torch.float64)
+        at_points = scales[:, None] * points[:, None] ** torch.arange(taps)
+        at_infinity = torch.eye(taps, dtype=torch.float64)[-1:]
+        G = torch.cat([at_points, at_infinity])
+        values = torch.einsum("ia,ocab,jb->ijco", G, weight.double(), G).flatten(0, 1)
+        scales, largest, pair = None, 1.0, 1
+        if dtype == torch.bfloat16 and has_shorts():
+            largest = min(LARGEST, int((PEAK * 2**31 / inputs) ** 0.5))
+            values, scales = _rounded(values, largest)
+            pair = 2
+        columns = call("winograd_columns", None, outputs)
+        panels = values.reshape(36, inputs // pair, pair, -1, columns).permute(0, 3, 1, 4, 2)
+        values = panels.to(torch.int16 if pair == 2 else torch.float32).contiguous()
+        return cls(values.squeeze(-1), scales, largest)
+
+
+def _rounded(values: torch.Tensor, largest: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Transformed weights as whole numbers, and what their sums of products are multiplied by.
+
+    No sum over the inputs reaches 2^31: the magnitudes of the weights in it add up to less than
+    that divided by `largest`.
 
     Args:
-        weight: (C_out, C_in, k, k).
+        values: (36, C_in, C_out) float64.
+        largest: number in a patch.
 
     Returns:
-        (36, panels, C_in, columns) fp32, in the order that the kernels read.
+        The numbers, and (36, C_out) fp32.
     """
-    outputs, inputs, taps, _ = weight.shape
-    scales = torch.tensor([1 / 4, -1 / 6, -1 / 6, 1 / 24, 1 / 24], dtype=torch.float64)
-    points = torch.tensor([0, 1, -1, 2, -2], dtype=torch.float64)
-    at_points = scales[:, None] * points[:, None] ** torch.arange(taps)
-    at_infinity = torch.eye(taps, dtype=torch.float64)[-1:]
-    G = torch.cat([at_points, at_infinity])
-    transformed = torch.einsum("ia,ocab,jb->ijco", G, weight.double(), G).float()
-    columns = call("winograd_columns", None, outputs)
-    return transformed.reshape(36, inputs, -1, columns).transpose(1, 2).contiguous()
+    inputs = values.shape[1]
+    magnitudes = values.abs()
+    step = torch.maximum(
+        magnitudes.sum(dim=1) / (2**31 / largest - inputs),  # each is rounded up by a half at most
+        magnitudes.amax(dim=1) / LARGEST,
+    ).clamp_min(1e-30)
+    bounds = torch.tensor(BOUNDS, dtype=torch.float64)
+    patch = torch.outer(bounds, bounds).flatten() / largest
+    return (values / step[:, None]).round(), (step * patch[:, None]).float()
 
 
 class WinogradConv(NamedTuple):
     """A 3x3 convolution, padded by one, in a quarter of the products: see `winograd.cpp`."""
 
-    weight: torch.Tensor
-    """(36, panels, C_in, columns): transformed, in the order that the kernel reads."""
+    weights: Weights
     bias: torch.Tensor | None
     """(C_out,) in fp32."""
+    dtype: torch.dtype
+    """Of its maps."""
     outputs: int
     """C_out."""
 
@@ -61,8 +111,9 @@ class WinogradConv(NamedTuple):
 
     @classmethod
     def of(cls, weight: torch.Tensor, bias: torch.Tensor | None = None) -> WinogradConv:
-        """From (C_out, C_in, 3, 3) and (C_out,)."""
-        return cls(_transformed(weight), None if bias is None else bias.float(), len(weight))
+        """From (C_out, C_in, 3, 3) and (C_out,), for maps of their type."""
+        bias = None if bias is None else bias.float()
+        return cls(Weights.of(weight, weight.dtype), bias, weight.dtype, len(weight))
 
     @staticmethod
     def pays(height: int, width: int) -> bool:
@@ -71,7 +122,7 @@ class WinogradConv(NamedTuple):
 
     def products(self, height: int, width: int) -> int:
         """Multiplications for a result of a height and width, without those of the transforms."""
-        return self.weight.numel() * _tiles(height, width, TILE)
+        return self.weights.values.numel() * _tiles(height, width, TILE)
 
     def __call__(
         self, x: torch.Tensor, relu: bool = False, plus: torch.Tensor | None = None
@@ -79,12 +130,12 @@ class WinogradConv(NamedTuple):
         """(1, C_in, h, w) -> (1, C_out, h, w) of its type; sum and ReLU as in `fused.Conv`."""
         x = channels_last(x)
         _, inputs, height, width = x.shape
-        out = empty_map(self.outputs, height, width, x.dtype)
+        out = empty_map(self.outputs, height, width, self.dtype)
         plus = None if plus is None else channels_last(plus)
         call(
             "winograd_convolution",
-            x.dtype,
-            *(x, height, width, inputs, self.weight, self.outputs, self.bias, plus, relu, out),
+            self.dtype,
+            *(x, height, width, inputs, *self.weights, self.outputs, self.bias, plus, relu, out),
         )
         return out
 
@@ -92,32 +143,33 @@ class WinogradConv(NamedTuple):
 class WinogradStem(NamedTuple):
     """The encoder's 7x7 convolution of stride 2, ReLU and max pooling in one: see `stem.cpp`."""
 
-    weight: torch.Tensor
-    """(36, panels, 12, columns): transformed, in the order that the kernel reads."""
+    weights: Weights
     bias: torch.Tensor
     """(C_out,) in fp32."""
+    dtype: torch.dtype
+    """Of the result."""
 
     @classmethod
-    def of(cls, weight: torch.Tensor, bias: torch.Tensor) -> WinogradStem:
+    def of(cls, weight: torch.Tensor, bias: torch.Tensor, dtype: torch.dtype) -> WinogradStem:
         """From (C_out, 3, 7, 7) and (C_out,)."""
         # an eighth tap of zeros before the others, and two taps each way are a cell's
         cells = F.pad(weight, (1, 0, 1, 0)).unflatten(3, (4, 2)).unflatten(2, (4, 2))
         cells = cells.permute(0, 1, 3, 5, 2, 4).flatten(1, 3)
-        return cls(_transformed(cells), bias.float())
+        return cls(Weights.of(cells, dtype), bias.float(), dtype)
 
     def products(self, height: int, width: int) -> int:
         """Multiplications for a pooled map of a height and width, without the transforms'."""
-        return self.weight.numel() * _tiles(2 * height, 2 * width, STEM_TILE)
+        return self.weights.values.numel() * _tiles(2 * height, 2 * width, STEM_TILE)
 
-    def __call__(self, image: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """(1, 3, H, W) fp32 -> (1, C_out, H / 4, W / 4) in `dtype`; H and W multiples of 4."""
+    def __call__(self, image: torch.Tensor) -> torch.Tensor:
+        """(1, 3, H, W) fp32 -> (1, C_out, H / 4, W / 4); H and W multiples of 4."""
         image = image.contiguous()
         _, _, height, width = image.shape
-        _, _, _, columns = self.weight.shape
-        out = empty_map(len(self.bias), height // 4, width // 4, dtype)
+        columns = self.weights.values.shape[3]
+        out = empty_map(len(self.bias), height // 4, width // 4, self.dtype)
         call(
             "stem",
-            dtype,
-            *(image, height, width, self.weight, columns, self.bias, len(self.bias), out),
+            self.dtype,
+            *(image, height, width, *self.weights, columns, self.bias, len(self.bias), out),
         )
         return out
