@@ -1,7 +1,9 @@
 // Vectors of as many floats as a register of this CPU holds.
 #pragma once
 
+#include <cstddef>
 #include <cstring>
+#include <memory>
 
 namespace {
 
@@ -28,6 +30,12 @@ inline V load(const T *from) {
 template <typename V, typename T>
 inline void store(T *to, V value) {
   std::memcpy(to, &value, sizeof value);
+}
+
+// Numbers that are not set to zero first.
+template <typename T>
+std::unique_ptr<T[]> space(size_t count) {
+  return std::unique_ptr<T[]>(new T[count]);
 }
 
 }  // namespace

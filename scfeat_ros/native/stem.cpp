@@ -37,8 +37,10 @@ class Stem {
       : planes(planes), weights(weights), width(width), rows(height / 2), across(width / 2),
         tiles((across + TILE - 1) / TILE), outputs(outputs),
         strip(long(PATCH) * cells() * CHANNELS + LANES),
-        places(PATCH * PATCH * places_pitch() + LANES), products(PATCH * PATCH * products_pitch()),
-        scales(BLOCK), results(long(KEPT) * across * outputs), line(long(across) * outputs) {}
+        places(space<typename Kind::Number>(PATCH * PATCH * places_pitch() + LANES)),
+        products(space<float>(PATCH * PATCH * products_pitch())),
+        results(space<float>(long(KEPT) * across * outputs)),
+        line(space<float>(long(across) * outputs)) {}
 
   // Rows `row` to `end` of the pooled map: ReLU(largest result of 3x3 + bias).
   template <typename T>
@@ -57,8 +59,9 @@ class Stem {
   Weights<Kind> weights;
   int width, rows, across, tiles, outputs;
   std::vector<float> strip;
-  std::vector<typename Kind::Number> places;
-  std::vector<float> products, scales, results, line;
+  std::unique_ptr<typename Kind::Number[]> places;
+  std::unique_ptr<float[]> products, results, line;
+  float scales[BLOCK];
 
   // Of a row of patches, which overlap.
   long cells() const { return long(tiles) * TILE + PATCH - TILE; }
@@ -67,7 +70,7 @@ class Stem {
   long products_pitch() const { return long(BLOCK) * outputs + 16; }
 
   float *result(int row, int column) {
-    return results.data() + (long(row % KEPT) * across + column) * outputs;
+    return results.get() + (long(row % KEPT) * across + column) * outputs;
   }
 
   void convolve(int tile_row) {
@@ -75,8 +78,8 @@ class Stem {
     for (int first = 0; first < tiles; first += BLOCK) {
       const int count = std::min(BLOCK, tiles - first);
       for (int n = 0; n < count; n++) to_places(first + n, n);
-      multiply_places(places.data(), places_pitch(), count, CHANNELS, weights, outputs,
-                      products.data(), products_pitch());
+      multiply_places(places.get(), places_pitch(), count, CHANNELS, weights, outputs,
+                      products.get(), products_pitch());
       for (int n = 0; n < count; n++) from_places(n, TILE * tile_row, TILE * (first + n));
     }
   }
@@ -107,7 +110,7 @@ class Stem {
       for (int j = 0; j < PATCH; j++) cell[i][j] = from + (i * cells() + j) * CHANNELS;
     scales[n] = Kind::scale(cell, CHANNELS);
     const float factor = weights.largest / scales[n];
-    auto *to = places.data() + n * CHANNELS;
+    auto *to = places.get() + n * CHANNELS;
     for (int c = 0; c < CHANNELS; c += LANES) {
       Lanes transformed[PATCH][PATCH];
       for (int j = 0; j < PATCH; j++) {
@@ -128,7 +131,7 @@ class Stem {
   // Tile `n` of the block to the results at a row and column.
   void from_places(int n, int row, int column) {
     const int inside = std::min(TILE, across - column);
-    const float *from = products.data() + long(n) * outputs;
+    const float *from = products.get() + long(n) * outputs;
     for (int c = 0; c < outputs; c += LANES) {
       Lanes half[PATCH][TILE];
       for (int j = 0; j < PATCH; j++) {
@@ -150,7 +153,7 @@ class Stem {
   void pool(int row, const float *bias, T *out) {
     const float *above = result(std::max(2 * row - 1, 0), 0), *here = result(2 * row, 0);
     const float *below = result(std::min(2 * row + 1, rows - 1), 0);
-    float *__restrict largest = line.data();
+    float *__restrict largest = line.get();
     const long values = long(across) * outputs;
 #pragma omp simd
     for (long k = 0; k < values; k++)

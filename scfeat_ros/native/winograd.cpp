@@ -125,17 +125,18 @@ void convolve(const T *x, Map from, Weights<Kind> weights, Map to, After<T> afte
 #pragma omp parallel num_threads(threads)
   {
     const std::vector<T> nothing(from.channels);
-    std::vector<typename Kind::Number> places(PATCH * PATCH * from.pitch());
-    std::vector<float> products(PATCH * PATCH * to.pitch()), scales(BLOCK);
+    const auto places = space<typename Kind::Number>(PATCH * PATCH * from.pitch());
+    const auto products = space<float>(PATCH * PATCH * to.pitch());
+    float scales[BLOCK];
     const int thread = omp_get_thread_num(), all = omp_get_num_threads();
     const long end = tiles * (thread + 1) / all;
     for (long first = tiles * thread / all; first < end; first += BLOCK) {
       const int count = int(std::min<long>(BLOCK, end - first));
-      to_places<Kind>(x, from, first, count, nothing.data(), weights.largest, places.data(),
-                      scales.data());
-      multiply_places(places.data(), from.pitch(), count, from.channels, weights, to.channels,
-                      products.data(), to.pitch());
-      from_places(products.data(), scales.data(), to, first, count, after, out);
+      to_places<Kind>(x, from, first, count, nothing.data(), weights.largest, places.get(),
+                      scales);
+      multiply_places(places.get(), from.pitch(), count, from.channels, weights, to.channels,
+                      products.get(), to.pitch());
+      from_places(products.get(), scales, to, first, count, after, out);
     }
   }
 }

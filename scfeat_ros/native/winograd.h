@@ -11,6 +11,10 @@
 #include "lanes.h"
 #include "shorts.h"
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 namespace {
 
 typedef uint16_t HalfLanes __attribute__((vector_size(LANES * sizeof(uint16_t))));
@@ -19,7 +23,12 @@ typedef uint32_t WordLanes __attribute__((vector_size(LANES * sizeof(uint32_t)))
 inline Lanes read_lanes(const float *from) { return load<Lanes>(from); }
 
 inline Lanes read_lanes(const bfloat16 *from) {
-  const WordLanes bits = __builtin_convertvector(load<HalfLanes>(from), WordLanes) << 16;
+#if defined(__AVX512F__)  // the compiler would make two halves of it
+  const WordLanes words = WordLanes(_mm512_cvtepu16_epi32(load<__m256i>(from)));
+#else
+  const WordLanes words = __builtin_convertvector(load<HalfLanes>(from), WordLanes);
+#endif
+  const WordLanes bits = words << 16;
   return load<Lanes>(&bits);
 }
 
@@ -71,19 +80,31 @@ struct Shorts {
   typedef Integers Sum;
   static constexpr int PAIR = 2;
 
-  template <typename T>
-  static float scale(const T *const (*pixel)[PATCH], int channels) {
-    Lanes largest = Lanes{} + 1e-30f;
-    for (int i = 0; i < PATCH; i++)
-      for (int j = 0; j < PATCH; j++)
-        for (int c = 0; c < channels; c += LANES) {
-          const Lanes value = read_lanes(pixel[i][j] + c);
-          const Lanes magnitude = value < 0.0f ? -value : value;
+  static float scale(const float *const (*pixel)[PATCH], int channels) {
+    Lanes largest{};
+    for (int c = 0; c < channels; c += LANES)
+      for (int i = 0; i < PATCH; i++)
+        for (int j = 0; j < PATCH; j++) {
+          const Lanes value = read_lanes(pixel[i][j] + c), other = -value;
+          const Lanes magnitude = value > other ? value : other;
           largest = magnitude > largest ? magnitude : largest;
         }
-    float most = 0;
+    float most = 1e-30f;
     for (int lane = 0; lane < LANES; lane++) most = std::max(most, largest[lane]);
     return most;
+  }
+
+  static float scale(const bfloat16 *const (*pixel)[PATCH], int channels) {
+    ShortLanes largest{};  // by the bits, which are in the order of the magnitudes
+    for (int c = 0; c < channels; c += LANES)
+      for (int i = 0; i < PATCH; i++)
+        for (int j = 0; j < PATCH; j++) {
+          const ShortLanes magnitude = load<ShortLanes>(pixel[i][j] + c) & 0x7fff;
+          largest = magnitude > largest ? magnitude : largest;
+        }
+    int16_t most = 0;
+    for (int lane = 0; lane < LANES; lane++) most = std::max(most, largest[lane]);
+    return std::max(read(bfloat16(most)), 1e-30f);
   }
 
   static void put(Number *to, Lanes value, float factor, int i, int j) {
@@ -132,7 +153,9 @@ void multiply_few(const typename Kind::Number *a, int inputs, const typename Kin
       for (int v = 0; v < VECTORS; v++) sum[r][v] = Kind::add(sum[r][v], one, w[v]);
     }
   }
+#pragma GCC unroll 16
   for (int r = 0; r < TILES; r++)
+#pragma GCC unroll 2
     for (int v = 0; v < VECTORS; v++)
       store(out + long(r) * outputs + v * LANES, Kind::finish(sum[r][v], scale + v * LANES));
 }
