@@ -4,6 +4,12 @@
 #include <cstdint>
 #include <cstring>
 
+#include "lanes.h"
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 namespace {
 
 enum class bfloat16 : uint16_t {};  // a type of its own, and still a number to the vectorizer
@@ -23,6 +29,32 @@ inline void write(bfloat16 &to, float value) {  // to nearest, ties to even
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);
   to = bfloat16((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+typedef uint16_t HalfLanes __attribute__((vector_size(LANES * sizeof(uint16_t))));
+typedef uint32_t WordLanes __attribute__((vector_size(LANES * sizeof(uint32_t))));
+
+inline Lanes read_lanes(const float *from) { return load<Lanes>(from); }
+
+inline Lanes read_lanes(const bfloat16 *from) {
+#if defined(__AVX512F__)  // the compiler would make two halves of it
+  const WordLanes words = WordLanes(_mm512_cvtepu16_epi32(load<__m256i>(from)));
+#else
+  const WordLanes words = __builtin_convertvector(load<HalfLanes>(from), WordLanes);
+#endif
+  const WordLanes bits = words << 16;
+  return load<Lanes>(&bits);
+}
+
+inline void write_lanes(float *to, Lanes value) { store(to, value); }
+
+inline void write_lanes(bfloat16 *to, Lanes value) {  // rounded as by `write`
+#if defined(__AVX512BF16__)
+  store(to, _mm512_cvtneps_pbh(value));
+#else
+  const WordLanes bits = load<WordLanes>(&value);
+  store(to, __builtin_convertvector((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, HalfLanes));
+#endif
 }
 
 }  // namespace

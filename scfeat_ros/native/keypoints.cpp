@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "bfloat16.h"
+#include "lanes.h"
 
 namespace {
 
@@ -49,6 +50,8 @@ struct Cells {
   }
 };
 
+constexpr int VECTORS = 4;  // of channels that `sample` sums at a time
+
 // Samples of a channels-last map whose pixels lie `pitch` apart: bilinear, or smooth.
 template <typename T>
 void sample(const T *map, int height, int width, int channels, long pitch, const float *points,
@@ -57,16 +60,28 @@ void sample(const T *map, int height, int width, int channels, long pitch, const
   for (long i = 0; i < count; i++) {
     const Cells columns((points[2 * i] + 0.5f) / stride - 0.5f, width, smooth);
     const Cells rows((points[2 * i + 1] + 0.5f) / stride - 0.5f, height, smooth);
-    float *__restrict to = out + i * channels;
-    std::fill_n(to, channels, 0.0f);
+    const T *cell[16];
+    float weight[16];
+    int cells = 0;
     for (int r = 0; r < 4; r++)
       for (int c = 0; c < 4; c++) {
-        const float weight = rows.weight[r] * columns.weight[c];
-        if (weight == 0) continue;
-        const T *cell = map + (long(rows.at[r]) * width + columns.at[c]) * pitch;
-#pragma omp simd
-        for (int k = 0; k < channels; k++) to[k] += weight * read(cell[k]);
+        weight[cells] = rows.weight[r] * columns.weight[c];
+        cell[cells] = map + (long(rows.at[r]) * width + columns.at[c]) * pitch;
+        cells += weight[cells] != 0;
       }
+    float *to = out + i * channels;
+    int k = 0;
+    for (; k + VECTORS * LANES <= channels; k += VECTORS * LANES) {
+      Lanes sum[VECTORS] = {};
+      for (int n = 0; n < cells; n++)
+        for (int v = 0; v < VECTORS; v++)
+          sum[v] += weight[n] * read_lanes(cell[n] + k + v * LANES);
+      for (int v = 0; v < VECTORS; v++) store(to + k + v * LANES, sum[v]);
+    }
+    for (; k < channels; k++) {
+      to[k] = 0;
+      for (int n = 0; n < cells; n++) to[k] += weight[n] * read(cell[n][k]);
+    }
   }
 }
 

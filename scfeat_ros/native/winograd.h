@@ -11,33 +11,7 @@
 #include "lanes.h"
 #include "shorts.h"
 
-#if defined(__AVX512F__)
-#include <immintrin.h>
-#endif
-
 namespace {
-
-typedef uint16_t HalfLanes __attribute__((vector_size(LANES * sizeof(uint16_t))));
-typedef uint32_t WordLanes __attribute__((vector_size(LANES * sizeof(uint32_t))));
-
-inline Lanes read_lanes(const float *from) { return load<Lanes>(from); }
-
-inline Lanes read_lanes(const bfloat16 *from) {
-#if defined(__AVX512F__)  // the compiler would make two halves of it
-  const WordLanes words = WordLanes(_mm512_cvtepu16_epi32(load<__m256i>(from)));
-#else
-  const WordLanes words = __builtin_convertvector(load<HalfLanes>(from), WordLanes);
-#endif
-  const WordLanes bits = words << 16;
-  return load<Lanes>(&bits);
-}
-
-inline void write_lanes(float *to, Lanes value) { store(to, value); }
-
-inline void write_lanes(bfloat16 *to, Lanes value) {  // rounded as by `write`
-  const WordLanes bits = load<WordLanes>(&value);
-  store(to, __builtin_convertvector((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, HalfLanes));
-}
 
 constexpr int PATCH = 6;
 
@@ -108,9 +82,9 @@ struct Shorts {
   }
 
   static void put(Number *to, Lanes value, float factor, int i, int j) {
-    // what the rows of B^T come to at most
-    constexpr float bound[PATCH] = {10, 10, 10, 6, 6, 10};
-    store(to, round_to_shorts(value * (1 / (bound[i] * bound[j]) * factor)));
+    // by what the rows of B^T come to at most
+    constexpr float share[PATCH] = {1.0f / 10, 1.0f / 10, 1.0f / 10, 1.0f / 6, 1.0f / 6, 1.0f / 10};
+    store(to, round_to_shorts(value * (share[i] * share[j] * factor)));
   }
 
   static Sum repeat(const Number *from) { return Integers{} + load<int32_t>(from); }
