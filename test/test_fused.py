@@ -110,6 +110,26 @@ def test_convolution_after_upsampling_is_exact_at_every_border(k, factor, channe
     torch.testing.assert_close(found, expected + plus, atol=1e-4, rtol=1e-4)
 
 
+@BOTH
+@pytest.mark.parametrize("size", [(1, 1), (1, 4), (3, 5)])
+@pytest.mark.parametrize("factor", [2, 4])
+@pytest.mark.parametrize("kernel", [1, 3])
+@torch.no_grad()
+def test_up_conv_into_a_part_of_a_larger_map(k, size, factor, kernel):
+    torch.manual_seed(0)
+    x = torch.randn(1, 6, *size)
+    weight = torch.randn(20, 6, kernel, kernel)
+    norm = kernels.Norm(torch.rand(20) + 0.5, torch.randn(20), groups=4)
+    upsampled = F.interpolate(x, scale_factor=factor, mode="bilinear", align_corners=False)
+    expected = F.conv2d(upsampled, weight, padding=kernel // 2)
+    expected = F.elu(F.group_norm(expected, 4, norm.weight, norm.bias, 1e-5))
+    place = torch.zeros(1, 32, size[0] * factor, size[1] * factor)
+    place = place.contiguous(memory_format=torch.channels_last)
+    k.up_conv(taps(weight, torch.float32)(x), 20, factor, norm, place[:, 8:28])
+    torch.testing.assert_close(place[:, 8:28], expected, atol=1e-4, rtol=1e-4)
+    assert not place[:, :8].any() and not place[:, 28:].any()
+
+
 def rounding_of_result(dtype):
     """What a map of minimal filtering may be off by, with values of about 1."""
     if dtype is torch.float32:

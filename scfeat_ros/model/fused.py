@@ -332,8 +332,7 @@ class FusedSCFeat(nn.Module):
 
     def _up_conv(self, name: str, z: torch.Tensor, factor: int, out: torch.Tensor) -> None:
         """UP-CONV of Fig. 4 (b) from its nine taps, or one, written to `out`."""
-        x, totals = self.kernels.upsampled_sum(z, out.shape[1], factor)
-        self.kernels.normalize_activate(x, totals, self.norms[name], out=out)
+        self.kernels.up_conv(z, out.shape[1], factor, self.norms[name], out)
 
     def _norm_elu(
         self, name: str, x: torch.Tensor, out: torch.Tensor | None = None

@@ -152,6 +152,20 @@ def _sum_of_nine(taps: torch.Tensor, factor: int) -> torch.Tensor:
     return result
 
 
+def up_conv(
+    taps: torch.Tensor, channels: int, factor: int, norm: Norm, out: torch.Tensor
+) -> None:
+    """UP-CONV of Fig. 4 (b): a convolution of an upsampled map, normalization and ELU.
+
+    Args:
+        taps, channels, factor: as for `upsampled_sum`.
+        norm: the normalization.
+        out: (B, C, h * factor, w * factor), where to put the result: channels of a larger map.
+    """
+    x, totals = upsampled_sum(taps, channels, factor)
+    normalize_activate(x, totals, norm, out=out)
+
+
 def bridge_and_stem(
     descriptors: torch.Tensor,
     stem: torch.Tensor,

@@ -248,6 +248,93 @@ void upsampled(const T *x, int height, int width, int factor, int channels, cons
   all.write(totals);
 }
 
+// Of an axis that is upsampled, by the small map's places: in how many pixels a value has a part, and
+// the sum of the upsampled values' squares as one of the values' own squares and of products of
+// neighbours, of which each counts twice.
+struct Parts {
+  std::vector<float> alone, squared, with_next;
+
+  Parts(int size, int factor) : alone(size), squared(size), with_next(size) {
+    for (int pixel = 0; pixel < size * factor; pixel++) {
+      const Position p = locate(pixel, factor, size);
+      const float first = p.second == p.first ? 1.0f : 1.0f - p.weight, second = 1.0f - first;
+      alone[p.first] += first;
+      alone[p.second] += second;
+      squared[p.first] += first * first;
+      squared[p.second] += second * second;
+      with_next[p.first] += first * second;
+    }
+  }
+};
+
+// The statistics of a map that is upsampled, without upsampling it.
+template <typename T>
+void upsampled_sums(const T *x, int height, int width, int factor, int channels, double *totals,
+                    int threads) {
+  const Parts down(height, factor), across(width, factor);
+  const int C = channels;
+  Totals all(C, threads);
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<float> sums(C), squares(C);
+    float *__restrict sum = sums.data(), *__restrict square = squares.data();
+#pragma omp for schedule(static)
+    for (int y = 0; y < height; y++) {
+      const T *row = x + long(y) * width * C, *next = y + 1 < height ? row + long(width) * C : row;
+      const float here = down.squared[y], below = 2 * down.with_next[y];
+      for (int column = 0; column < width; column++) {
+        const long right = column + 1 < width ? C : 0;  // the last has no part with the next
+        const T *p = row + long(column) * C, *q = next + long(column) * C;
+        const float alone = down.alone[y] * across.alone[column];
+        const float squared = across.squared[column], with_next = across.with_next[column];
+#pragma omp simd
+        for (int c = 0; c < C; c++) {
+          const float v = read(p[c]), v_right = read(p[c + right]);
+          const float v_below = read(q[c]), v_across = read(q[c + right]);
+          sum[c] += alone * v;
+          square[c] += here * v * (squared * v + 2 * with_next * v_right) +
+                       below * (squared * v * v_below + with_next * (v * v_across + v_right * v_below));
+        }
+      }
+      all.add(sums, squares);
+    }
+  }
+  all.write(totals);
+}
+
+// ELU(x upsampled * scale + shift), to pixels `stride` apart.
+template <typename T>
+void upsampled_elu(const T *x, int height, int width, int factor, int channels, const float *scale,
+                   const float *shift, T *out, long stride, int threads) {
+  const int H = height * factor, W = width * factor, C = channels;
+  const long row = long(width) * C;
+  std::vector<Position> across(W);
+  for (int column = 0; column < W; column++) across[column] = locate(column, factor, width);
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<float> line(row);
+#pragma omp for schedule(static)
+    for (int y = 0; y < H; y++) {
+      const Position down = locate(y, factor, height);
+      const T *above = x + down.first * row, *below = x + down.second * row;
+      float *__restrict between = line.data();
+#pragma omp simd
+      for (long k = 0; k < row; k++)
+        between[k] = (1.0f - down.weight) * read(above[k]) + down.weight * read(below[k]);
+      for (int column = 0; column < W; column++) {
+        const Position p = across[column];
+        const float *left = between + long(p.first) * C, *right = between + long(p.second) * C;
+        T *__restrict to = out + (long(y) * W + column) * stride;
+#pragma omp simd
+        for (int c = 0; c < C; c++) {
+          const float value = (1.0f - p.weight) * left[c] + p.weight * right[c];
+          write(to[c], elu(value * scale[c] + shift[c]));
+        }
+      }
+    }
+  }
+}
+
 // y = activation(x * scale + shift): ELU, or PReLU with a slope, which training may make negative.
 template <typename T>
 void scale_activate(const T *x, long count, const float *scale, const float *shift, bool is_elu,
@@ -708,6 +795,15 @@ void response(const T *x, long rows, int columns, int channels, const float *sca
   void upsampled_##T(const T *x, int height, int width, int factor, int channels, const T *plus,   \
                      T *out, double *totals, int threads) {                                        \
     upsampled(x, height, width, factor, channels, plus, out, totals, threads);                     \
+  }                                                                                                \
+  void upsampled_sums_##T(const T *x, int height, int width, int factor, int channels,             \
+                          double *totals, int threads) {                                           \
+    upsampled_sums(x, height, width, factor, channels, totals, threads);                           \
+  }                                                                                                \
+  void upsampled_elu_##T(const T *x, int height, int width, int factor, int channels,              \
+                         const float *scale, const float *shift, T *out, long stride,              \
+                         int threads) {                                                            \
+    upsampled_elu(x, height, width, factor, channels, scale, shift, out, stride, threads);         \
   }                                                                                                \
   void scale_activate_##T(const T *x, long pixels, int channels, const float *scale,               \
                           const float *shift, int is_elu, float slope, T *out, long stride,        \

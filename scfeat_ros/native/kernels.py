@@ -113,6 +113,22 @@ def upsampled_sum(
     return out, totals
 
 
+def up_conv(
+    taps: torch.Tensor, channels: int, factor: int, norm: Norm, out: torch.Tensor
+) -> None:
+    if taps.shape[1] != channels:
+        x, totals = upsampled_sum(taps, channels, factor)
+        normalize_activate(x, totals, norm, out=out)
+        return
+    taps = channels_last(taps)
+    _, _, height, width = taps.shape
+    size = height, width, factor, channels
+    totals = _totals(channels)
+    call("upsampled_sums", taps.dtype, taps, *size, totals)
+    scale, shift = scale_and_shift(totals, norm, height * width * factor**2)
+    call("upsampled_elu", taps.dtype, taps, *size, scale, shift, out, out.stride(3))
+
+
 def bridge_and_stem(
     descriptors: torch.Tensor,
     stem: torch.Tensor,

@@ -129,6 +129,8 @@ ARGUMENTS = {
     "channel_sums": "pliipi",
     "upsampled": "piiiipppi",
     "upsampled_sum": "piiiipppi",
+    "upsampled_sums": "piiiipi",
+    "upsampled_elu": "piiiipppli",
     "scale_activate": "plippifpli",
     "pixel_statistics": "pliipppi",
     "bridge_and_stem": "ppliipppppppfpppi",
