@@ -302,10 +302,9 @@ class FusedSCFeat(nn.Module):
         stem = self.stem(normalized.values)
         descriptors, layer2, layer3 = self._describe(stem)
         bridge = self.spatial, self.norms["bridge"], self.reliability
-        maps = k.bridge_and_stem(descriptors, stem, *bridge)
-        bridged = maps.values[:, : descriptors.shape[1]]
+        maps = k.bridge(descriptors, stem, *bridge)
         scores = self._detect(normalized, maps)
-        return SCFeatOutput(descriptors, bridged, scores, layer2, layer3)
+        return SCFeatOutput(descriptors, maps.bridged, scores, layer2, layer3)
 
     def _describe(self, stem: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """F_0 -> D_desc, layer2, layer3: encoder layers, decoders, side maps, fusion."""

@@ -32,16 +32,23 @@ class Norm(NamedTuple):
 
 
 class Maps(NamedTuple):
-    """What the detector reads: F_cn and the stem's map beside each other, in fp32."""
+    """What the detector reads."""
 
-    values: torch.Tensor
-    """(B, D + 64, h, w)"""
+    bridged: torch.Tensor
+    """(B, D, h, w) fp32: F_cn."""
+    stem: torch.Tensor
+    """(B, 64, h, w): F_0, in the convolutions' type."""
     reliability: torch.Tensor
     """(B, 1, h, w), see `Reliability`."""
     mean: torch.Tensor | None = None
-    """(h, w): mean over the channels, where the kernels want it."""
+    """(h, w): mean over the channels of both, where the kernels want it."""
     largest: float | None = None
-    """Largest magnitude."""
+    """Largest magnitude in both."""
+
+    @property
+    def values(self) -> torch.Tensor:
+        """(B, D + 64, h, w) fp32: both beside each other."""
+        return torch.cat([self.bridged, self.stem.float()], dim=1)
 
 
 class Image(NamedTuple):
@@ -152,9 +159,7 @@ def _sum_of_nine(taps: torch.Tensor, factor: int) -> torch.Tensor:
     return result
 
 
-def up_conv(
-    taps: torch.Tensor, channels: int, factor: int, norm: Norm, out: torch.Tensor
-) -> None:
+def up_conv(taps: torch.Tensor, channels: int, factor: int, norm: Norm, out: torch.Tensor) -> None:
     """UP-CONV of Fig. 4 (b): a convolution of an upsampled map, normalization and ELU.
 
     Args:
@@ -166,14 +171,14 @@ def up_conv(
     normalize_activate(x, totals, norm, out=out)
 
 
-def bridge_and_stem(
+def bridge(
     descriptors: torch.Tensor,
     stem: torch.Tensor,
     spatial: torch.nn.Conv2d,
     channel: Norm,
     reliability: Reliability,
 ) -> Maps:
-    """Cross normalization (Eq. 2-3), the stem's map beside its result, and the reliability.
+    """Cross normalization (Eq. 2-3) and the reliability.
 
     Args:
         descriptors: (B, D, h, w) D_desc.
@@ -182,14 +187,14 @@ def bridge_and_stem(
         channel: the instance normalization with its numbers times w_c.
         reliability: of F_cn.
     """
-    descriptors, stem = descriptors.float(), stem.float()
+    descriptors = descriptors.float()
     variance, mean = torch.var_mean(descriptors, dim=1, correction=0, keepdim=True)
     factor, offset = spatial(mean).split(1, dim=1)
     across = (descriptors - mean) * (variance + EPSILON).rsqrt() * factor + offset
     pixels = descriptors.shape[2] * descriptors.shape[3]
     scale, shift = scale_and_shift(statistics(descriptors), channel, pixels)
     bridged = across + descriptors * scale[:, :, None, None] + shift[:, :, None, None]
-    return Maps(torch.cat([bridged, stem], dim=1), reliability(bridged))
+    return Maps(bridged, stem, reliability(bridged))
 
 
 def weigh_by_peakiness(maps: Maps | Image, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

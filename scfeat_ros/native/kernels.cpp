@@ -403,20 +403,18 @@ void pixel_statistics(const T *x, long rows, int columns, int channels, float *m
   all.write(totals);
 }
 
-// F_cn beside the stem's map, the mean over both and the reliability at each pixel, and the largest
-// magnitude.
+// F_cn, the reliability, and the mean over F_cn and the stem's map beside each other at each pixel;
+// and the largest magnitude in both.
 template <typename T>
-float bridge_and_stem(const T *x, const T *stem, long pixels, int channels, int stem_channels,
-                      const float *mean, const float *inverse_deviation, const float *factor,
-                      const float *offset, const float *scale, const float *shift,
-                      const float *direction, float bias, float *maps, float *maps_mean,
-                      float *reliability, int threads) {
-  const int all = channels + stem_channels;
+float bridge(const T *x, const T *stem, long pixels, int channels, int stem_channels,
+             const float *mean, const float *inverse_deviation, const float *factor,
+             const float *offset, const float *scale, const float *shift, const float *direction,
+             float bias, float *bridged, float *maps_mean, float *reliability, int threads) {
   float largest = 0;
 #pragma omp parallel for num_threads(threads) schedule(static) reduction(max : largest)
   for (long i = 0; i < pixels; i++) {
     const T *p = x + i * channels, *q = stem + i * stem_channels;
-    float *to = maps + i * all;
+    float *__restrict to = bridged + i * channels;
     const float a = factor[i] * inverse_deviation[i], b = offset[i] - mean[i] * a;
     float total = 0, peak = 0, square = 0, along = 0;
 #pragma omp simd reduction(+ : total, square, along) reduction(max : peak)
@@ -432,11 +430,10 @@ float bridge_and_stem(const T *x, const T *stem, long pixels, int channels, int 
 #pragma omp simd reduction(+ : total) reduction(max : peak)
     for (int c = 0; c < stem_channels; c++) {
       float v = read(q[c]);
-      to[channels + c] = v;
       total += v;
       peak = std::max(peak, std::fabs(v));
     }
-    maps_mean[i] = total / all;
+    maps_mean[i] = total / (channels + stem_channels);
     largest = std::max(largest, peak);
   }
   return largest;
@@ -444,39 +441,76 @@ float bridge_and_stem(const T *x, const T *stem, long pixels, int channels, int 
 
 inline int reflect(int i, int size) { return i < 0 ? 1 : i >= size ? size - 2 : i; }
 
+// One of the maps that lie beside each other, as a row of it is weighed.
 template <typename T>
-void weigh_by_peakiness(const float *maps, const float *mean, float scale, int height, int width,
-                        int channels, float *peaks, T *out, int threads) {
-  const int C = channels;
+class PeakyRow {
+ public:
+  PeakyRow(const T *map, int height, int width, int channels)
+      : map(map), height(height), width(width), channels(channels),
+        sums(long(width) * channels) {}
+
+  // Goes to a row.
+  void start(int y) {
+    const long length = long(width) * channels;
+    const T *above = map + reflect(y - 1, height) * length;
+    const T *below = map + reflect(y + 1, height) * length;
+    here = map + y * length;
+    float *__restrict to = sums.data();
+#pragma omp simd
+    for (long k = 0; k < length; k++) to[k] = read(above[k]) + read(here[k]) + read(below[k]);
+  }
+
+  // Channel by channel the product of both scores of Eq. 4-6, at a pixel with this channel mean.
+  void score(int x, float mean, float scale, float *__restrict products) const {
+    const float *left = sums.data() + reflect(x - 1, width) * long(channels);
+    const float *middle = sums.data() + x * long(channels);
+    const float *right = sums.data() + reflect(x + 1, width) * long(channels);
+    const T *value = here + x * long(channels);
+#pragma omp simd
+    for (int c = 0; c < channels; c++) {
+      const float local = (left[c] + middle[c] + right[c]) * (1.0f / 9), v = read(value[c]);
+      // |value| * scale <= 1, and so for every mean
+      products[c] = softplus_near_zero((v - mean) * scale) * softplus_near_zero((v - local) * scale);
+    }
+  }
+
+  template <typename S>
+  void weigh(int x, float weight, S *__restrict to) const {
+    const T *value = here + x * long(channels);
+#pragma omp simd
+    for (int c = 0; c < channels; c++) write(to[c], weight * read(value[c]));
+  }
+
+ private:
+  const T *map, *here = nullptr;
+  const int height, width, channels;
+  std::vector<float> sums;  // of three rows
+};
+
+// Peakiness of F_cn and the stem's map beside each other, and both maps times it.
+template <typename T>
+void weigh_by_peakiness(const float *bridged, const T *stem, const float *mean, float scale,
+                        int height, int width, int channels, int stem_channels, float *peaks,
+                        T *out, int threads) {
+  const int all = channels + stem_channels;
 #pragma omp parallel num_threads(threads)
   {
-    std::vector<float> column_sums(size_t(width) * C), scores(C);
+    PeakyRow<float> first(bridged, height, width, channels);
+    PeakyRow<T> second(stem, height, width, stem_channels);
+    std::vector<float> products(all);
 #pragma omp for schedule(static)
     for (int y = 0; y < height; y++) {
-      const long row = long(width) * C;
-      const float *above = maps + reflect(y - 1, height) * row, *here = maps + y * row;
-      const float *below = maps + reflect(y + 1, height) * row;
-      float *__restrict sums = column_sums.data();
-#pragma omp simd
-      for (long k = 0; k < row; k++) sums[k] = above[k] + here[k] + below[k];
+      first.start(y);
+      second.start(y);
       for (int x = 0; x < width; x++) {
-        const float *left = sums + reflect(x - 1, width) * long(C), *middle = sums + x * long(C);
-        const float *right = sums + reflect(x + 1, width) * long(C), *value = here + x * long(C);
-        const float centre = mean[long(y) * width + x];
-        float *__restrict products = scores.data();
-#pragma omp simd
-        for (int c = 0; c < C; c++) {
-          float local = (left[c] + middle[c] + right[c]) * (1.0f / 9);
-          // |value| * scale <= 1, and so for every mean
-          products[c] = softplus_near_zero((value[c] - centre) * scale) *
-                        softplus_near_zero((value[c] - local) * scale);
-        }
+        const long pixel = long(y) * width + x;
+        first.score(x, mean[pixel], scale, products.data());
+        second.score(x, mean[pixel], scale, products.data() + channels);
         float best = 0;
-        for (int c = 0; c < C; c++) best = std::max(best, products[c]);
-        peaks[long(y) * width + x] = best;
-        T *to = out + (long(y) * width + x) * C;
-#pragma omp simd
-        for (int c = 0; c < C; c++) write(to[c], best * value[c]);
+        for (int c = 0; c < all; c++) best = std::max(best, products[c]);
+        peaks[pixel] = best;
+        first.weigh(x, best, out + pixel * all);
+        second.weigh(x, best, out + pixel * all + channels);
       }
     }
   }
@@ -814,18 +848,20 @@ void response(const T *x, long rows, int columns, int channels, const float *sca
                             float *inverse_deviation, double *totals, int threads) {               \
     pixel_statistics(x, rows, columns, channels, mean, inverse_deviation, totals, threads);        \
   }                                                                                                \
-  float bridge_and_stem_##T(const T *x, const T *stem, long pixels, int channels,                  \
-                            int stem_channels, const float *mean, const float *inverse_deviation,  \
-                            const float *factor, const float *offset, const float *scale,          \
-                            const float *shift, const float *direction, float bias, float *maps,   \
-                            float *maps_mean, float *reliability, int threads) {                   \
-    return bridge_and_stem(x, stem, pixels, channels, stem_channels, mean, inverse_deviation,      \
-                           factor, offset, scale, shift, direction, bias, maps, maps_mean,         \
-                           reliability, threads);                                                  \
+  float bridge_##T(const T *x, const T *stem, long pixels, int channels, int stem_channels,        \
+                   const float *mean, const float *inverse_deviation, const float *factor,         \
+                   const float *offset, const float *scale, const float *shift,                    \
+                   const float *direction, float bias, float *bridged, float *maps_mean,           \
+                   float *reliability, int threads) {                                              \
+    return bridge(x, stem, pixels, channels, stem_channels, mean, inverse_deviation, factor,       \
+                  offset, scale, shift, direction, bias, bridged, maps_mean, reliability,          \
+                  threads);                                                                        \
   }                                                                                                \
-  void weigh_by_peakiness_##T(const float *maps, const float *mean, float scale, int height,       \
-                              int width, int channels, float *peaks, T *out, int threads) {        \
-    weigh_by_peakiness(maps, mean, scale, height, width, channels, peaks, out, threads);           \
+  void weigh_by_peakiness_##T(const float *bridged, const T *stem, const float *mean, float scale, \
+                              int height, int width, int channels, int stem_channels,              \
+                              float *peaks, T *out, int threads) {                                 \
+    weigh_by_peakiness(bridged, stem, mean, scale, height, width, channels, stem_channels, peaks,  \
+                       out, threads);                                                              \
   }                                                                                                \
   void weigh_image_by_peakiness_##T(const float *planes, float scale, int height, int width,       \
                                     float *peaks, T *out, int threads) {                           \

@@ -113,9 +113,7 @@ def upsampled_sum(
     return out, totals
 
 
-def up_conv(
-    taps: torch.Tensor, channels: int, factor: int, norm: Norm, out: torch.Tensor
-) -> None:
+def up_conv(taps: torch.Tensor, channels: int, factor: int, norm: Norm, out: torch.Tensor) -> None:
     if taps.shape[1] != channels:
         x, totals = upsampled_sum(taps, channels, factor)
         normalize_activate(x, totals, norm, out=out)
@@ -129,7 +127,7 @@ def up_conv(
     call("upsampled_elu", taps.dtype, taps, *size, scale, shift, out, out.stride(3))
 
 
-def bridge_and_stem(
+def bridge(
     descriptors: torch.Tensor,
     stem: torch.Tensor,
     spatial: torch.nn.Conv2d,
@@ -147,36 +145,45 @@ def bridge_and_stem(
     )
     factor, offset = spatial(mean).contiguous()[0].unbind()
     scale, shift = scale_and_shift(totals, channel, height * width)
-    maps = empty_map(channels + stem.shape[1], height, width, torch.float32)
+    bridged = empty_map(channels, height, width, torch.float32)
     maps_mean, factors = torch.empty((height, width)), torch.empty((1, 1, height, width))
     largest = call(
-        "bridge_and_stem",
+        "bridge",
         descriptors.dtype,
         *(descriptors, stem, height * width, channels, stem.shape[1]),
         *(mean, inverse, factor, offset, scale, shift),
-        *(reliability.weight, float(reliability.bias), maps, maps_mean, factors),
+        *(reliability.weight, float(reliability.bias), bridged, maps_mean, factors),
     )
-    return Maps(maps, factors, maps_mean, largest)
+    return Maps(bridged, stem, factors, maps_mean, largest)
 
 
 def weigh_by_peakiness(maps: Maps | Image, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    _, channels, height, width = maps.values.shape
-    peaks = torch.empty((1, 1, height, width))
-    weighted = empty_map(channels, height, width, dtype)
     scale = 1.0 / max(maps.largest, 1e-6)
     if isinstance(maps, Image):
+        _, channels, height, width = maps.values.shape
+        peaks, weighted = _peaks_and_map(channels, height, width, dtype)
         call(
             "weigh_image_by_peakiness",
             dtype,
             *(maps.values, scale, height, width, peaks, weighted),
         )
-    else:
-        call(
-            "weigh_by_peakiness",
-            dtype,
-            *(maps.values, maps.mean, scale, height, width, channels, peaks, weighted),
-        )
+        return peaks, weighted
+    _, channels, height, width = maps.bridged.shape
+    stem = maps.stem.shape[1]
+    peaks, weighted = _peaks_and_map(channels + stem, height, width, dtype)
+    call(
+        "weigh_by_peakiness",
+        dtype,
+        *(maps.bridged, maps.stem, maps.mean, scale),
+        *(height, width, channels, stem, peaks, weighted),
+    )
     return peaks, weighted
+
+
+def _peaks_and_map(
+    channels: int, height: int, width: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty((1, 1, height, width)), empty_map(channels, height, width, dtype)
 
 
 def image_branch(image: Image, conv: Conv) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

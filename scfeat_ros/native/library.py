@@ -133,8 +133,8 @@ ARGUMENTS = {
     "upsampled_elu": "piiiipppli",
     "scale_activate": "plippifpli",
     "pixel_statistics": "pliipppi",
-    "bridge_and_stem": "ppliipppppppfpppi",
-    "weigh_by_peakiness": "ppfiiippi",
+    "bridge": "ppliipppppppfpppi",
+    "weigh_by_peakiness": "pppfiiiippi",
     "normalize_bytes": "plpppi",
     "normalize_floats": "plpppi",
     "weigh_image_by_peakiness": "pfiippi",
@@ -163,7 +163,7 @@ WITHOUT_THREADS = (
     *("winograd_lanes", "winograd_columns"),
 )
 RETURNS = {
-    "bridge_and_stem": ctypes.c_float,
+    "bridge": ctypes.c_float,
     "normalize_bytes": ctypes.c_float,
     "normalize_floats": ctypes.c_float,
     "local_maxima": ctypes.c_long,
