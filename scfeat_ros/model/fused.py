@@ -9,7 +9,8 @@ it exact in real numbers:
 - a 3x3 convolution of a map upsampled by s runs as nine 1x1 convolutions on the small map, whose
   results are upsampled, moved and added: 1/s^2 of the arithmetic (see `kernels.upsampled_sum`);
 - so does the head's Layer_1 over the upsampled branch: no upsampled map of the branch exists;
-- the decoders' maps and the side maps are written beside each other: nothing is concatenated;
+- the side maps are written beside each other, and the decoders' convolutions read two maps: nothing is
+  concatenated (but for decoders whose convolution is not by minimal filtering);
 - normalizations become a scale and a shift of each channel, from sums that are taken while the map
   is written, and are applied together with the activation, into the place where the next layer
   reads;
@@ -109,10 +110,23 @@ class Conv(nn.Module):
         return self.weight.numel() * height * width
 
     def forward(
-        self, x: torch.Tensor, relu: bool = False, plus: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        relu: bool = False,
+        plus: torch.Tensor | None = None,
+        beside: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        """Convolve a map.
+
+        Args:
+            x: (B, C_in, h, w).
+            relu: whether ReLU follows.
+            plus: (B, C_out, h, w), added before that.
+            beside: (B, C, h, w), the last C of the C_in channels, where `x` has only the others.
+        """
         if self._filters(*x.shape[2:]):
-            return self._winograd(x, relu, plus)
+            return self._winograd(x, relu, plus, beside)
+        x = x if beside is None else torch.cat([x, beside], dim=1)
         if x.device.type == "cpu" and self._uses_onednn:
             return self._onednn(x, relu, plus)
         y = F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
@@ -315,17 +329,15 @@ class FusedSCFeat(nn.Module):
         eighth, quarter = self.config.decoder_channels
         sides = _space(layer1, 3 * dim)
 
-        decoder = _space(layer2, eighth + layer2.shape[1])
-        self._up_conv("decoder_0.up", self.eighth_taps(layer3), 2, decoder[:, :eighth])
+        up = _space(layer2, eighth)
+        self._up_conv("decoder_0.up", self.eighth_taps(layer3), 2, up)
         self._up_conv("side_0", self.side_0_taps(layer3), 4, sides[:, :dim])
-        decoder[:, eighth:] = layer2
-        x = self._norm_elu("decoder_0.conv", self.eighth(decoder))
+        x = self._norm_elu("decoder_0.conv", self.eighth(up, beside=layer2))
 
-        decoder = _space(layer1, quarter + layer1.shape[1])
-        self._up_conv("decoder_1.up", self.quarter_taps(x), 2, decoder[:, :quarter])
+        up = _space(layer1, quarter)
+        self._up_conv("decoder_1.up", self.quarter_taps(x), 2, up)
         self._up_conv("side_1", self.side_1_taps(x), 2, sides[:, dim : 2 * dim])
-        decoder[:, quarter:] = layer1
-        x = self._norm_elu("decoder_1.conv", self.quarter(decoder))
+        x = self._norm_elu("decoder_1.conv", self.quarter(up, beside=layer1))
         self._norm_elu("side_2", self.side_2(x), sides[:, 2 * dim :])
         return self.fuse(sides), layer2, layer3
 

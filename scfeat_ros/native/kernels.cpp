@@ -627,10 +627,12 @@ struct Window {
 
 constexpr int VECTORS = REGISTERS == 32 ? 2 : 1;  // of sums for each channel in `convolve_row`
 
-// 3x3 convolution of a window's middle row to few channels, added to the lines of `out`, `width`
-// apart; libraries leave most of the vector units idle here. Weights are (LINES, 3, 3, FEW).
+// 3x3 convolution of a window's middle row to few channels, to the lines of `out`, `width` apart;
+// libraries leave most of the vector units idle here. Weights are (LINES, 3, 3, FEW). To the result
+// are added the lines of `plus`, `pitch` apart, which may be null.
 template <int LINES>
-void convolve_row(Window<LINES> &window, int y, const float *weights, float *out) {
+void convolve_row(Window<LINES> &window, int y, const float *weights, const float *plus, int pitch,
+                  float *out) {
   constexpr int STEP = LANES * VECTORS;
   const int width = window.width;
   const float *rows[3] = {window.row(y - 1) - 1, window.row(y) - 1, window.row(y + 1) - 1};
@@ -650,11 +652,11 @@ void convolve_row(Window<LINES> &window, int y, const float *weights, float *out
       for (int v = 0; v < VECTORS; v++) {
         const int left = width - x - v * LANES;
         float *to = out + long(o) * width + x + v * LANES;
-        const Lanes total = sum[o][v];
+        const float *more = plus + long(o) * pitch + x + v * LANES;
         if (left >= LANES) {
-          store(to, total + load<Lanes>(to));
+          store(to, plus ? sum[o][v] + load<Lanes>(more) : sum[o][v]);
         } else {
-          for (int k = 0; k < left; k++) to[k] += total[k];
+          for (int k = 0; k < left; k++) to[k] = plus ? sum[o][v][k] + more[k] : sum[o][v][k];
         }
       }
   }
@@ -727,7 +729,8 @@ void hidden(const float *right, const float *scale, const float *shift, float sl
     std::vector<float> sums(FEW), squares(FEW);
     Window<FEW> window(H, W);
     SmallRows<T> small(left, left_weights, width, channels);
-    std::vector<float> cells(width + 2), wide(W + FACTOR);
+    const int pitch = W + FACTOR;
+    std::vector<float> cells(width + 2), wide(FEW * pitch);
     auto activate = [&](int y, float *row) {
       for (int c = 0; c < FEW; c++) {
         const float *from = right + (long(y) * FEW + c) * W;
@@ -740,7 +743,7 @@ void hidden(const float *right, const float *scale, const float *shift, float sl
         }
       }
     };
-    auto upsample = [&](int y, float *to) {
+    auto upsample = [&](int y) {
       const Position down = locate(y, FACTOR, height);
       const float *above = small.row(down.first), *below = small.row(down.second);
       for (int c = 0; c < FEW; c++) {
@@ -751,19 +754,18 @@ void hidden(const float *right, const float *scale, const float *shift, float sl
                         down.weight * below[c * width + x];
         cell[0] = cell[1];
         cell[width + 1] = cell[width];
-        float *__restrict between = wide.data();
+        float *__restrict between = wide.data() + c * pitch;
         for (int i = 0; i <= width; i++)
           for (int pixel = 0; pixel < FACTOR; pixel++)
             between[i * FACTOR + pixel] = first[pixel] * cell[i] + second[pixel] * cell[i + 1];
-        // two pixels lie before the first cell's centre
-        std::memcpy(to + long(c) * W, wide.data() + FACTOR / 2, W * sizeof(float));
       }
     };
     const auto [begin, end] = share(H);
     window.slide(begin, end, activate, [&](int y) {
       float *to = out + long(y) * FEW * W;
-      upsample(y, to);
-      convolve_row(window, y, weights, to);
+      upsample(y);
+      // two pixels lie before the first cell's centre
+      convolve_row(window, y, weights, wide.data() + FACTOR / 2, pitch, to);
       add_lines(to, W, sums, squares);
       all.add(sums, squares);
     });
@@ -924,8 +926,7 @@ void image_branch(const float *planes, float scale, int height, int width, const
         },
         [&](int y) {
           float *to = out + long(y) * FEW * width;
-          std::fill_n(to, FEW * width, 0.0f);
-          convolve_row(window, y, weights, to);
+          convolve_row(window, y, weights, nullptr, 0, to);
           add_lines(to, width, sums, squares);
           all.add(sums, squares);
         });

@@ -151,7 +151,7 @@ ARGUMENTS = {
     "stem": "piippfipipi",
     "winograd_lanes": "",
     "winograd_columns": "i",
-    "winograd_convolution": "piiippfippipi",
+    "winograd_convolution": "ppiiiippfippipi",
     "has_tiles": "",
     "has_shorts": "",
     "nearest": "pipiiipppppi",

@@ -43,39 +43,68 @@ struct Map {
   long in_block(int place, int tile) const { return place * pitch() + long(tile) * channels; }
 };
 
-// Patches of tiles `first` to `first + count` -> a block, and the scale of each.
-template <typename Kind, typename T>
-void to_places(const T *x, Map map, long first, int count, const T *nothing,
-               float largest, typename Kind::Number *out, float *scales) {
-  for (int n = 0; n < count; n++) {
-    const int top = int((first + n) / map.across()) * TILE - 1;
-    const int left = int((first + n) % map.across()) * TILE - 1;
-    const T *pixel[PATCH][PATCH];
+// The pixels of a map that a tile depends on; zeros about the map.
+template <typename T>
+struct Patch {
+  const T *pixel[PATCH][PATCH];
+
+  Patch(const T *x, Map map, long tile, const T *nothing) {
+    const int top = int(tile / map.across()) * TILE - 1;
+    const int left = int(tile % map.across()) * TILE - 1;
     for (int i = 0; i < PATCH; i++)
       for (int j = 0; j < PATCH; j++) {
         const int row = top + i, column = left + j;
         const bool inside = row >= 0 && row < map.height && column >= 0 && column < map.width;
         pixel[i][j] = inside ? x + map.at(row, column) : nothing;
       }
-    scales[n] = Kind::scale(pixel, map.channels);
-    const float factor = largest / scales[n];
-    for (int c = 0; c < map.channels; c += LANES) {
-      Lanes columns[PATCH][PATCH];
-      for (int j = 0; j < PATCH; j++) {
-        Lanes d[PATCH];
-        for (int i = 0; i < PATCH; i++) d[i] = read_lanes(pixel[i][j] + c);
-        transform_input(d, columns[j]);
-      }
-      for (int i = 0; i < PATCH; i++) {
-        Lanes d[PATCH], v[PATCH];
-        for (int j = 0; j < PATCH; j++) d[j] = columns[j][i];
-        transform_input(d, v);
-        for (int j = 0; j < PATCH; j++)
-          Kind::put(out + map.in_block(i * PATCH + j, n) + c, v[j], factor, i, j);
-      }
+  }
+};
+
+// A patch of a number of channels -> a tile of a block, from a channel on; places `pitch` apart.
+template <typename Kind, typename T>
+void to_places(const Patch<T> &patch, int channels, float factor, long pitch,
+               typename Kind::Number *out) {
+  for (int c = 0; c < channels; c += LANES) {
+    Lanes columns[PATCH][PATCH];
+    for (int j = 0; j < PATCH; j++) {
+      Lanes d[PATCH];
+      for (int i = 0; i < PATCH; i++) d[i] = read_lanes(patch.pixel[i][j] + c);
+      transform_input(d, columns[j]);
+    }
+    for (int i = 0; i < PATCH; i++) {
+      Lanes d[PATCH], v[PATCH];
+      for (int j = 0; j < PATCH; j++) d[j] = columns[j][i];
+      transform_input(d, v);
+      for (int j = 0; j < PATCH; j++)
+        Kind::put(out + (i * PATCH + j) * pitch + c, v[j], factor, i, j);
     }
   }
 }
+
+// The input: a map, and maybe one more, whose channels follow.
+template <typename T>
+struct Input {
+  const T *first, *second;
+  int height, width, channels, more;
+
+  Map all() const { return {height, width, channels + more}; }
+
+  // Tiles `begin` to `begin + count` -> a block, and the scale of each.
+  template <typename Kind>
+  void to_block(long begin, int count, const T *nothing, float largest,
+                typename Kind::Number *out, float *scales) const {
+    const Map map{height, width, channels}, other{height, width, more};
+    for (int n = 0; n < count; n++) {
+      const Patch<T> patch(first, map, begin + n, nothing);
+      const Patch<T> beside(more ? second : nothing, other, begin + n, nothing);
+      scales[n] = std::max(Kind::scale(patch.pixel, channels), Kind::scale(beside.pixel, more));
+      const float factor = largest / scales[n];
+      auto *to = out + all().in_block(0, n);
+      to_places<Kind>(patch, channels, factor, all().pitch(), to);
+      to_places<Kind>(beside, more, factor, all().pitch(), to + channels);
+    }
+  }
+};
 
 // What follows the convolution: a bias and a map to be added (null for none), and ReLU.
 template <typename T>
@@ -119,8 +148,8 @@ void from_places(const float *products, const float *scales, Map map, long first
 }
 
 template <typename T, typename Kind>
-void convolve(const T *x, Map from, Weights<Kind> weights, Map to, After<T> after, T *out,
-              int threads) {
+void convolve(Input<T> input, Weights<Kind> weights, Map to, After<T> after, T *out, int threads) {
+  const Map from = input.all();
   const long tiles = from.tiles();
 #pragma omp parallel num_threads(threads)
   {
@@ -132,8 +161,8 @@ void convolve(const T *x, Map from, Weights<Kind> weights, Map to, After<T> afte
     const long end = tiles * (thread + 1) / all;
     for (long first = tiles * thread / all; first < end; first += BLOCK) {
       const int count = int(std::min<long>(BLOCK, end - first));
-      to_places<Kind>(x, from, first, count, nothing.data(), weights.largest, places.get(),
-                      scales);
+      input.template to_block<Kind>(first, count, nothing.data(), weights.largest, places.get(),
+                                    scales);
       multiply_places(places.get(), from.pitch(), count, from.channels, weights, to.channels,
                       products.get(), to.pitch());
       from_places(products.get(), scales, to, first, count, after, out);
@@ -152,13 +181,13 @@ int winograd_lanes() { return LANES; }
 int winograd_columns(int outputs) { return outputs % (2 * LANES) ? LANES : 2 * LANES; }
 
 #define WINOGRAD_CONVOLUTION(T)                                                                  \
-  void winograd_convolution_##T(const T *x, int height, int width, int inputs,                   \
-                                const void *weights, const float *scales, float largest,         \
+  void winograd_convolution_##T(const T *x, const T *beside, int height, int width, int inputs,  \
+                                int more, const void *weights, const float *scales, float largest,         \
                                 int outputs, const float *bias, const T *plus, int relu, T *out, \
                                 int threads) {                                                   \
     typedef Products<T>::Kind Kind;                                                              \
     const auto values = static_cast<const Kind::Number *>(weights);                              \
-    convolve(x, Map{height, width, inputs},                                                      \
+    convolve(Input<T>{x, beside, height, width, inputs, more},                                   \
              Weights<Kind>{values, scales, largest, winograd_columns(outputs)},                  \
              Map{height, width, outputs}, After<T>{bias, plus, bool(relu)}, out, threads);       \
   }

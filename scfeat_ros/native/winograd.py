@@ -125,17 +125,24 @@ class WinogradConv(NamedTuple):
         return self.weights.values.numel() * _tiles(height, width, TILE)
 
     def __call__(
-        self, x: torch.Tensor, relu: bool = False, plus: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        relu: bool = False,
+        plus: torch.Tensor | None = None,
+        beside: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """(1, C_in, h, w) -> (1, C_out, h, w) of its type; sum and ReLU as in `fused.Conv`."""
+        """(1, C_in, h, w) -> (1, C_out, h, w) of its type; the rest as in `fused.Conv`."""
         x = channels_last(x)
         _, inputs, height, width = x.shape
+        more = 0 if beside is None else beside.shape[1]
+        beside = None if beside is None else channels_last(beside)
         out = empty_map(self.outputs, height, width, self.dtype)
         plus = None if plus is None else channels_last(plus)
         call(
             "winograd_convolution",
             self.dtype,
-            *(x, height, width, inputs, *self.weights, self.outputs, self.bias, plus, relu, out),
+            *(x, beside, height, width, inputs, more, *self.weights, self.outputs),
+            *(self.bias, plus, relu, out),
         )
         return out
 
