@@ -17,8 +17,9 @@ from scfeat_ros.acceleration import Network, choose
 from scfeat_ros.errors import ScfeatError
 from scfeat_ros.features import Features
 from scfeat_ros.model.descriptors import Maps, Projection
-from scfeat_ros.model.sampling import block_means, sample_few
+from scfeat_ros.model.sampling import sample_few
 from scfeat_ros.model.scfeat import DESCRIPTOR_STRIDE, SCFeat, SCFeatOutput, load_model
+from scfeat_ros.native import descriptors as native_descriptors
 from scfeat_ros.native import keypoints as native_keypoints
 from scfeat_ros.native.awake import cores_awake
 from scfeat_ros.onnx_export import OnnxSCFeat
@@ -226,14 +227,14 @@ class Extractor:
     ) -> Features:
         """Keypoints of an image of `size` that was shrunk to `working`, with descriptors."""
         points, scores = selected
-        sample, means = sample_few, block_means
-        if self.network.compiled:
-            sample, means = native_keypoints.sample, native_keypoints.block_means
+        compiled = self.network.compiled
         if self.options.descriptor_sampling == "bilinear":
+            sample = native_keypoints.sample if compiled else sample_few
             sampled = sample(maps.bridged, points, DESCRIPTOR_STRIDE)
         else:
-            length = self.options.descriptor_dim
-            sampled = self._projection()(maps, points, sample, means, length)
+            projection, length = self._projection(), self.options.descriptor_dim
+            describe = native_descriptors.describe if compiled else Projection.__call__
+            sampled = describe(projection, maps, points, length)
         normalize = l2_normalize if self.options.descriptor_norm == "l2" else fusion_normalize
         # working pixel x covers [x - 0.5, x + 0.5]; the same holds in the original
         scale = points.new_tensor([size[0] / working[0], size[1] / working[1]])

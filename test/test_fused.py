@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from scfeat_ros.model import fused, kernels
+from scfeat_ros.model.descriptors import Maps, Projection
 from scfeat_ros.model.fused import Conv, FusedSCFeat, Stem, taps
-from scfeat_ros.model.sampling import block_means, sample_few
+from scfeat_ros.model.sampling import sample_few
 from scfeat_ros.model.scfeat import CONFIGS, SCFeat, SCFeatConfig
-from scfeat_ros.native import awake, keypoints, library, matching, winograd
+from scfeat_ros.native import awake, descriptors, keypoints, library, matching, winograd
 from scfeat_ros.native import kernels as native
 
 SMALL = SCFeatConfig("small", "resnet10", (64, 32), 32, (8, 8, 8))
@@ -312,9 +313,30 @@ def test_samples_at_points(dtype, layout):
             expected = sample_few(part, points, smooth=smooth)
             found = keypoints.sample(part, points, smooth=smooth)
             torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-        found = keypoints.block_means(part, 8)
-        torch.testing.assert_close(found, block_means(part, 8), atol=1e-5, rtol=1e-5)
     assert keypoints.sample(maps[0], points[:0]).shape == (0, 24)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize(("dim", "length"), [(128, 0), (150, 0), (150, 20), (5, 0)])
+@torch.no_grad()
+def test_descriptors_of_places_and_their_surroundings(dtype, layout, dim, length):
+    torch.manual_seed(0)
+    channels = 24, 48, 20
+    projection = Projection(*channels)
+    projection.matrix = torch.randn(dim, projection.matrix.shape[1])
+    sizes = (30, 44), (15, 22), (8, 11)
+    bridged, layer2, layer3 = (
+        torch.randn(1, c, *size).contiguous(memory_format=layout)
+        for c, size in zip(channels, sizes, strict=True)
+    )
+    maps = Maps(bridged[0], layer2.to(dtype)[0], layer3.to(dtype)[0])
+    points = torch.rand(50, 2) * torch.tensor([186.0, 130.0]) - 5  # some lie outside
+    for count in (0, 1, 50):
+        expected = projection(maps, points[:count], length)
+        found = descriptors.describe(projection, maps, points[:count], length)
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
 def idle_threads():

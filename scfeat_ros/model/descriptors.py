@@ -8,7 +8,6 @@ the weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -77,8 +76,6 @@ class Projection(nn.Module):
         self,
         maps: Maps,
         points: torch.Tensor,
-        sample: Callable[..., torch.Tensor] = sample_few,
-        block_means: Callable[..., torch.Tensor] = block_means,
         length: int = 0,
     ) -> torch.Tensor:
         """Descriptors, not normalized.
@@ -90,7 +87,6 @@ class Projection(nn.Module):
         Args:
             maps: of the image.
             points: (N, 2) float32, pixels of the image.
-            sample, block_means: the functions of `sampling` of these names, or others like them.
             length: how many of a descriptor's values are wanted, the first ones; 0 for all.
 
         Returns:
@@ -98,18 +94,16 @@ class Projection(nn.Module):
         """
         matrix = self.matrix[: length or None]
         at_keypoint, *parts = matrix.split(self.channels, dim=1)
-        near = F.normalize(sample(maps.bridged, points, 4, smooth=True), dim=1)
+        near = F.normalize(sample_few(maps.bridged, points, 4, smooth=True), dim=1)
         descriptors = F.linear(near, at_keypoint)
-        for (means, stride), part in zip(_surroundings(maps, block_means), parts, strict=True):
+        for (means, stride), part in zip(_surroundings(maps), parts, strict=True):
             # projected before they are sampled: there are fewer cells than keypoints
             cells = F.linear(F.normalize(means.permute(1, 2, 0), dim=2), part)
-            descriptors += sample(cells.permute(2, 0, 1), points, stride, smooth=True)
+            descriptors += sample_few(cells.permute(2, 0, 1), points, stride, smooth=True)
         return descriptors
 
 
-def _surroundings(
-    maps: Maps, block_means: Callable[..., torch.Tensor]
-) -> list[tuple[torch.Tensor, int]]:
+def _surroundings(maps: Maps) -> list[tuple[torch.Tensor, int]]:
     """(C, h, w) means of blocks of cells, and image pixels per block."""
     levels, means, side = [], maps.bridged, 1
     for block in BLOCKS:  # each divides the next

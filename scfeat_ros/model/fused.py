@@ -9,8 +9,8 @@ it exact in real numbers:
 - a 3x3 convolution of a map upsampled by s runs as nine 1x1 convolutions on the small map, whose
   results are upsampled, moved and added: 1/s^2 of the arithmetic (see `kernels.upsampled_sum`);
 - so does the head's Layer_1 over the upsampled branch: no upsampled map of the branch exists;
-- the side maps are written beside each other, and the decoders' convolutions read two maps: nothing is
-  concatenated (but for decoders whose convolution is not by minimal filtering);
+- the side maps are written beside each other, and convolutions by minimal filtering (below) read
+  two maps: nothing is concatenated for them;
 - normalizations become a scale and a shift of each channel, from sums that are taken while the map
   is written, and are applied together with the activation, into the place where the next layer
   reads;

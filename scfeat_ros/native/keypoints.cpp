@@ -1,17 +1,16 @@
-// From the score map to keypoints, and their descriptors out of the feature map.
+// From the score map to keypoints, and samples of feature maps there.
 //
 // selection.py and sampling.py say the same in OpenCV's and PyTorch's operators.
 
 #include <omp.h>
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <vector>
 
 #include "bfloat16.h"
-#include "lanes.h"
+#include "cells.h"
 
 namespace {
 
@@ -33,79 +32,17 @@ bool any_neighbour(int y, int x, int radius, int height, int width, Test test) {
   return false;
 }
 
-// The four cells about a position along an axis, and their weights: linear, or a cubic B-spline's.
-// The border repeats.
-struct Cells {
-  int at[4];
-  float weight[4];
-
-  Cells(float position, int size, bool smooth) {
-    const float first = std::floor(position) - 1;
-    for (int k = 0; k < 4; k++) {
-      const float distance = std::fabs(first + k - position);
-      const float outer = std::max(2 - distance, 0.0f), inner = std::max(1 - distance, 0.0f);
-      weight[k] = smooth ? (outer * outer * outer - 4 * inner * inner * inner) / 6 : inner;
-      at[k] = std::clamp(int(first) + k, 0, size - 1);
-    }
-  }
-};
-
-constexpr int VECTORS = 4;  // of channels that `sample` sums at a time
-
 // Samples of a channels-last map whose pixels lie `pitch` apart: bilinear, or smooth.
 template <typename T>
 void sample(const T *map, int height, int width, int channels, long pitch, const float *points,
             long count, int stride, bool smooth, float *out, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (long i = 0; i < count; i++) {
-    const Cells columns((points[2 * i] + 0.5f) / stride - 0.5f, width, smooth);
-    const Cells rows((points[2 * i + 1] + 0.5f) / stride - 0.5f, height, smooth);
-    const T *cell[16];
-    float weight[16];
-    int cells = 0;
-    for (int r = 0; r < 4; r++)
-      for (int c = 0; c < 4; c++) {
-        weight[cells] = rows.weight[r] * columns.weight[c];
-        cell[cells] = map + (long(rows.at[r]) * width + columns.at[c]) * pitch;
-        cells += weight[cells] != 0;
-      }
-    float *to = out + i * channels;
-    int k = 0;
-    for (; k + VECTORS * LANES <= channels; k += VECTORS * LANES) {
-      Lanes sum[VECTORS] = {};
-      for (int n = 0; n < cells; n++)
-        for (int v = 0; v < VECTORS; v++)
-          sum[v] += weight[n] * read_lanes(cell[n] + k + v * LANES);
-      for (int v = 0; v < VECTORS; v++) store(to + k + v * LANES, sum[v]);
-    }
-    for (; k < channels; k++) {
-      to[k] = 0;
-      for (int n = 0; n < cells; n++) to[k] += weight[n] * read(cell[n][k]);
-    }
+    Sum<T> sum;
+    sum.add(map, height, width, pitch, stride, smooth, points + 2 * i);
+    std::fill_n(out + i * channels, channels, 0.0f);
+    sum.to(out + i * channels, channels);
   }
-}
-
-// (height, width, channels) with pixels `pitch` apart -> means of blocks of side x side cells; those
-// at the edge may be smaller.
-template <typename T>
-void block_means(const T *map, int height, int width, int channels, long pitch, int side,
-                 float *out, int threads) {
-  const int down = (height + side - 1) / side, across = (width + side - 1) / side;
-#pragma omp parallel for num_threads(threads) schedule(static) collapse(2)
-  for (int r = 0; r < down; r++)
-    for (int c = 0; c < across; c++) {
-      const int bottom = std::min((r + 1) * side, height), right = std::min((c + 1) * side, width);
-      float *__restrict to = out + (long(r) * across + c) * channels;
-      std::fill_n(to, channels, 0.0f);
-      for (int y = r * side; y < bottom; y++)
-        for (int x = c * side; x < right; x++) {
-          const T *cell = map + (long(y) * width + x) * pitch;
-#pragma omp simd
-          for (int k = 0; k < channels; k++) to[k] += read(cell[k]);
-        }
-      const float share = 1.0f / ((bottom - r * side) * (right - c * side));
-      for (int k = 0; k < channels; k++) to[k] *= share;
-    }
 }
 
 }  // namespace
@@ -187,17 +124,13 @@ void subpixel_points(const float *scores, int height, int width, const int64_t *
   }
 }
 
-#define EXPORT(T)                                                                                  \
-  void sample_##T(const T *map, int height, int width, int channels, long pitch,                   \
-                  const float *points, long count, int stride, int smooth, float *out,             \
-                  int threads) {                                                                   \
-    sample(map, height, width, channels, pitch, points, count, stride, smooth, out, threads);      \
-  }                                                                                                \
-  void block_means_##T(const T *map, int height, int width, int channels, long pitch, int side,    \
-                       float *out, int threads) {                                                  \
-    block_means(map, height, width, channels, pitch, side, out, threads);                          \
+#define SAMPLE(T)                                                                                \
+  void sample_##T(const T *map, int height, int width, int channels, long pitch,                 \
+                  const float *points, long count, int stride, int smooth, float *out,           \
+                  int threads) {                                                                 \
+    sample(map, height, width, channels, pitch, points, count, stride, smooth, out, threads);    \
   }
 
-EXPORT(float)
-EXPORT(bfloat16)
+SAMPLE(float)
+SAMPLE(bfloat16)
 }

@@ -1,4 +1,4 @@
-"""Keypoints out of a score map, and samples of maps at keypoints, in C++."""
+"""Keypoints out of a score map, and samples of maps there, in C++."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from scfeat_ros.native.library import call, empty_map
+from scfeat_ros.native.library import call
 
 if TYPE_CHECKING:
     from scfeat_ros.parameters import ExtractorOptions
@@ -54,19 +54,6 @@ def sample(
         *(points.contiguous(), len(points), stride, smooth, out),
     )
     return out
-
-
-def block_means(feature_map: torch.Tensor, side: int) -> torch.Tensor:
-    """As `sampling.block_means`."""
-    feature_map, pitch = _pixels(feature_map)
-    channels, height, width = feature_map.shape
-    out = empty_map(channels, -(-height // side), -(-width // side), torch.float32)
-    call(
-        "block_means",
-        feature_map.dtype,
-        *(feature_map, height, width, channels, pitch, side, out),
-    )
-    return out[0]
 
 
 def _pixels(feature_map: torch.Tensor) -> tuple[torch.Tensor, int]:

@@ -147,7 +147,7 @@ ARGUMENTS = {
     "local_maxima": "piiifiplppi",
     "subpixel_points": "piiplp",
     "sample": "piiilpliipi",
-    "block_means": "piiilipi",
+    "describe": "piiipiiipiiiplpipi",
     "stem": "piippfipipi",
     "winograd_lanes": "",
     "winograd_columns": "i",
