@@ -367,18 +367,64 @@ void scale_activate(const T *x, long pixels, int channels, const float *scale, c
                    shifts.data(), is_elu, slope, out + i * stride);
 }
 
+// Group or instance normalization as a scale and a shift of each channel, from its sums.
+void scale_and_shift(const double *totals, long pixels, int channels, int groups,
+                     const float *weight, const float *bias, float *scale, float *shift) {
+  const int members = channels / groups;
+  for (int g = 0; g < groups; g++) {
+    double sum = 0, square = 0;
+    for (int c = g * members; c < (g + 1) * members; c++) {
+      sum += totals[c];
+      square += totals[channels + c];
+    }
+    const double count = double(pixels) * members, mean = sum / count;
+    const double variance = std::max(square / count - mean * mean, 0.0);
+    for (int c = g * members; c < (g + 1) * members; c++) {
+      scale[c] = float(weight[c] / std::sqrt(variance + EPSILON));
+      shift[c] = float(bias[c] - mean * scale[c]);
+    }
+  }
+}
+
+// Cross normalization's factor and offset of each pixel of a row, from the channel means about it.
+// `means` is at the row's first pixel, with three zeros about the map and slack beyond, its rows
+// `pitch` apart; weights are (2, 7, 7).
+inline void convolve_means(const float *means, long pitch, int width, const float *weights,
+                           const float *bias, float *factor, float *offset) {
+  for (int x = 0; x < width; x += LANES) {
+    Lanes sum[2] = {Lanes{} + bias[0], Lanes{} + bias[1]};
+    for (int tap = 0; tap < 49; tap++) {
+      const Lanes value = load<Lanes>(means + (tap / 7 - 3) * pitch + x + tap % 7 - 3);
+      sum[0] += weights[tap] * value;
+      sum[1] += weights[49 + tap] * value;
+    }
+    store(factor + x, sum[0]);
+    store(offset + x, sum[1]);
+  }
+}
+
+// F_cn, the reliability, and the mean over F_cn and the stem's map beside each other at each pixel;
+// and the largest magnitude in both.
 template <typename T>
-void pixel_statistics(const T *x, long rows, int columns, int channels, float *mean,
-                      float *inverse_deviation, double *totals, int threads) {
+float bridge(const T *x, const T *stem, int height, int width, int channels, int stem_channels,
+             const float *spatial, const float *spatial_bias, const float *weight,
+             const float *bias, const float *direction, float direction_bias, float *bridged,
+             float *maps_mean, float *reliability, int threads) {
+  const long pitch = width + 6 + LANES;  // vectors reach over the end of a row
+  std::vector<float> means((height + 6) * pitch + LANES);
+  const auto mean_row = [&](int y) { return means.data() + (y + 3) * pitch + 3; };
+  const auto inverse_deviation = space<float>(long(height) * width);
+  const auto scales = space<float>(channels), shifts = space<float>(channels);
   Totals all(channels, threads);
-#pragma omp parallel num_threads(threads)
+  float largest = 0;
+#pragma omp parallel num_threads(threads) reduction(max : largest)
   {
     std::vector<float> sums(channels), squares(channels);
     float *__restrict sum = sums.data(), *__restrict square = squares.data();
 #pragma omp for schedule(static)
-    for (long row = 0; row < rows; row++) {
-      for (int column = 0; column < columns; column++) {
-        const long i = row * columns + column;
+    for (int y = 0; y < height; y++) {
+      for (int column = 0; column < width; column++) {
+        const long i = long(y) * width + column;
         const T *p = x + i * channels;
         float total = 0, spread = 0;
 #pragma omp simd reduction(+ : total)
@@ -394,47 +440,51 @@ void pixel_statistics(const T *x, long rows, int columns, int channels, float *m
           float v = read(p[c]) - m;
           spread += v * v;
         }
-        mean[i] = m;
+        mean_row(y)[column] = m;
         inverse_deviation[i] = 1.0f / std::sqrt(spread / channels + float(EPSILON));
       }
       all.add(sums, squares);
     }
-  }
-  all.write(totals);
-}
-
-// F_cn, the reliability, and the mean over F_cn and the stem's map beside each other at each pixel;
-// and the largest magnitude in both.
-template <typename T>
-float bridge(const T *x, const T *stem, long pixels, int channels, int stem_channels,
-             const float *mean, const float *inverse_deviation, const float *factor,
-             const float *offset, const float *scale, const float *shift, const float *direction,
-             float bias, float *bridged, float *maps_mean, float *reliability, int threads) {
-  float largest = 0;
-#pragma omp parallel for num_threads(threads) schedule(static) reduction(max : largest)
-  for (long i = 0; i < pixels; i++) {
-    const T *p = x + i * channels, *q = stem + i * stem_channels;
-    float *__restrict to = bridged + i * channels;
-    const float a = factor[i] * inverse_deviation[i], b = offset[i] - mean[i] * a;
-    float total = 0, peak = 0, square = 0, along = 0;
-#pragma omp simd reduction(+ : total, square, along) reduction(max : peak)
-    for (int c = 0; c < channels; c++) {
-      float v = read(p[c]) * (a + scale[c]) + (b + shift[c]);
-      to[c] = v;
-      total += v;
-      square += v * v;
-      along += v * direction[c];
-      peak = std::max(peak, std::fabs(v));
+#pragma omp single
+    {
+      std::vector<double> totals(2 * channels);
+      all.write(totals.data());
+      scale_and_shift(totals.data(), long(height) * width, channels, channels, weight, bias,
+                      scales.get(), shifts.get());
     }
-    reliability[i] = std::exp(along / std::max(std::sqrt(square), 1e-12f) + bias);
+    const float *scale = scales.get(), *shift = shifts.get();
+    std::vector<float> factor(width + LANES), offset(width + LANES);
+#pragma omp for schedule(static)
+    for (int y = 0; y < height; y++) {
+      convolve_means(mean_row(y), pitch, width, spatial, spatial_bias, factor.data(),
+                     offset.data());
+      for (int column = 0; column < width; column++) {
+        const long i = long(y) * width + column;
+        const T *p = x + i * channels, *q = stem + i * stem_channels;
+        float *__restrict to = bridged + i * channels;
+        const float a = factor[column] * inverse_deviation[i];
+        const float b = offset[column] - mean_row(y)[column] * a;
+        float total = 0, peak = 0, norm = 0, along = 0;
+#pragma omp simd reduction(+ : total, norm, along) reduction(max : peak)
+        for (int c = 0; c < channels; c++) {
+          float v = read(p[c]) * (a + scale[c]) + (b + shift[c]);
+          to[c] = v;
+          total += v;
+          norm += v * v;
+          along += v * direction[c];
+          peak = std::max(peak, std::fabs(v));
+        }
+        reliability[i] = std::exp(along / std::max(std::sqrt(norm), 1e-12f) + direction_bias);
 #pragma omp simd reduction(+ : total) reduction(max : peak)
-    for (int c = 0; c < stem_channels; c++) {
-      float v = read(q[c]);
-      total += v;
-      peak = std::max(peak, std::fabs(v));
+        for (int c = 0; c < stem_channels; c++) {
+          float v = read(q[c]);
+          total += v;
+          peak = std::max(peak, std::fabs(v));
+        }
+        maps_mean[i] = total / (channels + stem_channels);
+        largest = std::max(largest, peak);
+      }
     }
-    maps_mean[i] = total / (channels + stem_channels);
-    largest = std::max(largest, peak);
   }
   return largest;
 }
@@ -846,18 +896,13 @@ void response(const T *x, long rows, int columns, int channels, const float *sca
                           int threads) {                                                           \
     scale_activate(x, pixels, channels, scale, shift, is_elu, slope, out, stride, threads);        \
   }                                                                                                \
-  void pixel_statistics_##T(const T *x, long rows, int columns, int channels, float *mean,         \
-                            float *inverse_deviation, double *totals, int threads) {               \
-    pixel_statistics(x, rows, columns, channels, mean, inverse_deviation, totals, threads);        \
-  }                                                                                                \
-  float bridge_##T(const T *x, const T *stem, long pixels, int channels, int stem_channels,        \
-                   const float *mean, const float *inverse_deviation, const float *factor,         \
-                   const float *offset, const float *scale, const float *shift,                    \
-                   const float *direction, float bias, float *bridged, float *maps_mean,           \
-                   float *reliability, int threads) {                                              \
-    return bridge(x, stem, pixels, channels, stem_channels, mean, inverse_deviation, factor,       \
-                  offset, scale, shift, direction, bias, bridged, maps_mean, reliability,          \
-                  threads);                                                                        \
+  float bridge_##T(const T *x, const T *stem, int height, int width, int channels,                 \
+                   int stem_channels, const float *spatial, const float *spatial_bias,             \
+                   const float *weight, const float *bias, const float *direction,                 \
+                   float direction_bias, float *bridged, float *maps_mean, float *reliability,     \
+                   int threads) {                                                                  \
+    return bridge(x, stem, height, width, channels, stem_channels, spatial, spatial_bias, weight,  \
+                  bias, direction, direction_bias, bridged, maps_mean, reliability, threads);      \
   }                                                                                                \
   void weigh_by_peakiness_##T(const float *bridged, const T *stem, const float *mean, float scale, \
                               int height, int width, int channels, int stem_channels,              \
@@ -889,23 +934,9 @@ float normalize_floats(const float *image, long pixels, const float *mean, const
   return normalize_image(image, pixels, mean, deviation, planes, threads);
 }
 
-// Group or instance normalization as a scale and a shift of each channel, from its sums.
 void normalization(const double *totals, long pixels, int channels, int groups,
                    const float *weight, const float *bias, float *scale, float *shift) {
-  const int members = channels / groups;
-  for (int g = 0; g < groups; g++) {
-    double sum = 0, square = 0;
-    for (int c = g * members; c < (g + 1) * members; c++) {
-      sum += totals[c];
-      square += totals[channels + c];
-    }
-    const double count = double(pixels) * members, mean = sum / count;
-    const double variance = std::max(square / count - mean * mean, 0.0);
-    for (int c = g * members; c < (g + 1) * members; c++) {
-      scale[c] = float(weight[c] / std::sqrt(variance + EPSILON));
-      shift[c] = float(bias[c] - mean * scale[c]);
-    }
-  }
+  scale_and_shift(totals, pixels, channels, groups, weight, bias, scale, shift);
 }
 
 // Peakiness of the image, and Layer_0 of the image times it, without its normalization.

@@ -136,22 +136,13 @@ def bridge(
 ) -> Maps:
     descriptors, stem = channels_last(descriptors), channels_last(stem)
     _, channels, height, width = descriptors.shape
-    mean, inverse = torch.empty((2, 1, 1, height, width)).unbind()
-    totals = _totals(channels)
-    call(
-        "pixel_statistics",
-        descriptors.dtype,
-        *(descriptors, height, width, channels, mean, inverse, totals),
-    )
-    factor, offset = spatial(mean).contiguous()[0].unbind()
-    scale, shift = scale_and_shift(totals, channel, height * width)
     bridged = empty_map(channels, height, width, torch.float32)
     maps_mean, factors = torch.empty((height, width)), torch.empty((1, 1, height, width))
     largest = call(
         "bridge",
         descriptors.dtype,
-        *(descriptors, stem, height * width, channels, stem.shape[1]),
-        *(mean, inverse, factor, offset, scale, shift),
+        *(descriptors, stem, height, width, channels, stem.shape[1]),
+        *(spatial.weight, spatial.bias, channel.weight, channel.bias),
         *(reliability.weight, float(reliability.bias), bridged, maps_mean, factors),
     )
     return Maps(bridged, stem, factors, maps_mean, largest)
