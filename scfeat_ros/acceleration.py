@@ -26,11 +26,19 @@ from scfeat_ros.model.fused import FusedSCFeat, cpu_computes
 from scfeat_ros.model.sampling import sample
 from scfeat_ros.model.scfeat import SCFeat, SCFeatOutput, fold_batch_norms
 from scfeat_ros.native import library
+from scfeat_ros.native.matching import has_shorts
 from scfeat_ros.onnx_export import OnnxSCFeat
 
 LOG = logging.getLogger(__name__)
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "int16": torch.float32,
+}
+"""Of maps, by precision. int16: convolutions by minimal filtering multiply integers of 16 bits, and
+so they do in bf16 where the CPU is faster with them."""
 
 CHECK_SIZE = (160, 128)
 """Width and height of the self-check's picture."""
@@ -51,7 +59,7 @@ class Network(NamedTuple):
     run: Callable[[torch.Tensor], SCFeatOutput]
     """Takes images (B, 3, H, W) as uint8 RGB, or as float in [0, 1]."""
     precision: str
-    """"fp32", "bf16" or "fp16"."""
+    """"fp32", "bf16", "fp16" or "int16"."""
     way: str
     """"plain", "fused" (PyTorch's operators), "fused, compiled kernels", "fused, CUDA graphs" or
     "onnxruntime"."""
@@ -98,26 +106,47 @@ def choose(
         keep_freed_memory()
         if compile != "off" and not _can_compile(compile):
             compile = "off"
-    if precision == "auto":
-        half = "bf16" if has_bfloat16(device) else "fp16" if device.type == "cuda" else None
-        if device.type == "cpu" and compile == "off":
-            half = None  # the plain network in bf16 moves more than 2 % of the keypoints
-        precisions = [half, "fp32"] if half else ["fp32"]
-    else:
-        precisions = [precision, "fp32"] if precision != "fp32" else ["fp32"]
-    ways = [True, False] if compile != "off" else [False]
-    for precision, fast in [(p, fast) for fast in ways for p in precisions]:
-        if precision == "fp32" and not fast:
-            break
-        if device.type == "cpu" and not cpu_computes(DTYPES[precision]):
-            LOG.warning("%s was not taken: this CPU does not compute in it", precision)
+    for way, fast in _ways(device, precision, compile != "off"):
+        lacking = _lacking(device, way, fast)
+        if lacking is not None:
+            LOG.warning("%s was not taken: %s", way, lacking)
             continue
-        network = _make(model, device, precision, compile) if fast else _plain(model, precision)
+        network = _make(model, device, way) if fast else _plain(model, way)
         problem = check(network.run, model, device)
         if problem is None:
             return network
         LOG.warning("%s was not taken: %s", network, problem)
     return _plain(model, "fp32")
+
+
+def _ways(device: torch.device, precision: str, fast: bool) -> list[tuple[str, bool]]:
+    """Precisions, and whether in the fast network, in the order in which they are tried.
+
+    Plain fp32, which is left in the end, is not among them.
+    """
+    if precision != "auto":
+        precisions = [precision]
+    elif device.type == "cuda":
+        precisions = ["bf16" if has_bfloat16(device) else "fp16"]
+    elif device.type == "cpu" and fast:
+        # (the plain network in bf16 moves more than 2 % of the keypoints)
+        precisions = ["bf16"] * has_bfloat16(device) + ["int16"] * has_shorts()
+    else:
+        precisions = []
+    ways = [(p, True) for p in dict.fromkeys([*precisions, "fp32"])] if fast else []
+    # what cannot be had in the fast network cannot be had at all
+    return ways + [(p, False) for p in precisions if p != "fp32" and not (fast and p == "int16")]
+
+
+def _lacking(device: torch.device, precision: str, fast: bool) -> str | None:
+    """Why a precision cannot be had, None where it can."""
+    if precision == "int16":
+        if device.type != "cpu" or not fast:
+            return "only the fast network on a CPU, with compiled kernels, computes in it"
+        return None if has_shorts() else "there are no kernels for this CPU in it"
+    if device.type == "cpu" and not cpu_computes(DTYPES[precision]):
+        return "this CPU does not compute in it"
+    return None
 
 
 def _plain(model: SCFeat, precision: str) -> Network:
@@ -133,13 +162,14 @@ def _plain(model: SCFeat, precision: str) -> Network:
     return Network(run_in_precision, precision, "plain")
 
 
-def _make(model: SCFeat, device: torch.device, precision: str, compile: str) -> Network:
+def _make(model: SCFeat, device: torch.device, precision: str) -> Network:
     dtype = DTYPES[precision]
     if device.type == "cuda":
         network = FusedSCFeat(model, dtype)
         return Network(CudaGraphs(network), precision, "fused, CUDA graphs")
     if device.type == "cpu" and dtype in library.SUFFIX:
-        network = FusedSCFeat(model, dtype, compiled=True)
+        shorts = precision != "fp32" and has_shorts()
+        network = FusedSCFeat(model, dtype, compiled=True, shorts=shorts)
         return Network(network, precision, COMPILED)
     return Network(FusedSCFeat(model, dtype), precision, "fused")
 

@@ -115,7 +115,7 @@ class ExtractorOptions:
         "auto",
         "arithmetic of the network's convolutions; 'auto' takes the fastest that the device "
         "multiplies in hardware and that finds the same features as fp32 in a check at the start",
-        choices=("auto", "fp32", "bf16", "fp16"),
+        choices=("auto", "fp32", "bf16", "fp16", "int16"),
     )
     compile: str = option(
         "auto",

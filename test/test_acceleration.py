@@ -14,6 +14,7 @@ from scfeat_ros.extractor import Extractor
 from scfeat_ros.model import fused
 from scfeat_ros.model.scfeat import CONFIGS, SCFeat, fold_batch_norms, load_model
 from scfeat_ros.native import library
+from scfeat_ros.native.matching import has_shorts
 
 CPU = torch.device("cpu")
 
@@ -29,7 +30,7 @@ def image():
     return (255 * acceleration.check_picture()[0].permute(1, 2, 0).numpy()).astype(np.uint8)
 
 
-@pytest.mark.parametrize("precision", ["auto", "fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["auto", "fp32", "bf16", "int16"])
 @pytest.mark.parametrize("compile", ["auto", "off"])
 def test_every_way_finds_the_same_features(image, precision, compile):
     model = load_model("scfeat-s")
@@ -46,6 +47,8 @@ def test_every_way_finds_the_same_features(image, precision, compile):
     assert (extractor.network.way == "plain") == (compile == "off")
     if precision != "auto":
         runs = fused.cpu_computes(acceleration.DTYPES[precision])
+        if precision == "int16":
+            runs = compile == "auto" and has_shorts()
         assert extractor.network.precision == (precision if runs else "fp32")
 
 
@@ -53,6 +56,27 @@ def test_a_precision_that_the_cpu_lacks_is_not_taken(model, monkeypatch, caplog)
     monkeypatch.setattr(acceleration, "cpu_computes", lambda dtype: dtype == torch.float32)
     assert acceleration.choose(model, CPU, "bf16", "auto").precision == "fp32"
     assert "bf16 was not taken: this CPU does not compute in it" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("bfloat16", "shorts", "expected"),
+    [(True, True, "bf16"), (False, True, "int16"), (False, False, "fp32")],
+)
+def test_auto_takes_the_fastest_that_the_cpu_has(model, bfloat16, shorts, expected, monkeypatch):
+    if (bfloat16 and not acceleration.has_bfloat16(CPU)) or (shorts and not has_shorts()):
+        pytest.skip("not on this CPU")
+    monkeypatch.setattr(acceleration, "has_bfloat16", lambda device: bfloat16)
+    monkeypatch.setattr(acceleration, "has_shorts", lambda: shorts)
+    assert acceleration.choose(model, CPU, "auto", "auto").precision == expected
+    assert acceleration.choose(model, CPU, "auto", "off").precision == "fp32"
+
+
+def test_integers_without_their_kernels_are_not_taken(model, monkeypatch, caplog):
+    assert str(acceleration.choose(model, CPU, "int16", "off")) == "fp32, plain"
+    assert "int16 was not taken: only the fast network on a CPU" in caplog.text
+    monkeypatch.setattr(acceleration, "has_shorts", lambda: False)
+    assert acceleration.choose(model, CPU, "int16", "auto").precision == "fp32"
+    assert "int16 was not taken: there are no kernels for this CPU" in caplog.text
 
 
 def test_without_onednn_the_fast_network_runs_all_the_same(model, monkeypatch):

@@ -17,8 +17,7 @@ it exact in real numbers:
 - cross normalization's weights are folded into its convolutions and its scales;
 - with compiled kernels, 3x3 convolutions run by minimal filtering (Winograd), in a quarter of the
   products (see `native/winograd.cpp`); between maps of bf16 too, but on CPUs with AMX, whose tiles
-  are faster. The products are of fp32, and between maps of bf16, where the CPU is faster with them
-  (AVX512-VNNI), of integers of 16 bits.
+  are faster. The products are of fp32, or of integers of 16 bits.
 
 Convolutions run in `dtype`; sums, normalizations, peakiness and scores in fp32, and so does what
 the head computes at the image's resolution: keypoints are where one score is larger than the next,
@@ -90,14 +89,17 @@ class Conv(nn.Module):
         self._winograd: WinogradConv | None = None
         self._uses_onednn = _ONEDNN is not None and _ONEDNN_PACK is not None and cpu_computes(dtype)
 
-    def use_winograd(self) -> None:
+    def use_winograd(self, shorts: bool = False) -> None:
         """Compute it in fewer products from now on, by a compiled kernel, where that is faster.
 
         Small maps stay as they are.
+
+        Args:
+            shorts: products of integers of 16 bits.
         """
         by_tiles = self.weight.dtype == torch.bfloat16 and matching.has_tiles()  # of AMX
         if not by_tiles and self.stride == 1 and WinogradConv.fits(self.weight):
-            self._winograd = WinogradConv.of(self.weight, self.bias)
+            self._winograd = WinogradConv.of(self.weight, self.bias, shorts)
 
     def _filters(self, height: int, width: int) -> bool:
         """Whether a result of a height and width is computed in fewer products."""
@@ -158,14 +160,20 @@ class Stem(Conv):
     Args:
         weight, bias: (64, 3, 7, 7) and (64,) in fp32.
         dtype: of the result.
-        compiled: compute it by the compiled kernel, in fp32.
+        compiled: compute it by the compiled kernel.
+        shorts: and that by products of integers of 16 bits.
     """
 
     def __init__(
-        self, weight: torch.Tensor, bias: torch.Tensor, dtype: torch.dtype, compiled: bool
+        self,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        dtype: torch.dtype,
+        compiled: bool,
+        shorts: bool = False,
     ) -> None:
         super().__init__(weight, bias, 2, dtype)
-        self._filtered = WinogradStem.of(weight, bias, dtype) if compiled else None
+        self._filtered = WinogradStem.of(weight, bias, dtype, shorts) if compiled else None
 
     def products(self, height: int, width: int) -> int:
         """Multiplications for a pooled map of a height and width."""
@@ -239,6 +247,7 @@ class FusedSCFeat(nn.Module):
         model: the network; its weights are copied.
         dtype: of the convolutions.
         compiled: use the C++ kernels (CPU only; float32 or bfloat16).
+        shorts: where these filter, multiply integers of 16 bits.
 
     Raises:
         library.CompilerError: `compiled` was asked for and is not possible.
@@ -246,7 +255,11 @@ class FusedSCFeat(nn.Module):
     """
 
     def __init__(
-        self, model: SCFeat, dtype: torch.dtype = torch.float32, compiled: bool = False
+        self,
+        model: SCFeat,
+        dtype: torch.dtype = torch.float32,
+        compiled: bool = False,
+        shorts: bool = False,
     ) -> None:
         super().__init__()
         if compiled:
@@ -260,7 +273,7 @@ class FusedSCFeat(nn.Module):
         encoder = backbone.encoder
         self.register_buffer("mean", model.mean.detach().flatten().clone())
         self.register_buffer("deviation", model.deviation.detach().flatten().clone())
-        self.stem = Stem(*folded(encoder.conv1, encoder.bn1), dtype, compiled)
+        self.stem = Stem(*folded(encoder.conv1, encoder.bn1), dtype, compiled, shorts)
         self.layers = nn.ModuleList(
             nn.Sequential(*(Block(block, dtype) for block in layer))
             for layer in (encoder.layer1, encoder.layer2, encoder.layer3)
@@ -299,7 +312,7 @@ class FusedSCFeat(nn.Module):
         if compiled:
             for module in self.modules():
                 if isinstance(module, Conv):
-                    module.use_winograd()
+                    module.use_winograd(shorts)
         self.eval().requires_grad_(False)
 
     @torch.inference_mode()

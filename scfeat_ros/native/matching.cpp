@@ -86,7 +86,8 @@ class ByVectors {
 class ByShorts {
  public:
   static constexpr bool EXACT = false;
-  static constexpr int ROWS = 8, VECTORS = 3, COLUMNS = LANES * VECTORS;  // as by vectors
+  static constexpr int ROWS = ByVectors::ROWS, VECTORS = ByVectors::VECTORS;
+  static constexpr int COLUMNS = LANES * VECTORS;
 
   struct Thread {};  // nothing to be set up
 
@@ -402,7 +403,7 @@ int has_tiles() {
 #endif
 }
 
-// Whether it multiplies and adds integers of 16 bits.
+// Whether it is faster with products of integers of 16 bits than with those of floats.
 int has_shorts() {
 #if defined(HAS_SHORTS)
   return 1;

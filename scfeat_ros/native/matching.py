@@ -30,7 +30,7 @@ def has_tiles() -> bool:
 
 
 def has_shorts() -> bool:
-    """Whether it multiplies and adds integers of 16 bits twice as fast as floats."""
+    """Whether it is faster with products of integers of 16 bits than with those of fp32."""
     return bool(call("has_shorts", None))
 
 
@@ -48,7 +48,7 @@ def nearest(a: np.ndarray, b: np.ndarray, exact: bool = False) -> Nearest:
         a, b: the vectors.
         exact: multiply in fp32 everywhere. Else neighbours are found by what the CPU multiplies
             fastest: AMX's tiles, with every factor as the sum of two numbers of bf16; or integers
-            of 16 bits (AVX512-VNNI). Inner products of unit vectors are then within 2e-5 as a
+            of 16 bits. Inner products of unit vectors are then within 2e-5 as a
             rule (within sqrt(D) of that where all values are rounded alike), and so near ones may
             change places; `similarity` is computed in fp32 for those that are found.
     """

@@ -189,16 +189,20 @@ void stem(const float *planes, int height, int width, Weights<Kind> weights, con
 
 extern "C" {
 
-#define STEM(T)                                                                                  \
-  void stem_##T(const float *planes, int height, int width, const void *weights,                 \
-                const float *scales, float largest, int columns, const float *bias, int outputs, \
-                T *out, int threads) {                                                           \
-    typedef Products<T>::Kind Kind;                                                              \
-    stem(planes, height, width,                                                                  \
-         Weights<Kind>{static_cast<const Kind::Number *>(weights), scales, largest, columns},    \
-         bias, outputs, out, threads);                                                           \
+// stem_TYPE of the result, and stem_shorts_TYPE, whose products are of integers.
+#define STEM(name, T, Kind)                                                                      \
+  void name##_##T(const float *planes, int height, int width, const void *weights,               \
+                  const float *scales, float largest, int columns, const float *bias,            \
+                  int outputs, T *out, int threads) {                                            \
+    const auto values = static_cast<const Kind::Number *>(weights);                              \
+    stem(planes, height, width, Weights<Kind>{values, scales, largest, columns}, bias, outputs,  \
+         out, threads);                                                                          \
   }
 
-STEM(float)
-STEM(bfloat16)
+STEM(stem, float, Floats)
+STEM(stem, bfloat16, Floats)
+#if defined(HAS_SHORTS)
+STEM(stem_shorts, float, Shorts)
+STEM(stem_shorts, bfloat16, Shorts)
+#endif
 }

@@ -4,8 +4,8 @@
 // The input's tiles of 6x6, which overlap by two, are transformed; each of the 36 places of a tile
 // is then a matrix product of its own over many tiles; their results are transformed back. A thread
 // takes a block of tiles through all three, so that what lies between stays in its cache.
-// Maps are (rows, columns, channels) of fp32 or bf16. What lies between is fp32; for maps of bf16,
-// where the CPU is faster with them, the factors of the products are integers of 16 bits.
+// Maps are (rows, columns, channels) of fp32 or bf16. What lies between is fp32, or the factors of
+// the products are integers of 16 bits.
 
 #include <omp.h>
 
@@ -180,18 +180,21 @@ int winograd_lanes() { return LANES; }
 // Columns of results that a panel of weights holds.
 int winograd_columns(int outputs) { return outputs % (2 * LANES) ? LANES : 2 * LANES; }
 
-#define WINOGRAD_CONVOLUTION(T)                                                                  \
-  void winograd_convolution_##T(const T *x, const T *beside, int height, int width, int inputs,  \
-                                int more, const void *weights, const float *scales, float largest,         \
-                                int outputs, const float *bias, const T *plus, int relu, T *out, \
-                                int threads) {                                                   \
-    typedef Products<T>::Kind Kind;                                                              \
+// winograd_TYPE of maps, and winograd_shorts_TYPE, whose products are of integers.
+#define WINOGRAD(name, T, Kind)                                                                  \
+  void name##_##T(const T *x, const T *beside, int height, int width, int inputs, int more,      \
+                  const void *weights, const float *scales, float largest, int outputs,          \
+                  const float *bias, const T *plus, int relu, T *out, int threads) {             \
     const auto values = static_cast<const Kind::Number *>(weights);                              \
     convolve(Input<T>{x, beside, height, width, inputs, more},                                   \
              Weights<Kind>{values, scales, largest, winograd_columns(outputs)},                  \
              Map{height, width, outputs}, After<T>{bias, plus, bool(relu)}, out, threads);       \
   }
 
-WINOGRAD_CONVOLUTION(float)
-WINOGRAD_CONVOLUTION(bfloat16)
+WINOGRAD(winograd, float, Floats)
+WINOGRAD(winograd, bfloat16, Floats)
+#if defined(HAS_SHORTS)
+WINOGRAD(winograd_shorts, float, Shorts)
+WINOGRAD(winograd_shorts, bfloat16, Shorts)
+#endif
 }

@@ -95,18 +95,6 @@ struct Shorts {
 };
 #endif
 
-// For maps of a type.
-template <typename T>
-struct Products {
-  typedef Floats Kind;
-};
-#if defined(HAS_SHORTS)
-template <>
-struct Products<bfloat16> {
-  typedef Shorts Kind;
-};
-#endif
-
 // Register blocks of the matrix product: ROWS tiles by VECTORS of their results. What is left of the
 // tiles is taken by REST at a time.
 constexpr int ROWS = LANES == 16 ? 12 : REGISTERS == 32 ? 8 : 6;

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 
 from scfeat_ros.native.kernels import FEW
 from scfeat_ros.native.library import call, channels_last, empty_map
-from scfeat_ros.native.matching import has_shorts
 
 TILE = 4
 """Side of a tile of a 3x3 convolution's results, as in winograd.cpp."""
@@ -32,7 +31,7 @@ def _tiles(height: int, width: int, side: int) -> int:
 
 
 class Weights(NamedTuple):
-    """Transformed weights in the order that the kernels read, for maps of a type."""
+    """Transformed weights in the order that the kernels read."""
 
     values: torch.Tensor
     """(36, panels, C_in, columns) fp32, or, as int16, (36, panels, C_in / 2, columns, 2)."""
@@ -41,13 +40,18 @@ class Weights(NamedTuple):
     largest: float
     """What the values of a transformed patch are brought to, for products of int16."""
 
+    @property
+    def shorts(self) -> bool:
+        """Whether they are for products of int16."""
+        return self.scales is not None
+
     @classmethod
-    def of(cls, weight: torch.Tensor, dtype: torch.dtype) -> Weights:
+    def of(cls, weight: torch.Tensor, shorts: bool) -> Weights:
         """G w G^T at its 36 places.
 
         Args:
             weight: (C_out, C_in, k, k) with k = 3 or 4.
-            dtype: of the maps.
+            shorts: round it for products of int16.
         """
         outputs, inputs, taps, _ = weight.shape
         scales = torch.tensor([1 / 4, -1 / 6, -1 / 6, 1 / 24, 1 / 24], dtype=torch.float64)
@@ -57,7 +61,7 @@ class Weights(NamedTuple):
         G = torch.cat([at_points, at_infinity])
         values = torch.einsum("ia,ocab,jb->ijco", G, weight.double(), G).flatten(0, 1)
         scales, largest, pair = None, 1.0, 1
-        if dtype == torch.bfloat16 and has_shorts():
+        if shorts:
             largest = min(LARGEST, int((PEAK * 2**31 / inputs) ** 0.5))
             values, scales = _rounded(values, largest)
             pair = 2
@@ -110,10 +114,17 @@ class WinogradConv(NamedTuple):
         return weight.shape[2:] == (3, 3) and all(c > FEW and c % lanes == 0 for c in channels)
 
     @classmethod
-    def of(cls, weight: torch.Tensor, bias: torch.Tensor | None = None) -> WinogradConv:
-        """From (C_out, C_in, 3, 3) and (C_out,), for maps of their type."""
+    def of(
+        cls, weight: torch.Tensor, bias: torch.Tensor | None = None, shorts: bool = False
+    ) -> WinogradConv:
+        """From (C_out, C_in, 3, 3) and (C_out,), for maps of their type.
+
+        Args:
+            weight, bias: of the convolution.
+            shorts: by products of int16.
+        """
         bias = None if bias is None else bias.float()
-        return cls(Weights.of(weight, weight.dtype), bias, weight.dtype, len(weight))
+        return cls(Weights.of(weight, shorts), bias, weight.dtype, len(weight))
 
     @staticmethod
     def pays(height: int, width: int) -> bool:
@@ -139,7 +150,7 @@ class WinogradConv(NamedTuple):
         out = empty_map(self.outputs, height, width, self.dtype)
         plus = None if plus is None else channels_last(plus)
         call(
-            "winograd_convolution",
+            "winograd_shorts" if self.weights.shorts else "winograd",
             self.dtype,
             *(x, beside, height, width, inputs, more, *self.weights, self.outputs),
             *(self.bias, plus, relu, out),
@@ -157,12 +168,20 @@ class WinogradStem(NamedTuple):
     """Of the result."""
 
     @classmethod
-    def of(cls, weight: torch.Tensor, bias: torch.Tensor, dtype: torch.dtype) -> WinogradStem:
-        """From (C_out, 3, 7, 7) and (C_out,)."""
+    def of(
+        cls, weight: torch.Tensor, bias: torch.Tensor, dtype: torch.dtype, shorts: bool = False
+    ) -> WinogradStem:
+        """From (C_out, 3, 7, 7) and (C_out,).
+
+        Args:
+            weight, bias: of the convolution.
+            dtype: of the result.
+            shorts: by products of int16.
+        """
         # an eighth tap of zeros before the others, and two taps each way are a cell's
         cells = F.pad(weight, (1, 0, 1, 0)).unflatten(3, (4, 2)).unflatten(2, (4, 2))
         cells = cells.permute(0, 1, 3, 5, 2, 4).flatten(1, 3)
-        return cls(Weights.of(cells, dtype), bias.float(), dtype)
+        return cls(Weights.of(cells, shorts), bias.float(), dtype)
 
     def products(self, height: int, width: int) -> int:
         """Multiplications for a pooled map of a height and width, without the transforms'."""
@@ -175,7 +194,7 @@ class WinogradStem(NamedTuple):
         columns = self.weights.values.shape[3]
         out = empty_map(len(self.bias), height // 4, width // 4, self.dtype)
         call(
-            "stem",
+            "stem_shorts" if self.weights.shorts else "stem",
             self.dtype,
             *(image, height, width, *self.weights, columns, self.bias, len(self.bias), out),
         )
