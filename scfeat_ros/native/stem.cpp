@@ -30,37 +30,38 @@ inline void transform_output(const Lanes m[PATCH], Lanes out[TILE]) {
 }
 
 // One image's way through the stem, by one thread.
-template <typename Kind>
+template <typename Kind, typename T>
 class Stem {
  public:
-  Stem(const float *planes, int height, int width, Weights<Kind> weights, int outputs)
-      : planes(planes), weights(weights), width(width), rows(height / 2), across(width / 2),
+  Stem(const float *planes, int height, int width, Weights<Kind> weights, const float *bias,
+       int outputs)
+      : planes(planes), bias(bias), weights(weights), width(width), rows(height / 2), across(width / 2),
         tiles((across + TILE - 1) / TILE), outputs(outputs),
         strip(long(PATCH) * cells() * CHANNELS + LANES),
         places(space<typename Kind::Number>(PATCH * PATCH * places_pitch() + LANES)),
         products(space<float>(PATCH * PATCH * products_pitch())),
-        results(space<float>(long(KEPT) * across * outputs)),
-        line(space<float>(long(across) * outputs)) {}
+        results(space<T>(long(KEPT) * across * outputs)),
+        line(space<T>(long(across) * outputs)) {}
 
-  // Rows `row` to `end` of the pooled map: ReLU(largest result of 3x3 + bias).
-  template <typename T>
-  void run(int row, int end, const float *bias, T *out) {
+  // Rows `row` to `end` of the pooled map: the largest of 3x3 results.
+  void run(int row, int end, T *out) {
     if (row >= end) return;
     const int first = std::max(2 * row - 1, 0), last = std::min(2 * end - 1, rows - 1);
     for (int tile_row = first / TILE; tile_row <= last / TILE; tile_row++) {
       convolve(tile_row);
       const int known = TILE * (tile_row + 1);
-      for (; row < end && std::min(2 * row + 2, rows) <= known; row++) pool(row, bias, out);
+      for (; row < end && std::min(2 * row + 2, rows) <= known; row++) pool(row, out);
     }
   }
 
  private:
-  const float *planes;
+  const float *planes, *bias;
   Weights<Kind> weights;
   int width, rows, across, tiles, outputs;
   std::vector<float> strip;
   std::unique_ptr<typename Kind::Number[]> places;
-  std::unique_ptr<float[]> products, results, line;
+  std::unique_ptr<float[]> products;
+  std::unique_ptr<T[]> results, line;
   float scales[BLOCK];
 
   // Of a row of patches, which overlap.
@@ -69,7 +70,8 @@ class Stem {
   long places_pitch() const { return long(BLOCK) * CHANNELS + 16; }
   long products_pitch() const { return long(BLOCK) * outputs + 16; }
 
-  float *result(int row, int column) {
+  // ReLU(convolution + bias) at a row and column.
+  T *result(int row, int column) {
     return results.get() + (long(row % KEPT) * across + column) * outputs;
   }
 
@@ -144,31 +146,31 @@ class Stem {
         Lanes m[PATCH], y[TILE];
         for (int j = 0; j < PATCH; j++) m[j] = half[j][i];
         transform_output(m, y);
-        for (int j = 0; j < inside; j++) store(result(row + i, column + j) + c, y[j] * scales[n]);
+        for (int j = 0; j < inside; j++) {
+          const Lanes value = y[j] * scales[n] + load<Lanes>(bias + c);
+          write_lanes(result(row + i, column + j) + c, value > 0.0f ? value : Lanes{});
+        }
       }
     }
   }
 
-  template <typename T>
-  void pool(int row, const float *bias, T *out) {
-    const float *above = result(std::max(2 * row - 1, 0), 0), *here = result(2 * row, 0);
-    const float *below = result(std::min(2 * row + 1, rows - 1), 0);
-    float *__restrict largest = line.get();
+  // None is below zero, so that numbers of bf16 are in the order of their bits.
+  void pool(int row, T *out) {
+    const T *above = result(std::max(2 * row - 1, 0), 0), *here = result(2 * row, 0);
+    const T *below = result(std::min(2 * row + 1, rows - 1), 0);
+    T *__restrict largest = line.get();
     const long values = long(across) * outputs;
 #pragma omp simd
     for (long k = 0; k < values; k++)
       largest[k] = std::max(std::max(above[k], below[k]), here[k]);
     const int pooled = (across + 1) / 2;
     for (int column = 0; column < pooled; column++) {
-      const float *left = largest + std::max(2 * column - 1, 0) * long(outputs);
-      const float *middle = largest + 2 * column * long(outputs);
-      const float *right = largest + std::min(2 * column + 1, across - 1) * long(outputs);
+      const T *left = largest + std::max(2 * column - 1, 0) * long(outputs);
+      const T *middle = largest + 2 * column * long(outputs);
+      const T *right = largest + std::min(2 * column + 1, across - 1) * long(outputs);
       T *__restrict to = out + (long(row) * pooled + column) * outputs;
 #pragma omp simd
-      for (int k = 0; k < outputs; k++) {
-        const float value = std::max(std::max(left[k], right[k]), middle[k]);
-        write(to[k], std::max(value + bias[k], 0.0f));
-      }
+      for (int k = 0; k < outputs; k++) to[k] = std::max(std::max(left[k], right[k]), middle[k]);
     }
   }
 };
@@ -180,8 +182,8 @@ void stem(const float *planes, int height, int width, Weights<Kind> weights, con
 #pragma omp parallel num_threads(threads)
   {
     const int thread = omp_get_thread_num(), all = omp_get_num_threads();
-    Stem<Kind>(planes, height, width, weights, outputs)
-        .run(pooled * thread / all, pooled * (thread + 1) / all, bias, out);
+    Stem<Kind, T>(planes, height, width, weights, bias, outputs)
+        .run(pooled * thread / all, pooled * (thread + 1) / all, out);
   }
 }
 
