@@ -81,8 +81,12 @@ void project_columns(const float *x, int rows, int inputs, const float *matrix, 
       const Lanes weight = load<Lanes>(matrix + long(k) * dim + v * LANES);
       for (int r = 0; r < ROWS; r++) sum[r][v] += x[r * inputs + k] * weight;
     }
-  for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+  for (int r = 0; r < ROWS; r++) {
+    if (r == rows) return;
+#pragma GCC unroll 8
     for (int v = 0; v < COUNT; v++) store(out + long(r) * dim + v * LANES, sum[r][v]);
+  }
 }
 
 // Up to ROWS of `x` (there is space for as many) times (inputs, dim).

@@ -698,16 +698,20 @@ void convolve_row(Window<LINES> &window, int y, const float *weights, const floa
             for (int o = 0; o < FEW; o++) sum[o][v] += weight[o] * value;
           }
         }
+    // a value at a time and unrolled, so that the sums stay in registers
+#pragma GCC unroll 8
     for (int o = 0; o < FEW; o++)
+#pragma GCC unroll 2
       for (int v = 0; v < VECTORS; v++) {
         const int left = width - x - v * LANES;
+        if (left <= 0) continue;
         float *to = out + long(o) * width + x + v * LANES;
-        const float *more = plus + long(o) * pitch + x + v * LANES;
-        if (left >= LANES) {
-          store(to, plus ? sum[o][v] + load<Lanes>(more) : sum[o][v]);
-        } else {
-          for (int k = 0; k < left; k++) to[k] = plus ? sum[o][v][k] + more[k] : sum[o][v][k];
-        }
+        Lanes value = sum[o][v];
+        if (plus) value += load<Lanes>(plus + long(o) * pitch + x + v * LANES);
+        if (left >= LANES)
+          store(to, value);
+        else
+          std::memcpy(to, &value, left * sizeof(float));
       }
   }
 }
@@ -779,7 +783,7 @@ void hidden(const float *right, const float *scale, const float *shift, float sl
     std::vector<float> sums(FEW), squares(FEW);
     Window<FEW> window(H, W);
     SmallRows<T> small(left, left_weights, width, channels);
-    const int pitch = W + FACTOR;
+    const int pitch = W + FACTOR + LANES * VECTORS;  // vectors are read over the end
     std::vector<float> cells(width + 2), wide(FEW * pitch);
     auto activate = [&](int y, float *row) {
       for (int c = 0; c < FEW; c++) {
