@@ -157,10 +157,10 @@ ARGUMENTS = {
 }
 """Types of the C functions' arguments: pointer, long, int, float."""
 
-WITHOUT_THREADS = (
-    *("normalization", "subpixel_points", "has_tiles", "has_shorts"),
-    *("winograd_lanes", "winograd_columns"),
-)
+QUICK = ("normalization", "has_tiles", "has_shorts", "winograd_lanes", "winograd_columns")
+"""Over in a microsecond: Python's lock is kept while they run. Another thread that got it might keep
+it for much longer."""
+WITHOUT_THREADS = (*QUICK, "subpixel_points")
 RETURNS = {
     "bridge": ctypes.c_float,
     "normalize_bytes": ctypes.c_float,
@@ -178,7 +178,8 @@ SUFFIX = {torch.float32: "float", torch.bfloat16: "bfloat16"}
 
 @functools.cache
 def _function(name: str, dtype: torch.dtype | None) -> ctypes._CFuncPtr:
-    function = getattr(load(), name if dtype is None else f"{name}_{SUFFIX[dtype]}")
+    library = ctypes.PyDLL(load()._name) if name in QUICK else load()
+    function = getattr(library, name if dtype is None else f"{name}_{SUFFIX[dtype]}")
     function.argtypes = [TYPES[letter] for letter in ARGUMENTS[name]]
     function.restype = RETURNS.get(name)
     return function

@@ -36,6 +36,7 @@ struct Matrix {
 inline float product(Matrix a, int i, Matrix b, int j) {
   const float *one = a.row(i), *other = b.row(j);
   float sum = 0;
+#pragma omp simd reduction(+ : sum)
   for (int k = 0; k < a.length; k++) sum += one[k] * other[k];
   return sum;
 }
@@ -132,9 +133,11 @@ class ByShorts {
   static float scale(Matrix from) {
     float largest = 1e-30f, norm = 1e-30f;
     for (int i = 0; i < from.rows; i++) {
+      const float *row = from.row(i);
       float squares = 0;
+#pragma omp simd reduction(+ : squares) reduction(max : largest)
       for (int k = 0; k < from.length; k++) {
-        const float value = from.row(i)[k];
+        const float value = row[k];
         largest = std::max(largest, std::abs(value));
         squares += value * value;
       }
