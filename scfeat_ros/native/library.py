@@ -158,8 +158,8 @@ ARGUMENTS = {
 """Types of the C functions' arguments: pointer, long, int, float."""
 
 QUICK = ("normalization", "has_tiles", "has_shorts", "winograd_lanes", "winograd_columns")
-"""Over in a microsecond: Python's lock is kept while they run. Another thread that got it might keep
-it for much longer."""
+"""Over in a microsecond: Python's lock is kept while they run, since another thread that got it
+might keep it for much longer."""
 WITHOUT_THREADS = (*QUICK, "subpixel_points")
 RETURNS = {
     "bridge": ctypes.c_float,
