@@ -310,9 +310,10 @@ class FusedSCFeat(nn.Module):
         self.reliability = copy.deepcopy(detector.reliability)
         self.register_buffer("layer2", detector.layer2.weight.detach().float().flatten().clone())
         if compiled:
+            in_fp32 = self.layer0_right, self.layer1_right  # as all at the image's resolution
             for module in self.modules():
                 if isinstance(module, Conv):
-                    module.use_winograd(shorts)
+                    module.use_winograd(shorts and module not in in_fp32)
         self.eval().requires_grad_(False)
 
     @torch.inference_mode()

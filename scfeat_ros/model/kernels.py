@@ -199,8 +199,9 @@ def bridge(
 
 def weigh_by_peakiness(maps: Maps | Image, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Peakiness (B, 1, h, w) in fp32, and the maps times it in the convolutions' type."""
-    peaks = peakiness(maps.values)
-    weighted = (peaks * maps.values).to(dtype, memory_format=torch.channels_last)
+    values = maps.values
+    peaks = peakiness(values)
+    weighted = (peaks * values).to(dtype, memory_format=torch.channels_last)
     return peaks, weighted
 
 

@@ -54,9 +54,9 @@ class Weights(NamedTuple):
             shorts: round it for products of int16.
         """
         outputs, inputs, taps, _ = weight.shape
-        scales = torch.tensor([1 / 4, -1 / 6, -1 / 6, 1 / 24, 1 / 24], dtype=torch.float64)
+        factors = torch.tensor([1 / 4, -1 / 6, -1 / 6, 1 / 24, 1 / 24], dtype=torch.float64)
         points = torch.tensor([0, 1, -1, 2, -2], dtype=torch.float64)
-        at_points = scales[:, None] * points[:, None] ** torch.arange(taps)
+        at_points = factors[:, None] * points[:, None] ** torch.arange(taps)
         at_infinity = torch.eye(taps, dtype=torch.float64)[-1:]
         G = torch.cat([at_points, at_infinity])
         values = torch.einsum("ia,ocab,jb->ijco", G, weight.double(), G).flatten(0, 1)
