@@ -207,41 +207,69 @@ void upsampled_sum(const T *z, int height, int width, int factor, int channels,
   all.write(totals);
 }
 
-// The same for a 1x1 convolution: its result upsampled.
+// Bilinear upsampling of a map, row by row, down first.
+template <typename T>
+class Upsampling {
+ public:
+  Upsampling(const T *x, int height, int width, int factor, int channels)
+      : x(x), height(height), factor(factor), channels(channels), length(long(width) * channels),
+        across(width * factor) {
+    for (int column = 0; column < width * factor; column++)
+      across[column] = locate(column, factor, width);
+  }
+
+  // Space for a row.
+  std::vector<float> line() const { return std::vector<float>(length); }
+
+  // Calls pixel(column, left, right, weight) for the pixels of a row: the two places that it lies
+  // between, and the weight of the second.
+  template <typename Pixel>
+  void row(int y, std::vector<float> &line, Pixel pixel) const {
+    const Position down = locate(y, factor, height);
+    const T *above = x + down.first * length, *below = x + down.second * length;
+    float *__restrict between = line.data();
+#pragma omp simd
+    for (long k = 0; k < length; k++)
+      between[k] = (1.0f - down.weight) * read(above[k]) + down.weight * read(below[k]);
+    for (int column = 0; column < int(across.size()); column++) {
+      const Position p = across[column];
+      pixel(column, between + long(p.first) * channels, between + long(p.second) * channels,
+            p.weight);
+    }
+  }
+
+ private:
+  const T *x;
+  const int height, factor, channels;
+  const long length;
+  std::vector<Position> across;
+};
+
+// `upsampled_sum` for a 1x1 convolution: its result upsampled.
 template <typename T>
 void upsampled(const T *x, int height, int width, int factor, int channels, const T *plus,
                T *out, double *totals, int threads) {
   const int H = height * factor, W = width * factor, C = channels;
-  const long row = long(width) * C;
-  std::vector<Position> across(W);
-  for (int column = 0; column < W; column++) across[column] = locate(column, factor, width);
+  const Upsampling<T> upsampling(x, height, width, factor, C);
   Totals all(C, threads);
 #pragma omp parallel num_threads(threads)
   {
-    std::vector<float> sums(C), squares(C), line(row);
+    std::vector<float> sums(C), squares(C), line = upsampling.line();
     float *__restrict sum = sums.data(), *__restrict square = squares.data();
 #pragma omp for schedule(static)
     for (int y = 0; y < H; y++) {
-      const Position down = locate(y, factor, height);
-      const T *above = x + down.first * row, *below = x + down.second * row;
-      float *__restrict between = line.data();
-#pragma omp simd
-      for (long k = 0; k < row; k++)
-        between[k] = (1.0f - down.weight) * read(above[k]) + down.weight * read(below[k]);
-      for (int column = 0; column < W; column++) {
-        const Position p = across[column];
-        const float *left = between + long(p.first) * C, *right = between + long(p.second) * C;
+      upsampling.row(y, line, [&](int column, const float *left, const float *right, float weight) {
         const long place = (long(y) * W + column) * C;
         T *__restrict to = out + place;
 #pragma omp simd
         for (int c = 0; c < C; c++) {
-          float value = (1.0f - p.weight) * left[c] + p.weight * right[c];
+          float value = (1.0f - weight) * left[c] + weight * right[c];
           if (plus) value += read(plus[place + c]);
           sum[c] += value;
           square[c] += value * value;
           write(to[c], value);
         }
-      }
+      });
       all.add(sums, squares);
     }
   }
@@ -307,31 +335,20 @@ template <typename T>
 void upsampled_elu(const T *x, int height, int width, int factor, int channels, const float *scale,
                    const float *shift, T *out, long stride, int threads) {
   const int H = height * factor, W = width * factor, C = channels;
-  const long row = long(width) * C;
-  std::vector<Position> across(W);
-  for (int column = 0; column < W; column++) across[column] = locate(column, factor, width);
+  const Upsampling<T> upsampling(x, height, width, factor, C);
 #pragma omp parallel num_threads(threads)
   {
-    std::vector<float> line(row);
+    std::vector<float> line = upsampling.line();
 #pragma omp for schedule(static)
-    for (int y = 0; y < H; y++) {
-      const Position down = locate(y, factor, height);
-      const T *above = x + down.first * row, *below = x + down.second * row;
-      float *__restrict between = line.data();
-#pragma omp simd
-      for (long k = 0; k < row; k++)
-        between[k] = (1.0f - down.weight) * read(above[k]) + down.weight * read(below[k]);
-      for (int column = 0; column < W; column++) {
-        const Position p = across[column];
-        const float *left = between + long(p.first) * C, *right = between + long(p.second) * C;
+    for (int y = 0; y < H; y++)
+      upsampling.row(y, line, [&](int column, const float *left, const float *right, float weight) {
         T *__restrict to = out + (long(y) * W + column) * stride;
 #pragma omp simd
         for (int c = 0; c < C; c++) {
-          const float value = (1.0f - p.weight) * left[c] + p.weight * right[c];
+          const float value = (1.0f - weight) * left[c] + weight * right[c];
           write(to[c], elu(value * scale[c] + shift[c]));
         }
-      }
-    }
+      });
   }
 }
 

@@ -111,23 +111,8 @@ class Stem {
     for (int i = 0; i < PATCH; i++)
       for (int j = 0; j < PATCH; j++) cell[i][j] = from + (i * cells() + j) * CHANNELS;
     scales[n] = Kind::scale(cell, CHANNELS);
-    const float factor = weights.largest / scales[n];
-    auto *to = places.get() + n * CHANNELS;
-    for (int c = 0; c < CHANNELS; c += LANES) {
-      Lanes transformed[PATCH][PATCH];
-      for (int j = 0; j < PATCH; j++) {
-        Lanes d[PATCH];
-        for (int i = 0; i < PATCH; i++) d[i] = load<Lanes>(cell[i][j] + c);
-        transform_input(d, transformed[j]);
-      }
-      for (int i = 0; i < PATCH; i++) {
-        Lanes d[PATCH], v[PATCH];
-        for (int j = 0; j < PATCH; j++) d[j] = transformed[j][i];
-        transform_input(d, v);
-        for (int j = 0; j < PATCH; j++)
-          Kind::put(to + (i * PATCH + j) * places_pitch() + c, v[j], factor, i, j);
-      }
-    }
+    ::to_places<Kind>(cell, CHANNELS, weights.largest / scales[n], places_pitch(),
+                      places.get() + n * CHANNELS);
   }
 
   // Tile `n` of the block to the results at a row and column.
@@ -201,10 +186,5 @@ extern "C" {
          out, threads);                                                                          \
   }
 
-STEM(stem, float, Floats)
-STEM(stem, bfloat16, Floats)
-#if defined(HAS_SHORTS)
-STEM(stem_shorts, float, Shorts)
-STEM(stem_shorts, bfloat16, Shorts)
-#endif
+EVERY_KIND(STEM, stem)
 }

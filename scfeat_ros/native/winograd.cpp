@@ -60,27 +60,6 @@ struct Patch {
   }
 };
 
-// A patch of a number of channels -> a tile of a block, from a channel on; places `pitch` apart.
-template <typename Kind, typename T>
-void to_places(const Patch<T> &patch, int channels, float factor, long pitch,
-               typename Kind::Number *out) {
-  for (int c = 0; c < channels; c += LANES) {
-    Lanes columns[PATCH][PATCH];
-    for (int j = 0; j < PATCH; j++) {
-      Lanes d[PATCH];
-      for (int i = 0; i < PATCH; i++) d[i] = read_lanes(patch.pixel[i][j] + c);
-      transform_input(d, columns[j]);
-    }
-    for (int i = 0; i < PATCH; i++) {
-      Lanes d[PATCH], v[PATCH];
-      for (int j = 0; j < PATCH; j++) d[j] = columns[j][i];
-      transform_input(d, v);
-      for (int j = 0; j < PATCH; j++)
-        Kind::put(out + (i * PATCH + j) * pitch + c, v[j], factor, i, j);
-    }
-  }
-}
-
 // The input: a map, and maybe one more, whose channels follow.
 template <typename T>
 struct Input {
@@ -100,8 +79,8 @@ struct Input {
       scales[n] = std::max(Kind::scale(patch.pixel, channels), Kind::scale(beside.pixel, more));
       const float factor = largest / scales[n];
       auto *to = out + all().in_block(0, n);
-      to_places<Kind>(patch, channels, factor, all().pitch(), to);
-      to_places<Kind>(beside, more, factor, all().pitch(), to + channels);
+      to_places<Kind>(patch.pixel, channels, factor, all().pitch(), to);
+      to_places<Kind>(beside.pixel, more, factor, all().pitch(), to + channels);
     }
   }
 };
@@ -191,10 +170,5 @@ int winograd_columns(int outputs) { return outputs % (2 * LANES) ? LANES : 2 * L
              Map{height, width, outputs}, After<T>{bias, plus, bool(relu)}, out, threads);       \
   }
 
-WINOGRAD(winograd, float, Floats)
-WINOGRAD(winograd, bfloat16, Floats)
-#if defined(HAS_SHORTS)
-WINOGRAD(winograd_shorts, float, Shorts)
-WINOGRAD(winograd_shorts, bfloat16, Shorts)
-#endif
+EVERY_KIND(WINOGRAD, winograd)
 }

@@ -95,6 +95,40 @@ struct Shorts {
 };
 #endif
 
+// FUNCTION(name, T, Kind) for maps of all types, by all products; those of integers are name_shorts.
+#if defined(HAS_SHORTS)
+#define EVERY_KIND(FUNCTION, name)     \
+  FUNCTION(name, float, Floats)        \
+  FUNCTION(name, bfloat16, Floats)     \
+  FUNCTION(name##_shorts, float, Shorts) \
+  FUNCTION(name##_shorts, bfloat16, Shorts)
+#else
+#define EVERY_KIND(FUNCTION, name) \
+  FUNCTION(name, float, Floats)    \
+  FUNCTION(name, bfloat16, Floats)
+#endif
+
+// A patch of a number of channels -> a tile of a block, from a channel on; places `pitch` apart.
+template <typename Kind, typename T>
+void to_places(const T *const pixel[PATCH][PATCH], int channels, float factor, long pitch,
+               typename Kind::Number *out) {
+  for (int c = 0; c < channels; c += LANES) {
+    Lanes columns[PATCH][PATCH];
+    for (int j = 0; j < PATCH; j++) {
+      Lanes d[PATCH];
+      for (int i = 0; i < PATCH; i++) d[i] = read_lanes(pixel[i][j] + c);
+      transform_input(d, columns[j]);
+    }
+    for (int i = 0; i < PATCH; i++) {
+      Lanes d[PATCH], v[PATCH];
+      for (int j = 0; j < PATCH; j++) d[j] = columns[j][i];
+      transform_input(d, v);
+      for (int j = 0; j < PATCH; j++)
+        Kind::put(out + (i * PATCH + j) * pitch + c, v[j], factor, i, j);
+    }
+  }
+}
+
 // Register blocks of the matrix product: ROWS tiles by VECTORS of their results. What is left of the
 // tiles is taken by REST at a time.
 constexpr int ROWS = LANES == 16 ? 12 : REGISTERS == 32 ? 8 : 6;
