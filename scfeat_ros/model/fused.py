@@ -42,6 +42,7 @@ from scfeat_ros.model.resnet import BasicBlock, Bottleneck
 from scfeat_ros.model.scfeat import SCFeat, SCFeatOutput
 from scfeat_ros.native import kernels as native_kernels
 from scfeat_ros.native import library, matching
+from scfeat_ros.native.direct import DirectConv
 from scfeat_ros.native.winograd import WinogradConv, WinogradStem
 
 _ONEDNN = getattr(torch.ops.mkldnn, "_convolution_pointwise", None)
@@ -87,6 +88,7 @@ class Conv(nn.Module):
         self.padding = weight.shape[-1] // 2
         self._packed: dict[tuple[torch.Size, int], torch.Tensor] = {}
         self._winograd: WinogradConv | None = None
+        self._direct: DirectConv | None = None
         self._uses_onednn = _ONEDNN is not None and _ONEDNN_PACK is not None and cpu_computes(dtype)
 
     def use_winograd(self, shorts: bool = False) -> None:
@@ -98,8 +100,12 @@ class Conv(nn.Module):
             shorts: products of integers of 16 bits.
         """
         by_tiles = self.weight.dtype == torch.bfloat16 and matching.has_tiles()  # of AMX
-        if not by_tiles and self.stride == 1 and WinogradConv.fits(self.weight):
+        if by_tiles:
+            return
+        if self.stride == 1 and WinogradConv.fits(self.weight):
             self._winograd = WinogradConv.of(self.weight, self.bias, shorts)
+        if DirectConv.fits(self.weight):
+            self._direct = DirectConv.of(self.weight, self.bias, self.stride)
 
     def _filters(self, height: int, width: int) -> bool:
         """Whether a result of a height and width is computed in fewer products."""
@@ -129,6 +135,8 @@ class Conv(nn.Module):
         if self._filters(*x.shape[2:]):
             return self._winograd(x, relu, plus, beside)
         x = x if beside is None else torch.cat([x, beside], dim=1)
+        if self._direct is not None:
+            return self._direct(x, relu, plus)
         if x.device.type == "cpu" and self._uses_onednn:
             return self._onednn(x, relu, plus)
         y = F.conv2d(x, self.weight, self.bias, self.stride, self.padding)

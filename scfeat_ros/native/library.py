@@ -159,16 +159,19 @@ ARGUMENTS = {
     "sample": "piiilpliipi",
     "describe": "piiipiiipiiiplpipi",
     **dict.fromkeys(("stem", "stem_shorts"), "piippfipipi"),
-    "winograd_lanes": "",
+    "lanes": "",
     "winograd_columns": "i",
     **dict.fromkeys(("winograd", "winograd_shorts"), "ppiiiippfippipi"),
+    "direct_columns": "ii",
+    "direct_pair": "",
+    "direct": "piiipiiippipi",
     "has_tiles": "",
     "has_shorts": "",
     "nearest": "pipiiipppppi",
 }
 """Types of the C functions' arguments: pointer, long, int, float."""
 
-QUICK = ("normalization", "has_tiles", "has_shorts", "winograd_lanes", "winograd_columns")
+QUICK = ("normalization", "has_tiles", "has_shorts", "lanes", "winograd_columns", "direct_columns", "direct_pair")
 """Over in a microsecond: Python's lock is kept while they run, since another thread that got it
 might keep it for much longer."""
 WITHOUT_THREADS = (*QUICK, "subpixel_points")
@@ -179,7 +182,9 @@ RETURNS = {
     "local_maxima": ctypes.c_long,
     "has_tiles": ctypes.c_int,
     "has_shorts": ctypes.c_int,
-    "winograd_lanes": ctypes.c_int,
+    "lanes": ctypes.c_int,
+    "direct_columns": ctypes.c_int,
+    "direct_pair": ctypes.c_int,
     "winograd_columns": ctypes.c_int,
 }
 """Of the functions that return something."""

@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "after.h"
 #include "winograd.h"
 
 namespace {
@@ -85,14 +86,6 @@ struct Input {
   }
 };
 
-// What follows the convolution: a bias and a map to be added (null for none), and ReLU.
-template <typename T>
-struct After {
-  const float *bias;
-  const T *plus;
-  bool relu;
-};
-
 // A block and its tiles' scales -> tiles `first` to `first + count` of a map.
 template <typename T>
 void from_places(const float *products, const float *scales, Map map, long first, int count,
@@ -109,17 +102,13 @@ void from_places(const float *products, const float *scales, Map map, long first
           m[i] = load<Lanes>(products + map.in_block(i * PATCH + j, n) + c);
         transform_output(m, half[j]);
       }
-      const Lanes bias = after.bias ? load<Lanes>(after.bias + c) : Lanes{};
       for (int i = 0; i < rows; i++) {
         Lanes m[PATCH], y[TILE];
         for (int j = 0; j < PATCH; j++) m[j] = half[j][i];
         transform_output(m, y);
         for (int j = 0; j < columns; j++) {
           const long place = map.at(top + i, left + j) + c;
-          Lanes value = y[j] * scales[n] + bias;
-          if (after.plus) value += read_lanes(after.plus + place);
-          if (after.relu) value = value > 0.0f ? value : Lanes{};
-          write_lanes(out + place, value);
+          write_lanes(out + place, after(y[j] * scales[n], c, place));
         }
       }
     }
@@ -152,9 +141,6 @@ void convolve(Input<T> input, Weights<Kind> weights, Map to, After<T> after, T *
 }  // namespace
 
 extern "C" {
-
-// Floats of a vector: channels are multiples of it.
-int winograd_lanes() { return LANES; }
 
 // Columns of results that a panel of weights holds.
 int winograd_columns(int outputs) { return outputs % (2 * LANES) ? LANES : 2 * LANES; }

@@ -109,7 +109,7 @@ class WinogradConv(NamedTuple):
     @classmethod
     def fits(cls, weight: torch.Tensor) -> bool:
         """Whether there is a kernel for (C_out, C_in, k, k), and it pays."""
-        lanes = call("winograd_lanes", None)
+        lanes = call("lanes", None)
         channels = weight.shape[:2]
         return weight.shape[2:] == (3, 3) and all(c > FEW and c % lanes == 0 for c in channels)
 
