@@ -348,7 +348,8 @@ def count_gflop(extractor: Extractor, size: tuple[int, int]) -> float:
 
     Counted for the network that runs: the fast one needs fewer than the plain one.
     """
-    network = extractor.network.run
+    run = extractor.network.run
+    network = getattr(run, "network", run)  # which is captured or recorded
     network = network if isinstance(network, FusedSCFeat) else extractor.model
     total = 0
 

@@ -32,7 +32,7 @@ class CudaGraphs:
     """
 
     def __init__(self, network: Callable[[torch.Tensor], SCFeatOutput]) -> None:
-        self._network = network
+        self.network = network
         self._captured: dict[tuple[torch.Size, torch.dtype], _Captured] = {}
         self._lock = threading.Lock()
 
@@ -41,7 +41,7 @@ class CudaGraphs:
             key = image.shape, image.dtype
             if key not in self._captured:
                 if len(self._captured) == KEPT:
-                    return self._network(image)
+                    return self.network(image)
                 self._captured[key] = self._capture(image)
             graph, place, output = self._captured[key]
             place.copy_(image)
@@ -55,10 +55,10 @@ class CudaGraphs:
         beside.wait_stream(current)
         with torch.cuda.stream(beside):
             for _ in range(WARM_UPS):
-                self._network(place)
+                self.network(place)
         current.wait_stream(beside)
         graph = torch.cuda.CUDAGraph()
         # other threads may allocate meanwhile
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            output = self._network(place)
+            output = self.network(place)
         return _Captured(graph, place, output)

@@ -27,6 +27,7 @@ and half precision there moves three times as many of them as in all the rest of
 from __future__ import annotations
 
 import copy
+import functools
 from types import ModuleType
 
 import torch
@@ -91,21 +92,25 @@ class Conv(nn.Module):
         self._direct: DirectConv | None = None
         self._uses_onednn = _ONEDNN is not None and _ONEDNN_PACK is not None and cpu_computes(dtype)
 
-    def use_winograd(self, shorts: bool = False) -> None:
-        """Compute it in fewer products from now on, by a compiled kernel, where that is faster.
+    def use_kernels(self, shorts: bool = False) -> None:
+        """Compute it by compiled kernels from now on, where there are any.
 
-        Small maps stay as they are.
+        Not in bf16 on CPUs with AMX, whose tiles are faster.
 
         Args:
-            shorts: products of integers of 16 bits.
+            shorts: where they filter, products of integers of 16 bits.
         """
-        by_tiles = self.weight.dtype == torch.bfloat16 and matching.has_tiles()  # of AMX
-        if by_tiles:
+        if self.weight.dtype == torch.bfloat16 and matching.has_tiles():
             return
         if self.stride == 1 and WinogradConv.fits(self.weight):
             self._winograd = WinogradConv.of(self.weight, self.bias, shorts)
         if DirectConv.fits(self.weight):
             self._direct = DirectConv.of(self.weight, self.bias, self.stride)
+
+    @functools.cached_property
+    def by_outputs(self) -> torch.Tensor:
+        """(C_in, k, k, C_out) weights, for the kernels of few channels."""
+        return self.weight.permute(1, 2, 3, 0).contiguous()
 
     def _filters(self, height: int, width: int) -> bool:
         """Whether a result of a height and width is computed in fewer products."""
@@ -321,7 +326,7 @@ class FusedSCFeat(nn.Module):
             in_fp32 = self.layer0_right, self.layer1_right  # as all at the image's resolution
             for module in self.modules():
                 if isinstance(module, Conv):
-                    module.use_winograd(shorts and module not in in_fp32)
+                    module.use_kernels(shorts and module not in in_fp32)
         self.eval().requires_grad_(False)
 
     @torch.inference_mode()
@@ -344,19 +349,20 @@ class FusedSCFeat(nn.Module):
 
     def _describe(self, stem: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """F_0 -> D_desc, layer2, layer3: encoder layers, decoders, side maps, fusion."""
+        k = self.kernels
         layer1 = self.layers[0](stem)
         layer2 = self.layers[1](layer1)
         layer3 = self.layers[2](layer2)
         dim = self.config.descriptor_dim
         eighth, quarter = self.config.decoder_channels
-        sides = _space(layer1, 3 * dim)
+        sides = k.empty_like(layer1, 3 * dim)
 
-        up = _space(layer2, eighth)
+        up = k.empty_like(layer2, eighth)
         self._up_conv("decoder_0.up", self.eighth_taps(layer3), 2, up)
         self._up_conv("side_0", self.side_0_taps(layer3), 4, sides[:, :dim])
         x = self._norm_elu("decoder_0.conv", self.eighth(up, beside=layer2))
 
-        up = _space(layer1, quarter)
+        up = k.empty_like(layer1, quarter)
         self._up_conv("decoder_1.up", self.quarter_taps(x), 2, up)
         self._up_conv("side_1", self.side_1_taps(x), 2, sides[:, dim : 2 * dim])
         x = self._norm_elu("decoder_1.conv", self.quarter(up, beside=layer1))
@@ -391,16 +397,7 @@ class FusedSCFeat(nn.Module):
         value, totals = k.response(
             hidden, totals, self.norms["layer1"], self.slopes["layer1"], self.layer2
         )
-        peaks = left_peaks * maps.reliability, right_peaks
+        peaks = left_peaks, maps.reliability, right_peaks
         return k.score(value, totals, self.norms["layer2"], *peaks)
 
 
-def _space(like: torch.Tensor, channels: int) -> torch.Tensor:
-    """An empty map of the size and type of another, with a number of channels of its own."""
-    batch, _, height, width = like.shape
-    return torch.empty(
-        (batch, channels, height, width),
-        dtype=like.dtype,
-        device=like.device,
-        memory_format=torch.channels_last,
-    )

@@ -42,8 +42,8 @@ class Maps(NamedTuple):
     """(B, 1, h, w), see `Reliability`."""
     mean: torch.Tensor | None = None
     """(h, w): mean over the channels of both, where the kernels want it."""
-    largest: float | None = None
-    """Largest magnitude in both."""
+    largest: torch.Tensor | None = None
+    """(1,): largest magnitude in both, where the kernels want it."""
 
     @property
     def values(self) -> torch.Tensor:
@@ -56,13 +56,22 @@ class Image(NamedTuple):
 
     values: torch.Tensor
     """(B, 3, H, W) fp32."""
-    largest: float | None = None
-    """Largest magnitude, where the kernels want it."""
+    largest: torch.Tensor | None = None
+    """(1,): largest magnitude, where the kernels want it."""
 
 
 def normalize_image(image: torch.Tensor, mean: torch.Tensor, deviation: torch.Tensor) -> Image:
     """(B, 3, H, W) RGB, uint8 or float in [0, 1] -> normalized image."""
     return Image((unit_range(image) - mean.view(3, 1, 1)) / deviation.view(3, 1, 1))
+
+
+def empty_like(x: torch.Tensor, channels: int) -> torch.Tensor:
+    """Space for a map of the size and type of another, with a number of channels of its own."""
+    batch, _, height, width = x.shape
+    size = batch, channels, height, width
+    return torch.empty(
+        size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last
+    )
 
 
 def statistics(x: torch.Tensor) -> torch.Tensor:
@@ -266,11 +275,13 @@ def score(
     totals: torch.Tensor,
     norm: Norm,
     left_peaks: torch.Tensor,
+    reliability: torch.Tensor,
     right_peaks: torch.Tensor,
 ) -> torch.Tensor:
-    """Scores (Eq. 13) from the head's response and both peakiness maps; (B, 1, H, W) fp32."""
+    """Scores (Eq. 13) from the head's response, both peakiness maps, and the reliability that goes
+    with the left one; (B, 1, H, W) fp32."""
     pixels = value.shape[2] * value.shape[3]
     scale, shift = scale_and_shift(totals, norm, pixels)
     value = F.softplus(value * scale[:, :, None, None] + shift[:, :, None, None])
     factor = value.shape[2] // left_peaks.shape[2]
-    return upsample(left_peaks, factor) * right_peaks * value
+    return upsample(left_peaks * reliability, factor) * right_peaks * value

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "bfloat16.h"
+#include "call.h"
 #include "cells.h"
 #include "lanes.h"
 
@@ -123,10 +124,16 @@ void fill(Level &level, Map<T> map, int side, const float *matrix, int dim) {
   }
 }
 
+// Of F_cn and the encoder's layer2 and layer3, channels-last; points are (count, 2), the matrix is
+// (dim, inputs), its inputs in the order of descriptors.py.
 template <typename T>
-void describe(Map<float> bridged, Map<T> layer2, Map<T> layer3, const float *points, long count,
-              const float *matrix, int dim, float *out, int threads) {
-  const int channels = bridged.channels;
+void describe(const float *values, int height, int width, int channels, const T *values2,
+              int height2, int width2, int channels2, const T *values3, int height3, int width3,
+              int channels3, const float *points, long count, const float *matrix, int dim,
+              float *out, int threads) {
+  const Map<float> bridged{values, height, width, channels};
+  const Map<T> layer2{values2, height2, width2, channels2};
+  const Map<T> layer3{values3, height3, width3, channels3};
   const int inputs = 4 * channels + layer2.channels + layer3.channels;
   std::vector<Level> levels;
   for (int block : BLOCKS)
@@ -175,21 +182,4 @@ void describe(Map<float> bridged, Map<T> layer2, Map<T> layer3, const float *poi
 
 }  // namespace
 
-extern "C" {
-
-// Of F_cn and the encoder's layer2 and layer3, channels-last; points are (count, 2), the matrix is
-// (dim, inputs), its inputs in the order of descriptors.py.
-#define DESCRIBE(T)                                                                               \
-  void describe_##T(const float *bridged, int height, int width, int channels, const T *layer2,   \
-                    int height2, int width2, int channels2, const T *layer3, int height3,         \
-                    int width3, int channels3, const float *points, long count,                   \
-                    const float *matrix, int dim, float *out, int threads) {                      \
-    describe(Map<float>{bridged, height, width, channels},                                        \
-             Map<T>{layer2, height2, width2, channels2},                                          \
-             Map<T>{layer3, height3, width3, channels3}, points, count, matrix, dim, out,         \
-             threads);                                                                            \
-  }
-
-DESCRIBE(float)
-DESCRIBE(bfloat16)
-}
+EXPORT_TYPES(describe)

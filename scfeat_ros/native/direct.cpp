@@ -10,6 +10,7 @@
 
 #include "after.h"
 #include "bfloat16.h"
+#include "call.h"
 #include "lanes.h"
 
 namespace {
@@ -110,8 +111,12 @@ inline int vectors(int channel, int outputs) {
   return left >= MOST_VECTORS ? MOST_VECTORS : left >= 2 ? 2 : 1;
 }
 
+// Weights are in panels of some output channels each: (depth / PAIR, columns, PAIR).
 template <typename T>
-void convolve(const T *x, Shape shape, const T *weights, After<T> after, T *out, int threads) {
+void direct(const T *x, int height, int width, int inputs, const T *weights, int side, int stride,
+            int outputs, const float *bias, const T *plus, bool relu, T *out, int threads) {
+  const Shape shape{height, width, inputs, side, stride, outputs};
+  const After<T> after{bias, plus, relu};
   const int depth = shape.depth();
   const long pixels = long(shape.rows()) * shape.columns();
 #pragma omp parallel num_threads(threads)
@@ -150,16 +155,8 @@ int lanes() { return LANES; }
 // Output channels of the panel of weights that starts at one.
 int direct_columns(int channel, int outputs) { return vectors(channel, outputs) * LANES; }
 
-// Weights are in panels of some output channels each: (depth / PAIR, columns, PAIR).
-#define DIRECT(T)                                                                             \
-  int direct_pair_##T() { return Products<T>::PAIR; }                                        \
-  void direct_##T(const T *x, int height, int width, int inputs, const T *weights, int side, \
-                  int stride, int outputs, const float *bias, const T *plus, int relu,       \
-                  T *out, int threads) {                                                      \
-    convolve(x, Shape{height, width, inputs, side, stride, outputs}, weights,                \
-             After<T>{bias, plus, bool(relu)}, out, threads);                                 \
-  }
-
-DIRECT(float)
-DIRECT(bfloat16)
+int direct_pair_float() { return Products<float>::PAIR; }
+int direct_pair_bfloat16() { return Products<bfloat16>::PAIR; }
 }
+
+EXPORT_TYPES(direct)

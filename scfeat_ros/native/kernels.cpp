@@ -1,7 +1,7 @@
 // The passes between the network's convolutions, each in one sweep over memory.
 //
-// library.py compiles this file for the machine it runs on and calls it through the C functions at
-// the end; kernels.py says the same in PyTorch and is what the tests compare against.
+// library.py compiles this file for the machine it runs on; kernels.py says the same in PyTorch and
+// is what the tests compare against.
 //
 // Maps are channels-last, (rows, columns, channels), but for the few-channel maps at the image's
 // resolution: there every row holds one line per channel, (rows, channels, columns), so that vectors
@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "bfloat16.h"
+#include "call.h"
 #include "lanes.h"
 
 namespace {
@@ -99,6 +100,30 @@ struct Totals {
   void write(double *totals) const {
     std::fill(totals, totals + 2 * channels, 0.0);
     for (size_t k = 0; k < parts.size(); k++) totals[k % (2 * channels)] += parts[k];
+  }
+};
+
+// Group or instance normalization as a scale and a shift of each channel, from its sums.
+struct Affine {
+  std::vector<float> scale, shift;
+
+  Affine(const double *totals, long pixels, int channels, int groups, const float *weight,
+         const float *bias)
+      : scale(channels), shift(channels) {
+    const int members = channels / groups;
+    for (int g = 0; g < groups; g++) {
+      double sum = 0, square = 0;
+      for (int c = g * members; c < (g + 1) * members; c++) {
+        sum += totals[c];
+        square += totals[channels + c];
+      }
+      const double count = double(pixels) * members, mean = sum / count;
+      const double variance = std::max(square / count - mean * mean, 0.0);
+      for (int c = g * members; c < (g + 1) * members; c++) {
+        scale[c] = float(weight[c] / std::sqrt(variance + EPSILON));
+        shift[c] = float(bias[c] - mean * scale[c]);
+      }
+    }
   }
 };
 
@@ -330,22 +355,25 @@ void upsampled_sums(const T *x, int height, int width, int factor, int channels,
   all.write(totals);
 }
 
-// ELU(x upsampled * scale + shift), to pixels `stride` apart.
+// ELU of x upsampled and normalized, to pixels `stride` apart.
 template <typename T>
-void upsampled_elu(const T *x, int height, int width, int factor, int channels, const float *scale,
-                   const float *shift, T *out, long stride, int threads) {
+void upsampled_elu(const T *x, int height, int width, int factor, int channels,
+                   const double *statistics, int groups, const float *weight, const float *bias,
+                   T *out, long stride, int threads) {
   const int H = height * factor, W = width * factor, C = channels;
+  const Affine norm(statistics, long(H) * W, channels, groups, weight, bias);
+  const float *scale = norm.scale.data(), *shift = norm.shift.data();
   const Upsampling<T> upsampling(x, height, width, factor, C);
 #pragma omp parallel num_threads(threads)
   {
     std::vector<float> line = upsampling.line();
 #pragma omp for schedule(static)
     for (int y = 0; y < H; y++)
-      upsampling.row(y, line, [&](int column, const float *left, const float *right, float weight) {
+      upsampling.row(y, line, [&](int column, const float *left, const float *right, float share) {
         T *__restrict to = out + (long(y) * W + column) * stride;
 #pragma omp simd
         for (int c = 0; c < C; c++) {
-          const float value = (1.0f - weight) * left[c] + weight * right[c];
+          const float value = (1.0f - share) * left[c] + share * right[c];
           write(to[c], elu(value * scale[c] + shift[c]));
         }
       });
@@ -354,8 +382,8 @@ void upsampled_elu(const T *x, int height, int width, int factor, int channels, 
 
 // y = activation(x * scale + shift): ELU, or PReLU with a slope, which training may make negative.
 template <typename T>
-void scale_activate(const T *x, long count, const float *scale, const float *shift, bool is_elu,
-                    float slope, T *out) {
+void activate(const T *x, long count, const float *scale, const float *shift, bool is_elu,
+              float slope, T *out) {
   if (is_elu) {
 #pragma omp simd
     for (long c = 0; c < count; c++) write(out[c], elu(read(x[c]) * scale[c] + shift[c]));
@@ -369,38 +397,21 @@ void scale_activate(const T *x, long count, const float *scale, const float *shi
 }
 
 template <typename T>
-void scale_activate(const T *x, long pixels, int channels, const float *scale, const float *shift,
-                    bool is_elu, float slope, T *out, long stride, int threads) {
+void normalize_activate(const T *x, long pixels, int channels, const double *statistics, int groups,
+                        const float *weight, const float *bias, bool is_elu, float slope, T *out,
+                        long stride, int threads) {
+  const Affine norm(statistics, pixels, channels, groups, weight, bias);
   // where pixels lie close together in both maps, many are one long loop
   const long group = stride == channels ? std::max(256 / channels, 1) : 1;
   std::vector<float> scales(group * channels), shifts(group * channels);
   for (long k = 0; k < group * channels; k++) {
-    scales[k] = scale[k % channels];
-    shifts[k] = shift[k % channels];
+    scales[k] = norm.scale[k % channels];
+    shifts[k] = norm.shift[k % channels];
   }
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (long i = 0; i < pixels; i += group)
-    scale_activate(x + i * channels, std::min(group, pixels - i) * channels, scales.data(),
-                   shifts.data(), is_elu, slope, out + i * stride);
-}
-
-// Group or instance normalization as a scale and a shift of each channel, from its sums.
-void scale_and_shift(const double *totals, long pixels, int channels, int groups,
-                     const float *weight, const float *bias, float *scale, float *shift) {
-  const int members = channels / groups;
-  for (int g = 0; g < groups; g++) {
-    double sum = 0, square = 0;
-    for (int c = g * members; c < (g + 1) * members; c++) {
-      sum += totals[c];
-      square += totals[channels + c];
-    }
-    const double count = double(pixels) * members, mean = sum / count;
-    const double variance = std::max(square / count - mean * mean, 0.0);
-    for (int c = g * members; c < (g + 1) * members; c++) {
-      scale[c] = float(weight[c] / std::sqrt(variance + EPSILON));
-      shift[c] = float(bias[c] - mean * scale[c]);
-    }
-  }
+    activate(x + i * channels, std::min(group, pixels - i) * channels, scales.data(), shifts.data(),
+             is_elu, slope, out + i * stride);
 }
 
 // Cross normalization's factor and offset of each pixel of a row, from the channel means about it.
@@ -423,18 +434,18 @@ inline void convolve_means(const float *means, long pitch, int width, const floa
 // F_cn, the reliability, and the mean over F_cn and the stem's map beside each other at each pixel;
 // and the largest magnitude in both.
 template <typename T>
-float bridge(const T *x, const T *stem, int height, int width, int channels, int stem_channels,
-             const float *spatial, const float *spatial_bias, const float *weight,
-             const float *bias, const float *direction, float direction_bias, float *bridged,
-             float *maps_mean, float *reliability, int threads) {
+void bridge(const T *x, const T *stem, int height, int width, int channels, int stem_channels,
+            const float *spatial, const float *spatial_bias, const float *weight,
+            const float *bias, const float *direction, const float *direction_bias,
+            float *bridged, float *maps_mean, float *reliability, float *largest, int threads) {
   const long pitch = width + 6 + LANES;  // vectors reach over the end of a row
   std::vector<float> means((height + 6) * pitch + LANES);
   const auto mean_row = [&](int y) { return means.data() + (y + 3) * pitch + 3; };
   const auto inverse_deviation = space<float>(long(height) * width);
-  const auto scales = space<float>(channels), shifts = space<float>(channels);
+  std::unique_ptr<const Affine> norm;
   Totals all(channels, threads);
-  float largest = 0;
-#pragma omp parallel num_threads(threads) reduction(max : largest)
+  float most = 0;
+#pragma omp parallel num_threads(threads) reduction(max : most)
   {
     std::vector<float> sums(channels), squares(channels);
     float *__restrict sum = sums.data(), *__restrict square = squares.data();
@@ -466,10 +477,9 @@ float bridge(const T *x, const T *stem, int height, int width, int channels, int
     {
       std::vector<double> totals(2 * channels);
       all.write(totals.data());
-      scale_and_shift(totals.data(), long(height) * width, channels, channels, weight, bias,
-                      scales.get(), shifts.get());
+      norm.reset(new Affine(totals.data(), long(height) * width, channels, channels, weight, bias));
     }
-    const float *scale = scales.get(), *shift = shifts.get();
+    const float *scale = norm->scale.data(), *shift = norm->shift.data();
     std::vector<float> factor(width + LANES), offset(width + LANES);
 #pragma omp for schedule(static)
     for (int y = 0; y < height; y++) {
@@ -491,7 +501,7 @@ float bridge(const T *x, const T *stem, int height, int width, int channels, int
           along += v * direction[c];
           peak = std::max(peak, std::fabs(v));
         }
-        reliability[i] = std::exp(along / std::max(std::sqrt(norm), 1e-12f) + direction_bias);
+        reliability[i] = std::exp(along / std::max(std::sqrt(norm), 1e-12f) + *direction_bias);
 #pragma omp simd reduction(+ : total) reduction(max : peak)
         for (int c = 0; c < stem_channels; c++) {
           float v = read(q[c]);
@@ -499,12 +509,15 @@ float bridge(const T *x, const T *stem, int height, int width, int channels, int
           peak = std::max(peak, std::fabs(v));
         }
         maps_mean[i] = total / (channels + stem_channels);
-        largest = std::max(largest, peak);
+        most = std::max(most, peak);
       }
     }
   }
-  return largest;
+  *largest = most;
 }
+
+// What brings values to magnitudes of at most 1, from the largest.
+inline float to_unit(const float *largest) { return 1.0f / std::max(*largest, 1e-6f); }
 
 inline int reflect(int i, int size) { return i < 0 ? 1 : i >= size ? size - 2 : i; }
 
@@ -556,10 +569,11 @@ class PeakyRow {
 
 // Peakiness of F_cn and the stem's map beside each other, and both maps times it.
 template <typename T>
-void weigh_by_peakiness(const float *bridged, const T *stem, const float *mean, float scale,
-                        int height, int width, int channels, int stem_channels, float *peaks,
-                        T *out, int threads) {
+void weigh_by_peakiness(const float *bridged, const T *stem, const float *mean,
+                        const float *largest, int height, int width, int channels,
+                        int stem_channels, float *peaks, T *out, int threads) {
   const int all = channels + stem_channels;
+  const float scale = to_unit(largest);
 #pragma omp parallel num_threads(threads)
   {
     PeakyRow<float> first(bridged, height, width, channels);
@@ -583,16 +597,17 @@ void weigh_by_peakiness(const float *bridged, const T *stem, const float *mean, 
   }
 }
 
-// RGB -> normalized planes, and the largest magnitude.
+// RGB, bytes or floats in [0, 1] -> normalized planes, and the largest magnitude.
 template <typename S>
-float normalize_image(const S *image, long pixels, const float *mean, const float *deviation,
-                      float *planes, int threads) {
-  float largest = 0;
-#pragma omp parallel for num_threads(threads) schedule(static) reduction(max : largest)
+void normalize_image(const S *image, long pixels, const float *mean, const float *deviation,
+                     float *planes, float *largest, int threads) {
+  constexpr float UNIT = std::is_floating_point_v<S> ? 1 : 255;
+  float most = 0;
+#pragma omp parallel for num_threads(threads) schedule(static) reduction(max : most)
   for (long block = 0; block < pixels; block += 4096) {
     const long end = std::min(block + 4096, pixels);
     for (int c = 0; c < 3; c++) {
-      const float m = mean[c], f = 1.0f / deviation[c];
+      const float m = UNIT * mean[c], f = 1.0f / (UNIT * deviation[c]);
       float *plane = planes + c * pixels, peak = 0;
 #pragma omp simd reduction(max : peak)
       for (long i = block; i < end; i++) {
@@ -600,10 +615,10 @@ float normalize_image(const S *image, long pixels, const float *mean, const floa
         plane[i] = v;
         peak = std::max(peak, std::fabs(v));
       }
-      largest = std::max(largest, peak);
+      most = std::max(most, peak);
     }
   }
-  return largest;
+  *largest = most;
 }
 
 // One row of the image: its peakiness to `peaks`, and the three lines times it to `out`, `pitch`
@@ -644,8 +659,9 @@ void weigh_row(const float *planes, float scale, int y, int height, int width, f
 }
 
 template <typename T>
-void weigh_image_by_peakiness(const float *planes, float scale, int height, int width,
+void weigh_image_by_peakiness(const float *planes, const float *largest, int height, int width,
                               float *peaks, T *out, int threads) {
+  const float scale = to_unit(largest);
 #pragma omp parallel num_threads(threads)
   {
     std::vector<float> sums(3 * size_t(width + 2)), weighted(3 * size_t(width));
@@ -787,10 +803,12 @@ struct SmallRows {
 // Layer_1 of the head without its normalization: the image branch, normalized and activated while
 // it is read, convolved, plus the left branch, convolved by 1x1 and upsampled.
 template <typename T>
-void hidden(const float *right, const float *scale, const float *shift, float slope,
-            const float *weights, const T *left, int height, int width, int channels,
-            const float *left_weights, float *out, double *totals, int threads) {
+void hidden(const float *right, const double *statistics, int groups, const float *weight,
+            const float *bias, float slope, const float *weights, const T *left, int height,
+            int width, int channels, const float *left_weights, float *out, double *totals,
+            int threads) {
   const int H = height * FACTOR, W = width * FACTOR;
+  const Affine norm(statistics, long(H) * W, FEW, groups, weight, bias);
   static_assert(FACTOR == 4);  // shares of two cells in the pixels between their centres
   constexpr float first[] = {0.875f, 0.625f, 0.375f, 0.125f};
   constexpr float second[] = {0.125f, 0.375f, 0.625f, 0.875f};
@@ -806,7 +824,7 @@ void hidden(const float *right, const float *scale, const float *shift, float sl
       for (int c = 0; c < FEW; c++) {
         const float *from = right + (long(y) * FEW + c) * W;
         float *__restrict to = row + c * window.pitch;
-        const float factor = scale[c], offset = shift[c], negative = slope;
+        const float factor = norm.scale[c], offset = norm.shift[c], negative = slope;
 #pragma omp simd
         for (int x = 0; x < W; x++) {
           float v = from[x] * factor + offset;
@@ -846,10 +864,12 @@ void hidden(const float *right, const float *scale, const float *shift, float sl
 
 // InstanceNorm, PReLU and the 1x1 convolution to one channel; sums of the result for what follows.
 template <typename T>
-void response(const T *x, long rows, int columns, int channels, const float *scale,
-              const float *shift, float slope, const float *weight, float *out, double *totals,
-              int threads) {
+void response(const T *x, long rows, int columns, int channels, const double *statistics,
+              int groups, const float *norm_weight, const float *norm_bias, float slope,
+              const float *weight, float *out, double *totals, int threads) {
   const int C = channels;
+  const Affine norm(statistics, rows * columns, channels, groups, norm_weight, norm_bias);
+  const float *scale = norm.scale.data(), *shift = norm.shift.data();
   Totals all(1, threads);
 #pragma omp parallel num_threads(threads)
   {
@@ -881,88 +901,10 @@ void response(const T *x, long rows, int columns, int channels, const float *sca
   all.write(totals);
 }
 
-}  // namespace
-
-// One C function per kernel and type: NAME_float and NAME_bfloat16.
-#define EXPORT(T)                                                                                  \
-  void hidden_##T(const float *right, const float *scale, const float *shift, float slope,         \
-                  const float *weights, const T *left, int height, int width, int channels,        \
-                  const float *left_weights, float *out, double *totals, int threads) {            \
-    hidden(right, scale, shift, slope, weights, left, height, width, channels, left_weights, out,  \
-           totals, threads);                                                                       \
-  }                                                                                                \
-  void channel_sums_##T(const T *x, long rows, int columns, int channels, double *totals,          \
-                        int threads) {                                                             \
-    channel_sums(x, rows, columns, channels, totals, threads);                                     \
-  }                                                                                                \
-  void upsampled_sum_##T(const T *z, int height, int width, int factor, int channels,              \
-                         const T *plus, T *out, double *totals, int threads) {                     \
-    upsampled_sum(z, height, width, factor, channels, plus, out, totals, threads);                 \
-  }                                                                                                \
-  void upsampled_##T(const T *x, int height, int width, int factor, int channels, const T *plus,   \
-                     T *out, double *totals, int threads) {                                        \
-    upsampled(x, height, width, factor, channels, plus, out, totals, threads);                     \
-  }                                                                                                \
-  void upsampled_sums_##T(const T *x, int height, int width, int factor, int channels,             \
-                          double *totals, int threads) {                                           \
-    upsampled_sums(x, height, width, factor, channels, totals, threads);                           \
-  }                                                                                                \
-  void upsampled_elu_##T(const T *x, int height, int width, int factor, int channels,              \
-                         const float *scale, const float *shift, T *out, long stride,              \
-                         int threads) {                                                            \
-    upsampled_elu(x, height, width, factor, channels, scale, shift, out, stride, threads);         \
-  }                                                                                                \
-  void scale_activate_##T(const T *x, long pixels, int channels, const float *scale,               \
-                          const float *shift, int is_elu, float slope, T *out, long stride,        \
-                          int threads) {                                                           \
-    scale_activate(x, pixels, channels, scale, shift, is_elu, slope, out, stride, threads);        \
-  }                                                                                                \
-  float bridge_##T(const T *x, const T *stem, int height, int width, int channels,                 \
-                   int stem_channels, const float *spatial, const float *spatial_bias,             \
-                   const float *weight, const float *bias, const float *direction,                 \
-                   float direction_bias, float *bridged, float *maps_mean, float *reliability,     \
-                   int threads) {                                                                  \
-    return bridge(x, stem, height, width, channels, stem_channels, spatial, spatial_bias, weight,  \
-                  bias, direction, direction_bias, bridged, maps_mean, reliability, threads);      \
-  }                                                                                                \
-  void weigh_by_peakiness_##T(const float *bridged, const T *stem, const float *mean, float scale, \
-                              int height, int width, int channels, int stem_channels,              \
-                              float *peaks, T *out, int threads) {                                 \
-    weigh_by_peakiness(bridged, stem, mean, scale, height, width, channels, stem_channels, peaks,  \
-                       out, threads);                                                              \
-  }                                                                                                \
-  void weigh_image_by_peakiness_##T(const float *planes, float scale, int height, int width,       \
-                                    float *peaks, T *out, int threads) {                           \
-    weigh_image_by_peakiness(planes, scale, height, width, peaks, out, threads);                   \
-  }                                                                                                \
-  void response_##T(const T *x, long rows, int columns, int channels, const float *scale,          \
-                    const float *shift, float slope, const float *weight, float *out,              \
-                    double *totals, int threads) {                                                 \
-    response(x, rows, columns, channels, scale, shift, slope, weight, out, totals, threads);       \
-  }
-
-extern "C" {
-EXPORT(float)
-EXPORT(bfloat16)
-
-float normalize_bytes(const uint8_t *image, long pixels, const float *mean, const float *deviation,
-                      float *planes, int threads) {
-  return normalize_image(image, pixels, mean, deviation, planes, threads);
-}
-
-float normalize_floats(const float *image, long pixels, const float *mean, const float *deviation,
-                       float *planes, int threads) {
-  return normalize_image(image, pixels, mean, deviation, planes, threads);
-}
-
-void normalization(const double *totals, long pixels, int channels, int groups,
-                   const float *weight, const float *bias, float *scale, float *shift) {
-  scale_and_shift(totals, pixels, channels, groups, weight, bias, scale, shift);
-}
-
 // Peakiness of the image, and Layer_0 of the image times it, without its normalization.
-void image_branch(const float *planes, float scale, int height, int width, const float *weights,
-                  float *peaks, float *out, double *totals, int threads) {
+void image_branch(const float *planes, const float *largest, int height, int width,
+                  const float *weights, float *peaks, float *out, double *totals, int threads) {
+  const float scale = to_unit(largest);
   Totals all(FEW, threads);
 #pragma omp parallel num_threads(threads)
   {
@@ -987,9 +929,11 @@ void image_branch(const float *planes, float scale, int height, int width, const
 }
 
 // `response` for maps of few channels, which are lines.
-void response_of_lines(const float *x, int height, int width, const float *scale,
-                       const float *shift, float slope, const float *weight, float *out,
-                       double *totals, int threads) {
+void response_of_lines(const float *x, int height, int width, const double *statistics, int groups,
+                       const float *norm_weight, const float *norm_bias, float slope,
+                       const float *weight, float *out, double *totals, int threads) {
+  const Affine norm(statistics, long(height) * width, FEW, groups, norm_weight, norm_bias);
+  const float *scale = norm.scale.data(), *shift = norm.shift.data();
   Totals all(1, threads);
 #pragma omp parallel num_threads(threads)
   {
@@ -1018,10 +962,14 @@ void response_of_lines(const float *x, int height, int width, const float *scale
   all.write(totals);
 }
 
-// upsample(left peaks) * right peaks * softplus(response * scale + shift), in place of the response
-void score(float *values, float scale, float shift, const float *left, const float *right,
-           int height, int width, int factor, int threads) {
+// upsample(left peaks * reliability) * right peaks * softplus(response normalized), in place of the
+// response.
+void score(float *values, const double *statistics, const float *weight, const float *bias,
+           const float *left, const float *reliability, const float *right, int height, int width,
+           int factor, int threads) {
   const int H = height * factor, W = width * factor;
+  const Affine norm(statistics, long(H) * W, 1, 1, weight, bias);
+  const float scale = norm.scale[0], shift = norm.shift[0];
   std::vector<Position> across(W);
   for (int x = 0; x < W; x++) across[x] = locate(x, factor, width);
 #pragma omp parallel num_threads(threads)
@@ -1029,9 +977,12 @@ void score(float *values, float scale, float shift, const float *left, const flo
     std::vector<float> line(width), wide(W);
 #pragma omp for schedule(static)
     for (int y = 0; y < H; y++) {
-      Position p = locate(y, factor, height);
-      const float *a = left + long(p.first) * width, *b = left + long(p.second) * width;
-      for (int x = 0; x < width; x++) line[x] = a[x] + p.weight * (b[x] - a[x]);
+      const Position p = locate(y, factor, height);
+      const long first = long(p.first) * width, second = long(p.second) * width;
+      for (int x = 0; x < width; x++) {
+        const float above = left[first + x] * reliability[first + x];
+        line[x] = above + p.weight * (left[second + x] * reliability[second + x] - above);
+      }
       for (int x = 0; x < W; x++)
         wide[x] = line[across[x].first] +
                   across[x].weight * (line[across[x].second] - line[across[x].first]);
@@ -1042,4 +993,22 @@ void score(float *values, float scale, float shift, const float *left, const flo
     }
   }
 }
-}
+
+}  // namespace
+
+EXPORT_TYPES(channel_sums)
+EXPORT_TYPES(upsampled_sum)
+EXPORT_TYPES(upsampled)
+EXPORT_TYPES(upsampled_sums)
+EXPORT_TYPES(upsampled_elu)
+EXPORT_TYPES(normalize_activate)
+EXPORT_TYPES(bridge)
+EXPORT_TYPES(weigh_by_peakiness)
+EXPORT_TYPES(weigh_image_by_peakiness)
+EXPORT_TYPES(hidden)
+EXPORT_TYPES(response)
+EXPORT(normalize_bytes, normalize_image<uint8_t>)
+EXPORT(normalize_floats, normalize_image<float>)
+EXPORT(image_branch, image_branch)
+EXPORT(response_of_lines, response_of_lines)
+EXPORT(score, score)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from scfeat_ros.model.kernels import Image, Maps, Norm
-from scfeat_ros.native.library import call, channels_last, empty_map
+from scfeat_ros.native.library import call, channels_last, empty, empty_map
 
 if TYPE_CHECKING:
     from scfeat_ros.model.fused import Conv
@@ -23,7 +23,7 @@ FACTOR = 4
 
 
 def _lines(height: int, width: int) -> torch.Tensor:
-    return torch.empty((height, FEW, width)).permute(1, 0, 2)[None]
+    return empty(height, FEW, width).permute(1, 0, 2)[None]
 
 
 def _is_lines(x: torch.Tensor) -> bool:
@@ -32,23 +32,23 @@ def _is_lines(x: torch.Tensor) -> bool:
 
 
 def _totals(channels: int) -> torch.Tensor:
-    return torch.empty((1, 2, channels), dtype=torch.float64)
+    return empty(1, 2, channels, dtype=torch.float64)
 
 
 def normalize_image(image: torch.Tensor, mean: torch.Tensor, deviation: torch.Tensor) -> Image:
-    if image.dtype == torch.uint8:  # normalized by whole numbers
-        mean, deviation = 255 * mean, 255 * deviation
-    else:
-        image = image.float()
-    image = channels_last(image)
+    image = channels_last(image if image.dtype == torch.uint8 else image.float())
     _, _, height, width = image.shape
-    values = torch.empty((1, 3, height, width))
-    largest = call(
+    values, largest = empty(1, 3, height, width), empty(1)
+    call(
         "normalize_bytes" if image.dtype == torch.uint8 else "normalize_floats",
         None,
-        *(image, height * width, mean, deviation, values),
+        *(image, height * width, mean, deviation, values, largest),
     )
     return Image(values, largest)
+
+
+def empty_like(x: torch.Tensor, channels: int) -> torch.Tensor:
+    return empty_map(channels, *x.shape[2:], x.dtype)
 
 
 def statistics(x: torch.Tensor) -> torch.Tensor:
@@ -64,19 +64,6 @@ def convolution(x: torch.Tensor, conv: Conv) -> tuple[torch.Tensor, torch.Tensor
     return y, statistics(y)
 
 
-def scale_and_shift(
-    totals: torch.Tensor, norm: Norm, pixels: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    channels = totals.shape[2]
-    scale, shift = torch.empty((2, channels)).unbind()
-    call(
-        "normalization",
-        None,
-        *(totals, pixels, channels, norm.groups, norm.weight, norm.bias, scale, shift),
-    )
-    return scale, shift
-
-
 def normalize_activate(
     x: torch.Tensor,
     totals: torch.Tensor,
@@ -86,13 +73,12 @@ def normalize_activate(
 ) -> torch.Tensor:
     x = channels_last(x)
     _, channels, height, width = x.shape
-    scale, shift = scale_and_shift(totals, norm, height * width)
-    out = torch.empty_like(x) if out is None else out
-    is_elu = slope is None
+    out = empty_map(channels, height, width, x.dtype) if out is None else out
     call(
-        "scale_activate",
+        "normalize_activate",
         x.dtype,
-        *(x, height * width, channels, scale, shift, is_elu, slope or 0.0, out, out.stride(3)),
+        *(x, height * width, channels, totals, norm.groups, norm.weight, norm.bias),
+        *(slope is None, slope or 0.0, out, out.stride(3)),
     )
     return out
 
@@ -123,8 +109,11 @@ def up_conv(taps: torch.Tensor, channels: int, factor: int, norm: Norm, out: tor
     size = height, width, factor, channels
     totals = _totals(channels)
     call("upsampled_sums", taps.dtype, taps, *size, totals)
-    scale, shift = scale_and_shift(totals, norm, height * width * factor**2)
-    call("upsampled_elu", taps.dtype, taps, *size, scale, shift, out, out.stride(3))
+    call(
+        "upsampled_elu",
+        taps.dtype,
+        *(taps, *size, totals, norm.groups, norm.weight, norm.bias, out, out.stride(3)),
+    )
 
 
 def bridge(
@@ -137,26 +126,26 @@ def bridge(
     descriptors, stem = channels_last(descriptors), channels_last(stem)
     _, channels, height, width = descriptors.shape
     bridged = empty_map(channels, height, width, torch.float32)
-    maps_mean, factors = torch.empty((height, width)), torch.empty((1, 1, height, width))
-    largest = call(
+    maps_mean, factors = empty(height, width), empty(1, 1, height, width)
+    largest = empty(1)
+    call(
         "bridge",
         descriptors.dtype,
         *(descriptors, stem, height, width, channels, stem.shape[1]),
         *(spatial.weight, spatial.bias, channel.weight, channel.bias),
-        *(reliability.weight, float(reliability.bias), bridged, maps_mean, factors),
+        *(reliability.weight, reliability.bias, bridged, maps_mean, factors, largest),
     )
     return Maps(bridged, stem, factors, maps_mean, largest)
 
 
 def weigh_by_peakiness(maps: Maps | Image, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    scale = 1.0 / max(maps.largest, 1e-6)
     if isinstance(maps, Image):
         _, channels, height, width = maps.values.shape
         peaks, weighted = _peaks_and_map(channels, height, width, dtype)
         call(
             "weigh_image_by_peakiness",
             dtype,
-            *(maps.values, scale, height, width, peaks, weighted),
+            *(maps.values, maps.largest, height, width, peaks, weighted),
         )
         return peaks, weighted
     _, channels, height, width = maps.bridged.shape
@@ -165,7 +154,7 @@ def weigh_by_peakiness(maps: Maps | Image, dtype: torch.dtype) -> tuple[torch.Te
     call(
         "weigh_by_peakiness",
         dtype,
-        *(maps.bridged, maps.stem, maps.mean, scale),
+        *(maps.bridged, maps.stem, maps.mean, maps.largest),
         *(height, width, channels, stem, peaks, weighted),
     )
     return peaks, weighted
@@ -174,7 +163,7 @@ def weigh_by_peakiness(maps: Maps | Image, dtype: torch.dtype) -> tuple[torch.Te
 def _peaks_and_map(
     channels: int, height: int, width: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.empty((1, 1, height, width)), empty_map(channels, height, width, dtype)
+    return empty(1, 1, height, width), empty_map(channels, height, width, dtype)
 
 
 def image_branch(image: Image, conv: Conv) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -182,13 +171,11 @@ def image_branch(image: Image, conv: Conv) -> tuple[torch.Tensor, torch.Tensor, 
         peaks, weighted = weigh_by_peakiness(image, torch.float32)
         return peaks, *convolution(weighted, conv)
     _, _, height, width = image.values.shape
-    peaks, out, totals = torch.empty((1, 1, height, width)), _lines(height, width), _totals(FEW)
-    scale = 1.0 / max(image.largest, 1e-6)
-    weights = conv.weight.permute(1, 2, 3, 0).contiguous()
+    peaks, out, totals = empty(1, 1, height, width), _lines(height, width), _totals(FEW)
     call(
         "image_branch",
         None,
-        *(image.values, scale, height, width, weights, peaks, out, totals),
+        *(image.values, image.largest, height, width, conv.by_outputs, peaks, out, totals),
     )
     return peaks, out, totals
 
@@ -209,38 +196,27 @@ def hidden(
     if not few or factor != FACTOR:
         right = conv(normalize_activate(right, totals, norm, slope))
         return upsampled_sum(left_taps(left.float()), right.shape[1], factor, right)
-    scale, shift = scale_and_shift(totals, norm, right.shape[2] * right.shape[3])
-    weights = conv.weight.permute(1, 2, 3, 0).contiguous()
-    left_weights = left_taps.weight.view(FEW, channels).t().contiguous()
-    out, totals = _lines(height * FACTOR, width * FACTOR), _totals(FEW)
+    out, sums = _lines(height * FACTOR, width * FACTOR), _totals(FEW)
     call(
         "hidden",
         left.dtype,
-        *(right, scale, shift, slope, weights),
-        *(left, height, width, channels, left_weights, out, totals),
+        *(right, totals, norm.groups, norm.weight, norm.bias, slope, conv.by_outputs),
+        *(left, height, width, channels, left_taps.by_outputs, out, sums),
     )
-    return out, totals
+    return out, sums
 
 
 def response(
     x: torch.Tensor, totals: torch.Tensor, norm: Norm, slope: float, weight: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     _, channels, height, width = x.shape
-    scale, shift = scale_and_shift(totals, norm, height * width)
-    out, sums = torch.empty((1, 1, height, width)), _totals(1)
+    out, sums = empty(1, 1, height, width), _totals(1)
+    rest = totals, norm.groups, norm.weight, norm.bias, slope, weight, out, sums
     if _is_lines(x):
-        call(
-            "response_of_lines",
-            None,
-            *(x, height, width, scale, shift, slope, weight, out, sums),
-        )
-        return out, sums
-    x = channels_last(x)
-    call(
-        "response",
-        x.dtype,
-        *(x, height, width, channels, scale, shift, slope, weight, out, sums),
-    )
+        call("response_of_lines", None, x, height, width, *rest)
+    else:
+        x = channels_last(x)
+        call("response", x.dtype, x, height, width, channels, *rest)
     return out, sums
 
 
@@ -249,15 +225,15 @@ def score(
     totals: torch.Tensor,
     norm: Norm,
     left_peaks: torch.Tensor,
+    reliability: torch.Tensor,
     right_peaks: torch.Tensor,
 ) -> torch.Tensor:
     """As in `kernels`; `value` is overwritten."""
     _, _, height, width = left_peaks.shape
-    factor = value.shape[2] // height
-    scale, shift = scale_and_shift(totals, norm, value.shape[2] * value.shape[3])
     call(
         "score",
         None,
-        *(value, float(scale), float(shift), left_peaks, right_peaks, height, width, factor),
+        *(value, totals, norm.weight, norm.bias, left_peaks, reliability, right_peaks),
+        *(height, width, value.shape[2] // height),
     )
     return value

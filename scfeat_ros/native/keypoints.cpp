@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "bfloat16.h"
+#include "call.h"
 #include "cells.h"
 
 namespace {
@@ -45,16 +46,12 @@ void sample(const T *map, int height, int width, int channels, long pitch, const
   }
 }
 
-}  // namespace
-
-extern "C" {
-
 // Local maxima above a threshold that are inside of the border and of the mask (or null), and in a
-// neighbourhood with texture; in the order of the image. Returns how many were written to `places`
-// (row * width + column). Rows of the (height, width, 3) image lie `pitch` bytes apart.
-long local_maxima(const float *scores, int height, int width, int radius, float threshold,
+// neighbourhood with texture; in the order of the image. Rows of the (height, width, 3) image lie
+// `pitch` bytes apart; places are row * width + column, `count` is how many they are.
+void local_maxima(const float *scores, int height, int width, int radius, float threshold,
                   int border, const uint8_t *image, long pitch, const uint8_t *mask,
-                  int64_t *places, int threads) {
+                  int64_t *places, int64_t *count, int threads) {
   std::vector<std::vector<int64_t>> found(threads);
 #pragma omp parallel num_threads(threads)
   {
@@ -91,17 +88,17 @@ long local_maxima(const float *scores, int height, int width, int radius, float 
       }
     }
   }
-  long count = 0;
+  *count = 0;
   for (const auto &part : found) {
-    std::copy(part.begin(), part.end(), places + count);
-    count += long(part.size());
+    std::copy(part.begin(), part.end(), places + *count);
+    *count += int64_t(part.size());
   }
-  return count;
 }
 
 // Positions of places, moved to the score-weighted mean of their 3x3 neighbourhood.
 void subpixel_points(const float *scores, int height, int width, const int64_t *places, long count,
-                     float *points) {
+                     float *points, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
   for (long i = 0; i < count; i++) {
     const int y = int(places[i] / width), x = int(places[i] % width);
     float weight[9], least = scores[places[i]];
@@ -124,13 +121,8 @@ void subpixel_points(const float *scores, int height, int width, const int64_t *
   }
 }
 
-#define SAMPLE(T)                                                                                \
-  void sample_##T(const T *map, int height, int width, int channels, long pitch,                 \
-                  const float *points, long count, int stride, int smooth, float *out,           \
-                  int threads) {                                                                 \
-    sample(map, height, width, channels, pitch, points, count, stride, smooth, out, threads);    \
-  }
+}  // namespace
 
-SAMPLE(float)
-SAMPLE(bfloat16)
-}
+EXPORT(local_maxima, local_maxima)
+EXPORT(subpixel_points, subpixel_points)
+EXPORT_TYPES(sample)

@@ -22,15 +22,15 @@ def local_maxima(
         image = np.ascontiguousarray(image)
     if mask is not None:
         mask = np.ascontiguousarray(mask)
-    places = np.empty(height * width, np.int64)
-    count = call(
+    places, count = np.empty(height * width, np.int64), np.empty(1, np.int64)
+    call(
         "local_maxima",
         None,
         *(scores, height, width),
         *(options.nms_radius, options.score_threshold, options.border),
-        *(image, image.strides[0], mask, places),
+        *(image, image.strides[0], mask, places, count),
     )
-    return places[:count].copy()
+    return places[: count[0]].copy()
 
 
 def subpixel_points(scores: torch.Tensor, places: torch.Tensor) -> torch.Tensor:

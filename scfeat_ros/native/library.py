@@ -8,6 +8,7 @@ operators.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -16,12 +17,16 @@ import os
 import platform
 import shlex
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -137,85 +142,118 @@ def is_compiled() -> bool:
 
 
 ARGUMENTS = {
-    "channel_sums": "pliipi",
-    "upsampled": "piiiipppi",
-    "upsampled_sum": "piiiipppi",
-    "upsampled_sums": "piiiipi",
-    "upsampled_elu": "piiiipppli",
-    "scale_activate": "plippifpli",
-    "bridge": "ppiiiipppppfpppi",
-    "weigh_by_peakiness": "pppfiiiippi",
-    "normalize_bytes": "plpppi",
-    "normalize_floats": "plpppi",
-    "weigh_image_by_peakiness": "pfiippi",
-    "response": "pliippfpppi",
-    "normalization": "pliipppp",
-    "image_branch": "pfiippppi",
-    "hidden": "pppfppiiipppi",
-    "response_of_lines": "piippfpppi",
-    "score": "pffppiiii",
-    "local_maxima": "piiifiplppi",
-    "subpixel_points": "piiplp",
-    "sample": "piiilpliipi",
-    "describe": "piiipiiipiiiplpipi",
-    **dict.fromkeys(("stem", "stem_shorts"), "piippfipipi"),
-    "lanes": "",
-    "winograd_columns": "i",
-    **dict.fromkeys(("winograd", "winograd_shorts"), "ppiiiippfippipi"),
-    "direct_columns": "ii",
-    "direct_pair": "",
-    "direct": "piiipiiippipi",
-    "has_tiles": "",
-    "has_shorts": "",
-    "nearest": "pipiiipppppi",
+    "channel_sums": "pnnnp",
+    "upsampled": "pnnnnppp",
+    "upsampled_sum": "pnnnnppp",
+    "upsampled_sums": "pnnnnp",
+    "upsampled_elu": "pnnnnpnpppn",
+    "normalize_activate": "pnnpnppnfpn",
+    "bridge": "ppnnnnpppppppppp",
+    "weigh_by_peakiness": "ppppnnnnpp",
+    "normalize_bytes": "pnpppp",
+    "normalize_floats": "pnpppp",
+    "weigh_image_by_peakiness": "ppnnpp",
+    "response": "pnnnpnppfppp",
+    "image_branch": "ppnnpppp",
+    "hidden": "ppnppfppnnnppp",
+    "response_of_lines": "pnnpnppfppp",
+    "score": "pppppppnnn",
+    "local_maxima": "pnnnfnpnppp",
+    "subpixel_points": "pnnpnp",
+    "sample": "pnnnnpnnnp",
+    "describe": "pnnnpnnnpnnnpnpnp",
+    **dict.fromkeys(("stem", "stem_shorts"), "pnnppfnpnp"),
+    **dict.fromkeys(("winograd", "winograd_shorts"), "ppnnnnppfnppnp"),
+    "direct": "pnnnpnnnppnp",
+    "nearest": "pnpnnnppppp",
 }
-"""Types of the C functions' arguments: pointer, long, int, float."""
+"""Of the kernels: pointers, whole numbers, floats; the number of threads comes after them."""
 
-QUICK = ("normalization", "has_tiles", "has_shorts", "lanes", "winograd_columns", "direct_columns", "direct_pair")
-"""Over in a microsecond: Python's lock is kept while they run, since another thread that got it
-might keep it for much longer."""
-WITHOUT_THREADS = (*QUICK, "subpixel_points")
-RETURNS = {
-    "bridge": ctypes.c_float,
-    "normalize_bytes": ctypes.c_float,
-    "normalize_floats": ctypes.c_float,
-    "local_maxima": ctypes.c_long,
-    "has_tiles": ctypes.c_int,
-    "has_shorts": ctypes.c_int,
-    "lanes": ctypes.c_int,
-    "direct_columns": ctypes.c_int,
-    "direct_pair": ctypes.c_int,
-    "winograd_columns": ctypes.c_int,
-}
-"""Of the functions that return something."""
-TYPES = {"p": ctypes.c_void_p, "l": ctypes.c_long, "i": ctypes.c_int, "f": ctypes.c_float}
+WORDS = {"p": "Q", "n": "q", "f": "f4x"}
+"""Eight bytes for each, as in call.h."""
 SUFFIX = {torch.float32: "float", torch.bfloat16: "bfloat16"}
+
+Argument = torch.Tensor | np.ndarray | float | None
+
+
+class Kernel(NamedTuple):
+    """A function of the library."""
+
+    function: ctypes._CFuncPtr
+    address: int
+    """Of the function."""
+    words: struct.Struct
+    """Its arguments in memory."""
 
 
 @functools.cache
-def _function(name: str, dtype: torch.dtype | None) -> ctypes._CFuncPtr:
-    library = ctypes.PyDLL(load()._name) if name in QUICK else load()
-    function = getattr(library, name if dtype is None else f"{name}_{SUFFIX[dtype]}")
-    function.argtypes = [TYPES[letter] for letter in ARGUMENTS[name]]
-    function.restype = RETURNS.get(name)
-    return function
+def kernel(name: str, dtype: torch.dtype | None) -> Kernel:
+    """A kernel for maps of a type, None for those of no type."""
+    symbol = name if dtype is None else f"{name}_{SUFFIX[dtype]}"
+    function = getattr(load(), f"scfeat_{symbol}")
+    function.argtypes, function.restype = [ctypes.c_char_p], None
+    address = ctypes.cast(function, ctypes.c_void_p).value
+    words = struct.Struct("<" + "".join(WORDS[a] for a in ARGUMENTS[name] + "n"))
+    return Kernel(function, address, words)
 
 
-def _value(argument: torch.Tensor | np.ndarray | float | None) -> float | None:
-    """What a C function is given: the address of an array."""
+def _word(argument: Argument) -> float:
+    """What a kernel is given: the address of an array."""
     if isinstance(argument, torch.Tensor):
         return argument.data_ptr()
-    return argument.ctypes.data if isinstance(argument, np.ndarray) else argument
+    if isinstance(argument, np.ndarray):
+        return argument.ctypes.data
+    return 0 if argument is None else argument
 
 
-def call(
-    name: str, dtype: torch.dtype | None, *arguments: torch.Tensor | np.ndarray | float | None
-) -> float:
-    """Call a kernel for a type, None for those of no type; the number of threads is added."""
-    values = [_value(argument) for argument in arguments]
-    if name not in WITHOUT_THREADS:
-        values.append(torch.get_num_threads())
-    return _function(name, dtype)(*values)
+class _Watching(threading.local):
+    recorder: Recorder | None = None
+
+
+_watching = _Watching()
+
+
+class Recorder(Protocol):
+    """Is told of what is called and of the memory that is taken, by the thread that it watches."""
+
+    def called(self, kernel: Kernel, words: bytes, arguments: tuple[Argument, ...]) -> None: ...
+
+    def took(self, memory: torch.Tensor) -> None: ...
+
+
+@contextlib.contextmanager
+def recorded(recorder: Recorder) -> Iterator[None]:
+    """Have a recorder watch this thread."""
+    _watching.recorder = recorder
+    try:
+        yield
+    finally:
+        _watching.recorder = None
+
+
+def call(name: str, dtype: torch.dtype | None, *arguments: Argument) -> None:
+    """Call a kernel for maps of a type, None for those of no type; with as many threads as PyTorch.
+
+    Arrays must be contiguous in the order that the kernel wants.
+    """
+    chosen = kernel(name, dtype)
+    words = chosen.words.pack(*map(_word, arguments), torch.get_num_threads())
+    chosen.function(words)
+    if _watching.recorder is not None:
+        _watching.recorder.called(chosen, words, arguments)
+
+
+def ask(name: str, *arguments: int) -> int:
+    """A whole number that the library knows, such as the length of a vector."""
+    return getattr(load(), name)(*arguments)
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Space for a kernel to write."""
+    memory = torch.empty(shape, dtype=dtype)
+    if _watching.recorder is not None:
+        _watching.recorder.took(memory)
+    return memory
 
 
 def channels_last(x: torch.Tensor) -> torch.Tensor:
@@ -224,5 +262,5 @@ def channels_last(x: torch.Tensor) -> torch.Tensor:
 
 
 def empty_map(channels: int, height: int, width: int, dtype: torch.dtype) -> torch.Tensor:
-    """A (1, channels, height, width) map for a kernel to write."""
-    return torch.empty((1, channels, height, width), dtype=dtype, memory_format=torch.channels_last)
+    """A (1, channels, height, width) map for a kernel to write, as `channels_last` gives them."""
+    return empty(1, height, width, channels, dtype=dtype).permute(0, 3, 1, 2)

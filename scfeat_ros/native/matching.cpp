@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "bfloat16.h"
+#include "call.h"
 #include "lanes.h"
 #include "shorts.h"
 
@@ -393,6 +394,21 @@ void search(Matrix a, Matrix b, int64_t *row_place, float *row_first, float *row
   }
 }
 
+// Of the rows of `a` (rows, length) among those of `b` (columns, length), and the other way round:
+// the first nearest, its similarity, and the second largest similarity.
+void nearest(const float *a, int rows, const float *b, int columns, int length, bool exact,
+             int64_t *row_place, float *row_first, float *row_second, int64_t *column_place,
+             float *column_second, int threads) {
+  auto way = search<ByVectors>;
+#if defined(HAS_SHORTS)
+  if (!exact) way = search<ByShorts>;
+#endif
+#if defined(__AMX_BF16__) && defined(__linux__)
+  if (!exact && ByTiles::available()) way = search<ByTiles>;
+#endif
+  way({a, rows, length}, {b, columns, length}, row_place, row_first, row_second, column_place,
+      column_second, threads);
+}
 }  // namespace
 
 extern "C" {
@@ -414,20 +430,6 @@ int has_shorts() {
   return 0;
 #endif
 }
+}
 
-// Of the rows of `a` (rows, length) among those of `b` (columns, length), and the other way round:
-// the first nearest, its similarity, and the second largest similarity.
-void nearest(const float *a, int rows, const float *b, int columns, int length, int exact,
-             int64_t *row_place, float *row_first, float *row_second, int64_t *column_place,
-             float *column_second, int threads) {
-  auto way = search<ByVectors>;
-#if defined(HAS_SHORTS)
-  if (!exact) way = search<ByShorts>;
-#endif
-#if defined(__AMX_BF16__) && defined(__linux__)
-  if (!exact && ByTiles::available()) way = search<ByTiles>;
-#endif
-  way({a, rows, length}, {b, columns, length}, row_place, row_first, row_second, column_place,
-      column_second, threads);
-}
-}
+EXPORT(nearest, nearest)

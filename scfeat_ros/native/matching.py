@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from scfeat_ros.native.library import call
+from scfeat_ros.native.library import ask, call
 
 
 class Nearest(NamedTuple):
@@ -26,12 +26,12 @@ class Nearest(NamedTuple):
 
 def has_tiles() -> bool:
     """Whether the CPU multiplies by AMX's tiles of bf16."""
-    return bool(call("has_tiles", None))
+    return bool(ask("has_tiles"))
 
 
 def has_shorts() -> bool:
     """Whether it is faster with products of integers of 16 bits than with those of fp32."""
-    return bool(call("has_shorts", None))
+    return bool(ask("has_shorts"))
 
 
 def way() -> str:

@@ -160,9 +160,12 @@ class Stem {
   }
 };
 
-template <typename Kind, typename T>
-void stem(const float *planes, int height, int width, Weights<Kind> weights, const float *bias,
-          int outputs, T *out, int threads) {
+// T: of the result.
+template <typename T, typename Kind>
+void stem(const float *planes, int height, int width, const typename Kind::Number *values,
+          const float *scales, float largest, int columns, const float *bias, int outputs, T *out,
+          int threads) {
+  const Weights<Kind> weights{values, scales, largest, columns};
   const int pooled = (height / 2 + 1) / 2;
 #pragma omp parallel num_threads(threads)
   {
@@ -174,17 +177,4 @@ void stem(const float *planes, int height, int width, Weights<Kind> weights, con
 
 }  // namespace
 
-extern "C" {
-
-// stem_TYPE of the result, and stem_shorts_TYPE, whose products are of integers.
-#define STEM(name, T, Kind)                                                                      \
-  void name##_##T(const float *planes, int height, int width, const void *weights,               \
-                  const float *scales, float largest, int columns, const float *bias,            \
-                  int outputs, T *out, int threads) {                                            \
-    const auto values = static_cast<const Kind::Number *>(weights);                              \
-    stem(planes, height, width, Weights<Kind>{values, scales, largest, columns}, bias, outputs,  \
-         out, threads);                                                                          \
-  }
-
-EVERY_KIND(STEM, stem)
-}
+EXPORT_KINDS(stem)

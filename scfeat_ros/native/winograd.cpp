@@ -19,6 +19,9 @@ namespace {
 
 constexpr int TILE = 4;
 
+// Columns of results that a panel of weights holds.
+inline int columns(int outputs) { return outputs % (2 * LANES) ? LANES : 2 * LANES; }
+
 // And back to a tile's rows or columns: A^T m.
 inline void transform_output(const Lanes m[PATCH], Lanes out[TILE]) {
   const Lanes sum = m[1] + m[2], difference = m[1] - m[2];
@@ -115,9 +118,16 @@ void from_places(const float *products, const float *scales, Map map, long first
   }
 }
 
+// Of one map, or of two beside each other (`more` channels in the second). Weights, scales and
+// largest: see `Weights`.
 template <typename T, typename Kind>
-void convolve(Input<T> input, Weights<Kind> weights, Map to, After<T> after, T *out, int threads) {
-  const Map from = input.all();
+void winograd(const T *x, const T *beside, int height, int width, int inputs, int more,
+              const typename Kind::Number *values, const float *weight_scales, float largest,
+              int outputs, const float *bias, const T *plus, bool relu, T *out, int threads) {
+  const Input<T> input{x, beside, height, width, inputs, more};
+  const Weights<Kind> weights{values, weight_scales, largest, columns(outputs)};
+  const After<T> after{bias, plus, relu};
+  const Map from = input.all(), to{height, width, outputs};
   const long tiles = from.tiles();
 #pragma omp parallel num_threads(threads)
   {
@@ -140,21 +150,6 @@ void convolve(Input<T> input, Weights<Kind> weights, Map to, After<T> after, T *
 
 }  // namespace
 
-extern "C" {
+extern "C" int winograd_columns(int outputs) { return columns(outputs); }
 
-// Columns of results that a panel of weights holds.
-int winograd_columns(int outputs) { return outputs % (2 * LANES) ? LANES : 2 * LANES; }
-
-// winograd_TYPE of maps, and winograd_shorts_TYPE, whose products are of integers.
-#define WINOGRAD(name, T, Kind)                                                                  \
-  void name##_##T(const T *x, const T *beside, int height, int width, int inputs, int more,      \
-                  const void *weights, const float *scales, float largest, int outputs,          \
-                  const float *bias, const T *plus, int relu, T *out, int threads) {             \
-    const auto values = static_cast<const Kind::Number *>(weights);                              \
-    convolve(Input<T>{x, beside, height, width, inputs, more},                                   \
-             Weights<Kind>{values, scales, largest, winograd_columns(outputs)},                  \
-             Map{height, width, outputs}, After<T>{bias, plus, bool(relu)}, out, threads);       \
-  }
-
-EVERY_KIND(WINOGRAD, winograd)
-}
+EXPORT_KINDS(winograd)

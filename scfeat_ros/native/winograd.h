@@ -8,6 +8,7 @@
 #include <algorithm>
 
 #include "bfloat16.h"
+#include "call.h"
 #include "lanes.h"
 #include "shorts.h"
 
@@ -95,17 +96,17 @@ struct Shorts {
 };
 #endif
 
-// FUNCTION(name, T, Kind) for maps of all types, by all products; those of integers are name_shorts.
+// A template for maps of both types, by all products; those of integers are name_shorts.
 #if defined(HAS_SHORTS)
-#define EVERY_KIND(FUNCTION, name)     \
-  FUNCTION(name, float, Floats)        \
-  FUNCTION(name, bfloat16, Floats)     \
-  FUNCTION(name##_shorts, float, Shorts) \
-  FUNCTION(name##_shorts, bfloat16, Shorts)
+#define EXPORT_KINDS(name)                               \
+  EXPORT(name##_float, name<float, Floats>)              \
+  EXPORT(name##_bfloat16, name<bfloat16, Floats>)        \
+  EXPORT(name##_shorts_float, name<float, Shorts>)       \
+  EXPORT(name##_shorts_bfloat16, name<bfloat16, Shorts>)
 #else
-#define EVERY_KIND(FUNCTION, name) \
-  FUNCTION(name, float, Floats)    \
-  FUNCTION(name, bfloat16, Floats)
+#define EXPORT_KINDS(name)                  \
+  EXPORT(name##_float, name<float, Floats>) \
+  EXPORT(name##_bfloat16, name<bfloat16, Floats>)
 #endif
 
 // A patch of a number of channels -> a tile of a block, from a channel on; places `pitch` apart.

@@ -1,0 +1,235 @@
+"""A network of kernels, recorded once for a size of images and run again in one call.
+
+Between two kernels Python prepares the next one; meanwhile other cores wait, and so does whoever
+wants Python's lock. A recording has the kernels' arguments ready, and the memory between them laid
+out: a frame is one call of C++.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import threading
+from bisect import bisect_right
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from scfeat_ros.model.scfeat import SCFeatOutput
+from scfeat_ros.native.library import Argument, Kernel, load, recorded
+
+LOG = logging.getLogger(__name__)
+
+KEPT_BYTES = 256 << 20
+"""Memory of the recordings that are kept, at most."""
+KEPT_SIZES = 16
+"""Of images, with or without a recording."""
+ALIGNMENT = 64
+"""Bytes, of what lies in a recording's memory."""
+
+Network = Callable[[torch.Tensor], SCFeatOutput]
+
+
+@dataclass
+class _Kept:
+    """Of a size of images."""
+
+    idle: list[_Replay] = field(default_factory=list)
+    """Recordings that no thread runs now."""
+    bytes: int = 0
+    """Of all recordings."""
+    replays: bool = True
+
+
+class Replays:
+    """Calls a network by replaying the kernels that it called for an image of the same size.
+
+    The first image of a size runs as ever, the second is recorded. May be called from several
+    threads; each runs a recording of its own.
+
+    Args:
+        network: takes an image on the CPU. Where it computes by anything but the kernels of
+            `library.call`, nothing is replayed.
+    """
+
+    def __init__(self, network: Network) -> None:
+        self.network = network
+        self._kept: dict[tuple[object, ...], _Kept] = {}
+        self._lock = threading.Lock()
+
+    def __call__(self, image: torch.Tensor) -> SCFeatOutput:
+        key = image.shape, image.stride(), image.dtype, torch.get_num_threads()
+        with self._lock:
+            kept = self._kept.get(key)
+            replay = kept.idle.pop() if kept and kept.idle else None
+            if kept is None:
+                self._kept[key] = _Kept()
+        if kept is None or not kept.replays:
+            return self.network(image)
+        if replay is None:
+            output, replay = self._record(kept, image)
+        else:
+            output = replay(image)
+        with self._lock:
+            if replay is not None:
+                kept.idle.append(replay)
+            self._forget()
+        return output
+
+    def _record(self, kept: _Kept, image: torch.Tensor) -> tuple[SCFeatOutput, _Replay | None]:
+        recorder = _Recorder()
+        with torch.inference_mode(), recorded(recorder), recorder:
+            output = self.network(image)
+        plan = None if recorder.computed else _Plan.of(recorder, image, output)
+        if plan is None or plan.bytes > KEPT_BYTES:
+            reason = ", ".join(recorder.computed) or "much memory"
+            LOG.debug("%s: nothing is replayed, it takes %s", tuple(image.shape), reason)
+            kept.replays = False
+            return output, None
+        with self._lock:
+            kept.bytes += plan.bytes
+        return output, _Replay(plan, output)
+
+    def _forget(self) -> None:
+        """Drop the oldest until the rest is within the limits."""
+        while (
+            len(self._kept) > KEPT_SIZES
+            or sum(kept.bytes for kept in self._kept.values()) > KEPT_BYTES
+        ):
+            del self._kept[next(iter(self._kept))]
+
+
+class _Recorder(TorchDispatchMode):
+    """Notes what a network does: calls of kernels, memory, and all that is neither."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Kernel, bytes, tuple[Argument, ...]]] = []
+        self.memory: list[torch.Tensor] = []  # held, so that no address comes twice
+        self.computed: dict[str, None] = {}
+
+    def called(self, kernel: Kernel, words: bytes, arguments: tuple[Argument, ...]) -> None:
+        self.calls.append((kernel, words, arguments))
+
+    def took(self, memory: torch.Tensor) -> None:
+        self.memory.append(memory)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if not func.is_view and func is not torch.ops.aten.empty.memory_format:
+            self.computed[func.name()] = None
+        return func(*args, **(kwargs or {}))
+
+
+class _Use(NamedTuple):
+    """An argument that is an address in a piece of memory."""
+
+    word: int
+    """Its place among the arguments of all calls."""
+    memory: int
+    """Which piece: the image, an output, or what lies between."""
+    offset: int
+
+
+class _Plan(NamedTuple):
+    """Calls of kernels, and where in memory they read and write."""
+
+    calls: list[tuple[Kernel, bytes, tuple[Argument, ...]]]
+    given: list[_Use]
+    """Of what is another one each time: memory 0 is the image, the others are the outputs."""
+    between: list[_Use]
+    """Of a recording's own memory; offsets are from its start."""
+    bytes: int
+    """Of a recording's own memory."""
+
+    @classmethod
+    def of(cls, recorder: _Recorder, image: torch.Tensor, output: SCFeatOutput) -> _Plan:
+        """From what was recorded while a network made its output of an image."""
+        pieces = sorted([image, *recorder.memory], key=torch.Tensor.data_ptr)
+        starts = [piece.data_ptr() for piece in pieces]
+        slots = {tensor.data_ptr(): i for i, tensor in enumerate((image, *output))}
+        given, uses, first, last = [], [], {}, {}
+        word = 0
+        for step, (kernel, _, arguments) in enumerate(recorder.calls):
+            for place, argument in enumerate(arguments):
+                if not isinstance(argument, torch.Tensor):
+                    continue
+                address = argument.data_ptr()
+                piece = bisect_right(starts, address) - 1
+                offset = address - starts[piece]
+                if piece < 0 or offset >= pieces[piece].nbytes:
+                    continue  # weights
+                if starts[piece] in slots:
+                    given.append(_Use(word + place, slots[starts[piece]], offset))
+                else:
+                    uses.append(_Use(word + place, piece, offset))
+                    first.setdefault(piece, step)
+                    last[piece] = step
+            word += kernel.words.size // 8
+        sizes = {piece: -(-pieces[piece].nbytes // ALIGNMENT) * ALIGNMENT for piece in first}
+        offsets, size = _laid_out(sizes, first, last)
+        between = [use._replace(offset=use.offset + offsets[use.memory]) for use in uses]
+        return cls(recorder.calls, given, between, size)
+
+
+def _laid_out(
+    sizes: dict[int, int], first: dict[int, int], last: dict[int, int]
+) -> tuple[dict[int, int], int]:
+    """Places of pieces of memory, so that none overlap that are in use at the same time.
+
+    Args:
+        sizes: of the pieces, bytes.
+        first, last: the steps between which they are in use.
+
+    Returns:
+        Where each begins, and where the last of them ends.
+    """
+    offsets: dict[int, int] = {}
+    for piece in sorted(sizes, key=lambda piece: -sizes[piece]):  # large ones leave no gaps
+        others = sorted(
+            (offsets[other], offsets[other] + sizes[other])
+            for other in offsets
+            if first[other] <= last[piece] and first[piece] <= last[other]
+        )
+        place = 0
+        for begin, end in others:
+            if begin - place >= sizes[piece]:
+                break
+            place = max(place, end)
+        offsets[piece] = place
+    return offsets, max((offsets[piece] + sizes[piece] for piece in sizes), default=0)
+
+
+class _Replay:
+    """A plan with memory of its own. For one thread at a time."""
+
+    def __init__(self, plan: _Plan, like: SCFeatOutput) -> None:
+        self._plan = plan  # whose arguments hold the weights
+        self._memory = torch.empty(plan.bytes + ALIGNMENT, dtype=torch.uint8)
+        self._words = np.frombuffer(b"".join(words for _, words, _ in plan.calls), np.int64).copy()
+        start = -(-self._memory.data_ptr() // ALIGNMENT) * ALIGNMENT
+        for use in plan.between:
+            self._words[use.word] = start + use.offset
+        given = np.array(plan.given, np.int64).reshape(-1, 3)
+        self._given, self._slots, self._offsets = given.T
+        addresses, word = [], self._words.ctypes.data
+        for kernel, words, _ in plan.calls:
+            addresses.append((kernel.address, word))
+            word += len(words)
+        self._steps = np.array(addresses, np.uint64)
+        self._outputs = [(part.shape, part.stride(), part.dtype) for part in like]
+
+    def __call__(self, image: torch.Tensor) -> SCFeatOutput:
+        output = [
+            torch.empty_strided(shape, stride, dtype=dtype)
+            for shape, stride, dtype in self._outputs
+        ]
+        pieces = np.array([piece.data_ptr() for piece in (image, *output)])
+        self._words[self._given] = pieces[self._slots] + self._offsets
+        load().replay(ctypes.c_void_p(self._steps.ctypes.data), ctypes.c_long(len(self._steps)))
+        return SCFeatOutput(*output)
