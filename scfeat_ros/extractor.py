@@ -235,7 +235,9 @@ class Extractor:
             projection, length = self._projection(), self.options.descriptor_dim
             describe = native_descriptors.describe if compiled else Projection.__call__
             sampled = describe(projection, maps, points, length)
-        normalize = l2_normalize if self.options.descriptor_norm == "l2" else fusion_normalize
+        normalize = fusion_normalize
+        if self.options.descriptor_norm == "l2":
+            normalize = native_descriptors.l2_normalize if compiled else l2_normalize
         # working pixel x covers [x - 0.5, x + 0.5]; the same holds in the original
         scale = points.new_tensor([size[0] / working[0], size[1] / working[1]])
         points = (points + 0.5) * scale - 0.5

@@ -49,8 +49,9 @@ def on_cpu(
         compiled: by the compiled kernels, see `native/library.py`.
     """
     scores = scores.float().contiguous()
-    find = native_keypoints.local_maxima if compiled else local_maxima
-    places = find(scores, image, mask, options)
+    if compiled:
+        return Selected(*native_keypoints.select(scores, image, mask, options))
+    places = local_maxima(scores, image, mask, options)
     values = scores.numpy().reshape(-1)[places]
     if len(values) > options.max_keypoints:
         # only what can be among the best is put in order
@@ -60,8 +61,6 @@ def on_cpu(
     # stable, so that equal scores come in image order on every device
     order = np.argsort(-values, kind="stable")[: options.max_keypoints]
     places, values = torch.from_numpy(places[order]), torch.from_numpy(values[order])
-    if compiled and options.subpixel:
-        return Selected(native_keypoints.subpixel_points(scores, places), values)
     return Selected(_points(scores, places, options.subpixel), values)
 
 

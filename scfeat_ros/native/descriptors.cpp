@@ -180,6 +180,13 @@ void describe(const float *values, int height, int width, int channels, const T 
   }
 }
 
+// Rows of (count, dim) to unit norm, in place.
+void l2_normalize(float *rows, long count, int dim, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (long i = 0; i < count; i++) to_unit_norm(rows + i * dim, dim, rows + i * dim);
+}
+
 }  // namespace
 
 EXPORT_TYPES(describe)
+EXPORT(l2_normalize, l2_normalize)

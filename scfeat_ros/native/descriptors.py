@@ -24,3 +24,9 @@ def describe(
         *(points.contiguous(), len(points), matrix, len(matrix), out),
     )
     return out
+
+
+def l2_normalize(descriptors: torch.Tensor) -> torch.Tensor:
+    """(N, D) fp32 to unit L2 norm (Eq. 22), in place."""
+    call("l2_normalize", None, descriptors, *descriptors.shape)
+    return descriptors

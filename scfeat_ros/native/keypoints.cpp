@@ -46,16 +46,27 @@ void sample(const T *map, int height, int width, int channels, long pitch, const
   }
 }
 
+struct Maximum {
+  float score;
+  int row, column;
+
+  // Equal ones are in the order of the image.
+  bool is_before(const Maximum &other) const {
+    if (score != other.score) return score > other.score;
+    return row != other.row ? row < other.row : column < other.column;
+  }
+};
+
 // Local maxima above a threshold that are inside of the border and of the mask (or null), and in a
 // neighbourhood with texture; in the order of the image. Rows of the (height, width, 3) image lie
-// `pitch` bytes apart; places are row * width + column, `count` is how many they are.
-void local_maxima(const float *scores, int height, int width, int radius, float threshold,
-                  int border, const uint8_t *image, long pitch, const uint8_t *mask,
-                  int64_t *places, int64_t *count, int threads) {
-  std::vector<std::vector<int64_t>> found(threads);
+// `pitch` bytes apart.
+std::vector<Maximum> local_maxima(const float *scores, int height, int width, const uint8_t *image,
+                                  long pitch, const uint8_t *mask, int radius, float threshold,
+                                  int border, int threads) {
+  std::vector<std::vector<Maximum>> found(threads);
 #pragma omp parallel num_threads(threads)
   {
-    std::vector<int64_t> &mine = found[omp_get_thread_num()];
+    std::vector<Maximum> &mine = found[omp_get_thread_num()];
     std::vector<uint8_t> candidates(width, 1);
 #pragma omp for schedule(static)
     for (int y = border; y < height - border; y++) {
@@ -84,45 +95,59 @@ void local_maxima(const float *scores, int height, int width, int radius, float 
         if (above_one && any_neighbour(y, x, TEXTURE_RADIUS, height, width, [&](int v, int u) {
               return std::memcmp(image + v * pitch + 3 * u, centre, 3) != 0;
             }))
-          mine.push_back(long(y) * width + x);
+          mine.push_back({value, y, x});
       }
     }
   }
-  *count = 0;
-  for (const auto &part : found) {
-    std::copy(part.begin(), part.end(), places + *count);
-    *count += int64_t(part.size());
-  }
+  std::vector<Maximum> all;
+  for (const auto &part : found) all.insert(all.end(), part.begin(), part.end());
+  return all;
 }
 
-// Positions of places, moved to the score-weighted mean of their 3x3 neighbourhood.
-void subpixel_points(const float *scores, int height, int width, const int64_t *places, long count,
-                     float *points, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (long i = 0; i < count; i++) {
-    const int y = int(places[i] / width), x = int(places[i] % width);
-    float weight[9], least = scores[places[i]];
-    for (int k = 0; k < 9; k++) {  // the image's border is repeated
-      const int v = std::clamp(y + k / 3 - 1, 0, height - 1);
-      const int u = std::clamp(x + k % 3 - 1, 0, width - 1);
-      weight[k] = scores[long(v) * width + u];
-      least = std::min(least, weight[k]);
-    }
-    float total = 0, right = 0, down = 0;
-    for (int k = 0; k < 9; k++) {
-      const float w = weight[k] - least;
-      total += w;
-      right += w * (std::clamp(x + k % 3 - 1, 0, width - 1) - x);
-      down += w * (std::clamp(y + k / 3 - 1, 0, height - 1) - y);
-    }
-    total = std::max(total, 1e-12f);
-    points[2 * i] = x + right / total;
-    points[2 * i + 1] = y + down / total;
+// Where a maximum lies: at the score-weighted mean of its 3x3 neighbourhood.
+void locate(const float *scores, int height, int width, const Maximum &maximum, float *point) {
+  const int y = maximum.row, x = maximum.column;
+  float weight[9], least = maximum.score;
+  for (int k = 0; k < 9; k++) {  // the image's border is repeated
+    const int v = std::clamp(y + k / 3 - 1, 0, height - 1);
+    const int u = std::clamp(x + k % 3 - 1, 0, width - 1);
+    weight[k] = scores[long(v) * width + u];
+    least = std::min(least, weight[k]);
+  }
+  float total = 0, right = 0, down = 0;
+  for (int k = 0; k < 9; k++) {
+    const float w = weight[k] - least;
+    total += w;
+    right += w * (std::clamp(x + k % 3 - 1, 0, width - 1) - x);
+    down += w * (std::clamp(y + k / 3 - 1, 0, height - 1) - y);
+  }
+  total = std::max(total, 1e-12f);
+  point[0] = x + right / total;
+  point[1] = y + down / total;
+}
+
+// The best `most` of the local maxima, best first, and how many these are.
+void select(const float *scores, int height, int width, const uint8_t *image, long pitch,
+            const uint8_t *mask, int radius, float threshold, int border, long most, bool subpixel,
+            float *points, float *values, int64_t *count, int threads) {
+  std::vector<Maximum> found = local_maxima(scores, height, width, image, pitch, mask, radius,
+                                            threshold, border, threads);
+  const auto before = [](const Maximum &a, const Maximum &b) { return a.is_before(b); };
+  if (long(found.size()) > most) {
+    std::nth_element(found.begin(), found.begin() + most, found.end(), before);
+    found.resize(most);
+  }
+  std::sort(found.begin(), found.end(), before);
+  *count = int64_t(found.size());
+  for (size_t i = 0; i < found.size(); i++) {
+    values[i] = found[i].score;
+    points[2 * i] = float(found[i].column);
+    points[2 * i + 1] = float(found[i].row);
+    if (subpixel) locate(scores, height, width, found[i], points + 2 * i);
   }
 }
 
 }  // namespace
 
-EXPORT(local_maxima, local_maxima)
-EXPORT(subpixel_points, subpixel_points)
+EXPORT(select, select)
 EXPORT_TYPES(sample)

@@ -13,31 +13,25 @@ if TYPE_CHECKING:
     from scfeat_ros.parameters import ExtractorOptions
 
 
-def local_maxima(
+def select(
     scores: torch.Tensor, image: np.ndarray, mask: np.ndarray | None, options: ExtractorOptions
-) -> np.ndarray:
-    """As `selection.local_maxima`."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Points and scores, as by `selection.on_cpu`."""
     height, width = scores.shape
     if image.strides[1:] != (3, 1):
         image = np.ascontiguousarray(image)
     if mask is not None:
         mask = np.ascontiguousarray(mask)
-    places, count = np.empty(height * width, np.int64), np.empty(1, np.int64)
+    most = min(options.max_keypoints, height * width)
+    points, values, count = torch.empty(most, 2), torch.empty(most), np.empty(1, np.int64)
     call(
-        "local_maxima",
+        "select",
         None,
-        *(scores, height, width),
-        *(options.nms_radius, options.score_threshold, options.border),
-        *(image, image.strides[0], mask, places, count),
+        *(scores, height, width, image, image.strides[0], mask),
+        *(options.nms_radius, options.score_threshold, options.border, most, options.subpixel),
+        *(points, values, count),
     )
-    return places[: count[0]].copy()
-
-
-def subpixel_points(scores: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """(N, 2) x and y of places, moved as by `selection.subpixel_offsets`."""
-    points = torch.empty((len(places), 2))
-    call("subpixel_points", None, scores, *scores.shape, places, len(places), points)
-    return points
+    return points[: count[0]], values[: count[0]]
 
 
 def sample(
