@@ -171,7 +171,7 @@ def test_convolution_by_minimal_filtering(size, inputs, outputs, relu, dtype, sh
         expected = (expected.relu() if relu else expected).float()
         conv = Conv(weight, b, dtype=dtype)
         assert conv.products(*size) == 9 * inputs * outputs * size[0] * size[1]
-        conv.use_winograd(shorts)
+        conv.use_kernels(shorts)
         tiles = math.ceil(size[0] / 4) * math.ceil(size[1] / 4)
         assert conv.products(*size) == 36 * inputs * outputs * tiles
         found = conv(x, relu, p)
@@ -196,43 +196,72 @@ def test_largest_sums_of_minimal_filtering(shorts, monkeypatch):
     weight = torch.ones(16, 256, 3, 3)
     for sign in (1, -1):
         conv = Conv(sign * weight, dtype=torch.bfloat16)
-        conv.use_winograd(shorts)
+        conv.use_kernels(shorts)
         expected = F.conv2d(x, sign * weight, padding=1)
         found = conv(x.bfloat16().contiguous(memory_format=torch.channels_last)).float()
         assert (found - expected).abs().max() < 0.004 * expected.abs().max()
 
 
 @needs_compiler
+@pytest.mark.parametrize("size", [(1, 1), (2, 7), (5, 11), (30, 40)])
+@pytest.mark.parametrize("side", [1, 3])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(("inputs", "outputs"), [(2, 16), (18, 32), (20, 112)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_convolution_as_a_matrix_product(size, side, stride, inputs, outputs, dtype, monkeypatch):
+    monkeypatch.setattr(matching, "has_tiles", lambda: False)  # with AMX it does not pay in bf16
+    monkeypatch.setattr(winograd, "MIN_TILES", 10**9)  # nothing is filtered
+    torch.manual_seed(0)
+    x = torch.randn(1, inputs, *size).to(dtype)
+    weight = (torch.randn(outputs, inputs, side, side) / (side * inputs**0.5)).to(dtype)
+    bias = torch.randn(outputs).to(dtype)
+    conv, other = Conv(weight, bias, stride, dtype), Conv(weight, None, stride, dtype)
+    for one in (conv, other):
+        one.use_kernels()
+        assert one._direct is not None
+    expected = F.conv2d(x.double(), weight.double(), None, stride, side // 2)
+    rounding = dict(atol=1e-4, rtol=0 if dtype is torch.float32 else 2**-8)
+    found = other(x)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(found.float(), expected.float(), **rounding)
+    plus = torch.randn(expected.shape).to(dtype)
+    expected = (expected + bias[:, None, None] + plus).relu().float()
+    found = conv(x, relu=True, plus=plus)
+    torch.testing.assert_close(found.float(), expected, **rounding)
+    first, rest = x.split([1, inputs - 1], dim=1)
+    assert torch.equal(conv(first, relu=True, plus=plus, beside=rest), found)
+
+
+@needs_compiler
 @pytest.mark.parametrize(
     "conv",
     [
-        Conv(torch.randn(16, 16, 3, 3), stride=2),
-        Conv(torch.randn(16, 16, 1, 1)),
-        Conv(torch.randn(8, 8, 3, 3)),
-        Conv(torch.randn(16, 18, 3, 3)),
+        Conv(torch.randn(16, 17, 3, 3)),
         Conv(torch.randn(18, 16, 3, 3)),
+        Conv(torch.randn(16, 16, 5, 5)),
         Conv(torch.randn(16, 16, 3, 3), dtype=torch.bfloat16),
     ],
-    ids=["stride", "1x1", "few", "inputs", "outputs", "bf16 by tiles"],
+    ids=["inputs", "outputs", "side", "bf16 by tiles"],
 )
 @torch.no_grad()
 def test_other_convolutions_stay_as_they_are(conv, monkeypatch):
     monkeypatch.setattr(matching, "has_tiles", lambda: True)
     x = torch.randn(1, conv.weight.shape[1], 8, 12, dtype=conv.weight.dtype)
     before = conv(x)
-    conv.use_winograd()
+    conv.use_kernels()
     assert torch.equal(conv(x), before)
 
 
 @needs_compiler
 @torch.no_grad()
-def test_small_maps_are_convolved_as_before():
+def test_small_maps_are_not_filtered():
     conv, plain = (Conv(torch.ones(16, 16, 3, 3)) for _ in range(2))
-    conv.use_winograd()
+    conv.use_kernels()
     for size, small in (((12, 20), True), ((13, 16), False)):
         assert (conv.products(*size) == plain.products(*size)) == small
         x = torch.randn(1, 16, *size)
-        assert torch.equal(conv(x), plain(x)) == small
+        torch.testing.assert_close(conv(x), plain(x), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.skipif(fused._ONEDNN_PACK is None, reason="this PyTorch lacks oneDNN's operators")

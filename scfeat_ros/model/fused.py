@@ -399,5 +399,3 @@ class FusedSCFeat(nn.Module):
         )
         peaks = left_peaks, maps.reliability, right_peaks
         return k.score(value, totals, self.norms["layer2"], *peaks)
-
-

@@ -69,9 +69,7 @@ def empty_like(x: torch.Tensor, channels: int) -> torch.Tensor:
     """Space for a map of the size and type of another, with a number of channels of its own."""
     batch, _, height, width = x.shape
     size = batch, channels, height, width
-    return torch.empty(
-        size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last
-    )
+    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
 def statistics(x: torch.Tensor) -> torch.Tensor:

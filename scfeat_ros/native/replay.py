@@ -42,14 +42,15 @@ class _Kept:
     """Recordings that no thread runs now."""
     bytes: int = 0
     """Of all recordings."""
-    replays: bool = True
+    complete: bool = False
+    """Whether no more are made: a network cannot be recorded, or its recordings are large."""
 
 
 class Replays:
     """Calls a network by replaying the kernels that it called for an image of the same size.
 
     The first image of a size runs as ever, the second is recorded. May be called from several
-    threads; each runs a recording of its own.
+    threads; each runs a recording of its own, as far as `KEPT_BYTES` go.
 
     Args:
         network: takes an image on the CPU. Where it computes by anything but the kernels of
@@ -68,7 +69,7 @@ class Replays:
             replay = kept.idle.pop() if kept and kept.idle else None
             if kept is None:
                 self._kept[key] = _Kept()
-        if kept is None or not kept.replays:
+        if kept is None or (replay is None and kept.complete):
             return self.network(image)
         if replay is None:
             output, replay = self._record(kept, image)
@@ -85,10 +86,10 @@ class Replays:
         with torch.inference_mode(), recorded(recorder), recorder:
             output = self.network(image)
         plan = None if recorder.computed else _Plan.of(recorder, image, output)
-        if plan is None or plan.bytes > KEPT_BYTES:
+        if plan is None or kept.bytes + plan.bytes > KEPT_BYTES:
             reason = ", ".join(recorder.computed) or "much memory"
-            LOG.debug("%s: nothing is replayed, it takes %s", tuple(image.shape), reason)
-            kept.replays = False
+            LOG.debug("%s: no recording, it takes %s", tuple(image.shape), reason)
+            kept.complete = True
             return output, None
         with self._lock:
             kept.bytes += plan.bytes
