@@ -16,8 +16,11 @@ it exact in real numbers:
   reads;
 - cross normalization's weights are folded into its convolutions and its scales;
 - with compiled kernels, 3x3 convolutions run by minimal filtering (Winograd), in a quarter of the
-  products (see `native/winograd.cpp`); between maps of bf16 too, but on CPUs with AMX, whose tiles
-  are faster. The products are of fp32, or of integers of 16 bits.
+  products, which are of fp32 or of integers of 16 bits (see `native/winograd.cpp`); the others as
+  matrix products (`native/direct.cpp`). In bf16 on CPUs with AMX, whose tiles are faster, PyTorch
+  convolves.
+
+Where all of it is compiled kernels, `native/replay.py` runs a frame in one call.
 
 Convolutions run in `dtype`; sums, normalizations, peakiness and scores in fp32, and so does what
 the head computes at the image's resolution: keypoints are where one score is larger than the next,
