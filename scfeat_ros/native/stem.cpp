@@ -58,6 +58,7 @@ class Stem {
   const float *planes, *bias;
   Weights<Kind> weights;
   int width, rows, across, tiles, outputs;
+  int first_row, next_row = -BEFORE;  // of cells: the strip's first, the first not gathered yet
   std::vector<float> strip;
   std::unique_ptr<typename Kind::Number[]> places;
   std::unique_ptr<float[]> products;
@@ -76,7 +77,9 @@ class Stem {
   }
 
   void convolve(int tile_row) {
-    for (int i = 0; i < PATCH; i++) gather(TILE * tile_row - BEFORE + i, i);
+    first_row = TILE * tile_row - BEFORE;
+    for (int row = std::max(first_row, next_row); row < first_row + PATCH; row++) gather(row);
+    next_row = first_row + PATCH;
     for (int first = 0; first < tiles; first += BLOCK) {
       const int count = std::min(BLOCK, tiles - first);
       for (int n = 0; n < count; n++) to_places(first + n, n);
@@ -86,9 +89,14 @@ class Stem {
     }
   }
 
-  // A row of cells, zeros about the image, to line `i` of the strip.
-  void gather(int row, int i) {
-    float *to = strip.data() + i * cells() * CHANNELS, *end = to + cells() * CHANNELS;
+  // The cells of a row that is in the strip.
+  float *cells_of(int row) {
+    return strip.data() + (row + PATCH) % PATCH * cells() * CHANNELS;
+  }
+
+  // A row of cells, zeros about the image, to the strip.
+  void gather(int row) {
+    float *to = cells_of(row), *end = to + cells() * CHANNELS;
     if (row < 0 || row >= rows) return std::fill(to, end, 0.0f);
     float *inside = to + BEFORE * CHANNELS;
     std::fill(to, inside, 0.0f);
@@ -106,10 +114,10 @@ class Stem {
   // A patch of the strip to tile `n` of the block. Vectors reach over a cell's end; what they leave
   // behind there the next tile overwrites.
   void to_places(int patch, int n) {
-    const float *from = strip.data() + long(patch) * TILE * CHANNELS;
     const float *cell[PATCH][PATCH];
     for (int i = 0; i < PATCH; i++)
-      for (int j = 0; j < PATCH; j++) cell[i][j] = from + (i * cells() + j) * CHANNELS;
+      for (int j = 0; j < PATCH; j++)
+        cell[i][j] = cells_of(first_row + i) + (long(patch) * TILE + j) * CHANNELS;
     scales[n] = Kind::scale(cell, CHANNELS);
     ::to_places<Kind>(cell, CHANNELS, weights.largest / scales[n], places_pitch(),
                       places.get() + n * CHANNELS);

@@ -52,14 +52,17 @@ template <typename T>
 struct Patch {
   const T *pixel[PATCH][PATCH];
 
-  Patch(const T *x, Map map, long tile, const T *nothing) {
+  void go_to(const T *x, Map map, long tile, const T *nothing) {
     const int top = int(tile / map.across()) * TILE - 1;
     const int left = int(tile % map.across()) * TILE - 1;
+    const bool inside = top >= 0 && top + PATCH <= map.height && left >= 0 &&
+                        left + PATCH <= map.width;
     for (int i = 0; i < PATCH; i++)
       for (int j = 0; j < PATCH; j++) {
         const int row = top + i, column = left + j;
-        const bool inside = row >= 0 && row < map.height && column >= 0 && column < map.width;
-        pixel[i][j] = inside ? x + map.at(row, column) : nothing;
+        const bool is_pixel = inside || (row >= 0 && row < map.height && column >= 0 &&
+                                         column < map.width);
+        pixel[i][j] = is_pixel ? x + map.at(row, column) : nothing;
       }
   }
 };
@@ -77,14 +80,18 @@ struct Input {
   void to_block(long begin, int count, const T *nothing, float largest,
                 typename Kind::Number *out, float *scales) const {
     const Map map{height, width, channels}, other{height, width, more};
+    Patch<T> patch, beside;
     for (int n = 0; n < count; n++) {
-      const Patch<T> patch(first, map, begin + n, nothing);
-      const Patch<T> beside(more ? second : nothing, other, begin + n, nothing);
-      scales[n] = std::max(Kind::scale(patch.pixel, channels), Kind::scale(beside.pixel, more));
+      patch.go_to(first, map, begin + n, nothing);
+      scales[n] = Kind::scale(patch.pixel, channels);
+      if (more) {
+        beside.go_to(second, other, begin + n, nothing);
+        scales[n] = std::max(scales[n], Kind::scale(beside.pixel, more));
+      }
       const float factor = largest / scales[n];
       auto *to = out + all().in_block(0, n);
       to_places<Kind>(patch.pixel, channels, factor, all().pitch(), to);
-      to_places<Kind>(beside.pixel, more, factor, all().pitch(), to + channels);
+      if (more) to_places<Kind>(beside.pixel, more, factor, all().pitch(), to + channels);
     }
   }
 };
