@@ -18,6 +18,9 @@ typedef int32_t Integers __attribute__((vector_size(LANES * sizeof(int32_t))));
 #if defined(HAS_SHORTS)
 typedef int16_t ShortLanes __attribute__((vector_size(LANES * sizeof(int16_t))));
 
+// As many as fill a register.
+typedef int16_t PairLanes __attribute__((vector_size(2 * LANES * sizeof(int16_t))));
+
 // Values, of magnitudes below 2^15, to nearest.
 inline ShortLanes round_to_shorts(Lanes value) {
   const Lanes shifted = value + 12582912.0f;  // 1.5 * 2^23, whose last bits are zero

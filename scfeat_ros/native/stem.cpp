@@ -114,12 +114,11 @@ class Stem {
   // A patch of the strip to tile `n` of the block. Vectors reach over a cell's end; what they leave
   // behind there the next tile overwrites.
   void to_places(int patch, int n) {
-    const float *cell[PATCH][PATCH];
+    Patch<float> cells;
     for (int i = 0; i < PATCH; i++)
-      for (int j = 0; j < PATCH; j++)
-        cell[i][j] = cells_of(first_row + i) + (long(patch) * TILE + j) * CHANNELS;
-    scales[n] = Kind::scale(cell, CHANNELS);
-    ::to_places<Kind>(cell, CHANNELS, weights.largest / scales[n], places_pitch(),
+      cells.rows[i] = cells_of(first_row + i) + long(patch) * TILE * CHANNELS;
+    scales[n] = Kind::scale(cells, CHANNELS);
+    ::to_places<Kind>(cells, CHANNELS, weights.largest / scales[n], places_pitch(),
                       places.get() + n * CHANNELS);
   }
 

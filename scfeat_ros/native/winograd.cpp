@@ -47,25 +47,24 @@ struct Map {
   long in_block(int place, int tile) const { return place * pitch() + long(tile) * channels; }
 };
 
-// The pixels of a map that a tile depends on; zeros about the map.
+// The patch of a tile; one that reaches over the map's edge is made in `space`, with zeros there.
 template <typename T>
-struct Patch {
-  const T *pixel[PATCH][PATCH];
-
-  void go_to(const T *x, Map map, long tile, const T *nothing) {
-    const int top = int(tile / map.across()) * TILE - 1;
-    const int left = int(tile % map.across()) * TILE - 1;
-    const bool inside = top >= 0 && top + PATCH <= map.height && left >= 0 &&
-                        left + PATCH <= map.width;
-    for (int i = 0; i < PATCH; i++)
-      for (int j = 0; j < PATCH; j++) {
-        const int row = top + i, column = left + j;
-        const bool is_pixel = inside || (row >= 0 && row < map.height && column >= 0 &&
-                                         column < map.width);
-        pixel[i][j] = is_pixel ? x + map.at(row, column) : nothing;
-      }
+Patch<T> patch_of(const T *x, Map map, long tile, T *space) {
+  const int top = int(tile / map.across()) * TILE - 1, left = int(tile % map.across()) * TILE - 1;
+  const int begin = std::max(left, 0), end = std::min(left + PATCH, map.width);
+  const bool inside = end - begin == PATCH && top >= 0 && top + PATCH <= map.height;
+  Patch<T> patch;
+  for (int i = 0; i < PATCH; i++) {
+    const int row = top + i;
+    T *to = space + i * PATCH * map.channels;
+    patch.rows[i] = inside ? x + map.at(row, left) : to;
+    if (inside) continue;
+    std::fill_n(to, PATCH * map.channels, T{});
+    if (row >= 0 && row < map.height)
+      std::copy(x + map.at(row, begin), x + map.at(row, end), to + (begin - left) * map.channels);
   }
-};
+  return patch;
+}
 
 // The input: a map, and maybe one more, whose channels follow.
 template <typename T>
@@ -75,23 +74,22 @@ struct Input {
 
   Map all() const { return {height, width, channels + more}; }
 
-  // Tiles `begin` to `begin + count` -> a block, and the scale of each.
+  // Tiles `begin` to `begin + count` -> a block, and the scale of each. `space` is for a patch.
   template <typename Kind>
-  void to_block(long begin, int count, const T *nothing, float largest,
-                typename Kind::Number *out, float *scales) const {
+  void to_block(long begin, int count, T *space, float largest, typename Kind::Number *out,
+                float *scales) const {
     const Map map{height, width, channels}, other{height, width, more};
-    Patch<T> patch, beside;
     for (int n = 0; n < count; n++) {
-      patch.go_to(first, map, begin + n, nothing);
-      scales[n] = Kind::scale(patch.pixel, channels);
+      Patch<T> patch = patch_of(first, map, begin + n, space), beside;
+      scales[n] = Kind::scale(patch, channels);
       if (more) {
-        beside.go_to(second, other, begin + n, nothing);
-        scales[n] = std::max(scales[n], Kind::scale(beside.pixel, more));
+        beside = patch_of(second, other, begin + n, space + PATCH * PATCH * channels);
+        scales[n] = std::max(scales[n], Kind::scale(beside, more));
       }
       const float factor = largest / scales[n];
       auto *to = out + all().in_block(0, n);
-      to_places<Kind>(patch.pixel, channels, factor, all().pitch(), to);
-      if (more) to_places<Kind>(beside.pixel, more, factor, all().pitch(), to + channels);
+      to_places<Kind>(patch, channels, factor, all().pitch(), to);
+      if (more) to_places<Kind>(beside, more, factor, all().pitch(), to + channels);
     }
   }
 };
@@ -138,7 +136,7 @@ void winograd(const T *x, const T *beside, int height, int width, int inputs, in
   const long tiles = from.tiles();
 #pragma omp parallel num_threads(threads)
   {
-    const std::vector<T> nothing(from.channels);
+    const auto patch = space<T>(PATCH * PATCH * from.channels);
     const auto places = space<typename Kind::Number>(PATCH * PATCH * from.pitch());
     const auto products = space<float>(PATCH * PATCH * to.pitch());
     float scales[BLOCK];
@@ -146,7 +144,7 @@ void winograd(const T *x, const T *beside, int height, int width, int inputs, in
     const long end = tiles * (thread + 1) / all;
     for (long first = tiles * thread / all; first < end; first += BLOCK) {
       const int count = int(std::min<long>(BLOCK, end - first));
-      input.template to_block<Kind>(first, count, nothing.data(), weights.largest, places.get(),
+      input.template to_block<Kind>(first, count, patch.get(), weights.largest, places.get(),
                                     scales);
       multiply_places(places.get(), from.pitch(), count, from.channels, weights, to.channels,
                       products.get(), to.pitch());

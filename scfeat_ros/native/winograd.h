@@ -28,6 +28,19 @@ inline void transform_input(const Lanes d[PATCH], Lanes out[PATCH]) {
   out[5] = 4.0f * d[1] - 5.0f * d[3] + d[5];
 }
 
+// What a tile's results depend on: rows of PATCH pixels, whose channels lie beside each other.
+template <typename T>
+struct Patch {
+  const T *rows[PATCH];
+};
+
+// Calls use(k) at every `STEP` numbers of some, and so that the last call ends where they end.
+template <int STEP, typename Use>
+inline void each(int count, Use use) {
+  for (int k = 0; k + STEP <= count; k += STEP) use(k);
+  if (count % STEP) use(count - STEP);
+}
+
 // What the products are of. Transformed patches and weights are kept as `Number`s; a lane of a `Sum`
 // takes up PAIR of them at a time. `scale` is what the results of a patch are to be multiplied by.
 
@@ -37,7 +50,7 @@ struct Floats {
   static constexpr int PAIR = 1;
 
   template <typename T>
-  static float scale(const T *const (*)[PATCH], int) { return 1; }
+  static float scale(const Patch<T> &, int) { return 1; }
 
   // Lanes of a transformed patch at place (i, j), brought to its scale by a factor.
   static void put(Number *to, Lanes value, float, int, int) { store(to, value); }
@@ -55,30 +68,31 @@ struct Shorts {
   typedef Integers Sum;
   static constexpr int PAIR = 2;
 
-  static float scale(const float *const (*pixel)[PATCH], int channels) {
+  // The largest magnitude in a patch.
+  static float scale(const Patch<float> &patch, int channels) {
     Lanes largest{};
-    for (int c = 0; c < channels; c += LANES)
-      for (int i = 0; i < PATCH; i++)
-        for (int j = 0; j < PATCH; j++) {
-          const Lanes value = read_lanes(pixel[i][j] + c), other = -value;
-          const Lanes magnitude = value > other ? value : other;
-          largest = magnitude > largest ? magnitude : largest;
-        }
-    float most = 1e-30f;
-    for (int lane = 0; lane < LANES; lane++) most = std::max(most, largest[lane]);
+    for (const float *row : patch.rows)
+      each<LANES>(PATCH * channels, [&](int k) {
+        const Lanes value = load<Lanes>(row + k), other = -value;
+        const Lanes magnitude = value > other ? value : other;
+        largest = magnitude > largest ? magnitude : largest;
+      });
+    float lanes[LANES], most = 1e-30f;
+    store(lanes, largest);
+    for (float value : lanes) most = std::max(most, value);
     return most;
   }
 
-  static float scale(const bfloat16 *const (*pixel)[PATCH], int channels) {
-    ShortLanes largest{};  // by the bits, which are in the order of the magnitudes
-    for (int c = 0; c < channels; c += LANES)
-      for (int i = 0; i < PATCH; i++)
-        for (int j = 0; j < PATCH; j++) {
-          const ShortLanes magnitude = load<ShortLanes>(pixel[i][j] + c) & 0x7fff;
-          largest = magnitude > largest ? magnitude : largest;
-        }
-    int16_t most = 0;
-    for (int lane = 0; lane < LANES; lane++) most = std::max(most, largest[lane]);
+  static float scale(const Patch<bfloat16> &patch, int channels) {
+    PairLanes largest{};  // by the bits, which are in the order of the magnitudes
+    for (const bfloat16 *row : patch.rows)
+      each<2 * LANES>(PATCH * channels, [&](int k) {
+        const PairLanes magnitude = load<PairLanes>(row + k) & 0x7fff;
+        largest = magnitude > largest ? magnitude : largest;
+      });
+    int16_t lanes[2 * LANES], most = 0;
+    store(lanes, largest);
+    for (int16_t value : lanes) most = std::max(most, value);
     return std::max(read(bfloat16(most)), 1e-30f);
   }
 
@@ -111,13 +125,13 @@ struct Shorts {
 
 // A patch of a number of channels -> a tile of a block, from a channel on; places `pitch` apart.
 template <typename Kind, typename T>
-void to_places(const T *const pixel[PATCH][PATCH], int channels, float factor, long pitch,
+void to_places(const Patch<T> &patch, int channels, float factor, long pitch,
                typename Kind::Number *out) {
   for (int c = 0; c < channels; c += LANES) {
     Lanes columns[PATCH][PATCH];
     for (int j = 0; j < PATCH; j++) {
       Lanes d[PATCH];
-      for (int i = 0; i < PATCH; i++) d[i] = read_lanes(pixel[i][j] + c);
+      for (int i = 0; i < PATCH; i++) d[i] = read_lanes(patch.rows[i] + j * channels + c);
       transform_input(d, columns[j]);
     }
     for (int i = 0; i < PATCH; i++) {
