@@ -1,6 +1,7 @@
 // Numbers in 16 bits, and maps read and written alike in fp32 and bf16.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 
@@ -55,6 +56,47 @@ inline void write_lanes(bfloat16 *to, Lanes value) {  // rounded as by `write`
   const WordLanes bits = load<WordLanes>(&value);
   store(to, __builtin_convertvector((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, HalfLanes));
 #endif
+}
+
+// Vectors of numbers in memory, and what is left at their end.
+
+struct Whole {
+  template <typename T>
+  static Lanes read(const T *from) { return read_lanes(from); }
+  template <typename T>
+  static void write(T *to, Lanes value) { write_lanes(to, value); }
+  static Lanes only(Lanes value) { return value; }
+};
+
+struct Part {
+  int count;
+
+  template <typename T>
+  Lanes read(const T *from) const {
+    T values[LANES] = {};
+    std::copy_n(from, count, values);
+    return read_lanes(values);
+  }
+  template <typename T>
+  void write(T *to, Lanes value) const {
+    T values[LANES];
+    write_lanes(values, value);
+    std::copy_n(values, count, to);
+  }
+  // The values, and zeros behind them.
+  Lanes only(Lanes value) const {
+    Lanes kept{};
+    write(reinterpret_cast<float *>(&kept), value);
+    return kept;
+  }
+};
+
+// Calls use(k, lanes) for some numbers, from `k` on as many as `lanes` reads and writes.
+template <typename Use>
+inline void by_lanes(long count, Use use) {
+  long k = 0;
+  for (; k + LANES <= count; k += LANES) use(k, Whole{});
+  if (k < count) use(k, Part{int(count - k)});
 }
 
 }  // namespace

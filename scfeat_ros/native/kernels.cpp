@@ -29,44 +29,45 @@ constexpr int FACTOR = 4;  // between the detector's two resolutions
 
 constexpr double EPSILON = 1e-5;  // of every normalization in the network
 
-// exp for x <= 88, relative error below 2e-7; written so that compilers vectorize it.
-inline float exponential(float x) {
-  x = std::max(x, -87.0f);
-  float n = std::nearbyint(x * 1.44269504f);
-  float r = x - n * 0.693359375f + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
+// exp for x <= 88, relative error below 2e-7.
+inline Lanes exponential(Lanes x) {
+  x = x > -87.0f ? x : Lanes{} - 87.0f;
+  const Lanes shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23, whose bits are whole numbers
+  const Lanes n = shifted - 12582912.0f;
+  const Lanes r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  Lanes p = Lanes{} + 1.9875691500e-4f;
   p = p * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  int32_t bits;
-  std::memcpy(&bits, &p, sizeof bits);
-  bits += int32_t(n) << 23;
-  std::memcpy(&p, &bits, sizeof bits);
-  return p;
+  const WordLanes bits = load<WordLanes>(&p) + (load<WordLanes>(&shifted) << 23);
+  return load<Lanes>(&bits);
 }
 
 // log(1 + exp(x)): log1p(y) = 2 artanh(y / (2 + y)) for y = exp(-|x|) in (0, 1]
-inline float softplus(float x) {
-  float y = exponential(-std::fabs(x));
-  float t = y / (2.0f + y);
-  float t2 = t * t;
-  float s = 1.0f / 13;
+inline Lanes softplus(Lanes x) {
+  const Lanes positive = x > 0.0f ? x : Lanes{};
+  const Lanes y = exponential(x - 2.0f * positive);
+  const Lanes t = y / (2.0f + y);
+  const Lanes t2 = t * t;
+  Lanes s = Lanes{} + 1.0f / 13;
   s = s * t2 + 1.0f / 11;
   s = s * t2 + 1.0f / 9;
   s = s * t2 + 1.0f / 7;
   s = s * t2 + 1.0f / 5;
   s = s * t2 + 1.0f / 3;
   s = s * t2 + 1.0f;
-  return std::max(x, 0.0f) + 2.0f * t * s;
+  return positive + 2.0f * t * s;
 }
 
 // The same for |x| <= 2: x / 2 + log(2 cosh(x / 2)), a Chebyshev fit in x^2, error below 2e-8.
-inline float softplus_near_zero(float x) {
-  float t = x * x;
-  float s = -6.188382273e-08f;
+// V: a number or a vector.
+template <typename V>
+inline V softplus_near_zero(V x) {
+  const V t = x * x;
+  V s = V{} - 6.188382273e-08f;
   s = s * t + 1.622502991e-06f;
   s = s * t - 2.510604315e-05f;
   s = s * t + 3.455863666e-04f;
@@ -76,7 +77,7 @@ inline float softplus_near_zero(float x) {
   return 0.5f * x + s;
 }
 
-inline float elu(float x) { return x > 0 ? x : exponential(x) - 1.0f; }
+inline Lanes elu(Lanes x) { return x > 0.0f ? x : exponential(x) - 1.0f; }
 
 // Sums of x and x^2 of every channel. Threads keep their own and are added up in their order, so
 // that two runs give the same bits.
@@ -370,12 +371,11 @@ void upsampled_elu(const T *x, int height, int width, int factor, int channels,
 #pragma omp for schedule(static)
     for (int y = 0; y < H; y++)
       upsampling.row(y, line, [&](int column, const float *left, const float *right, float share) {
-        T *__restrict to = out + (long(y) * W + column) * stride;
-#pragma omp simd
-        for (int c = 0; c < C; c++) {
-          const float value = (1.0f - share) * left[c] + share * right[c];
-          write(to[c], elu(value * scale[c] + shift[c]));
-        }
+        T *to = out + (long(y) * W + column) * stride;
+        by_lanes(C, [=](long c, auto lanes) {
+          const Lanes value = (1.0f - share) * lanes.read(left + c) + share * lanes.read(right + c);
+          lanes.write(to + c, elu(value * lanes.read(scale + c) + lanes.read(shift + c)));
+        });
       });
   }
 }
@@ -384,16 +384,10 @@ void upsampled_elu(const T *x, int height, int width, int factor, int channels,
 template <typename T>
 void activate(const T *x, long count, const float *scale, const float *shift, bool is_elu,
               float slope, T *out) {
-  if (is_elu) {
-#pragma omp simd
-    for (long c = 0; c < count; c++) write(out[c], elu(read(x[c]) * scale[c] + shift[c]));
-  } else {
-#pragma omp simd
-    for (long c = 0; c < count; c++) {
-      float v = read(x[c]) * scale[c] + shift[c];
-      write(out[c], v > 0 ? v : slope * v);
-    }
-  }
+  by_lanes(count, [=](long c, auto lanes) {
+    const Lanes v = lanes.read(x + c) * lanes.read(scale + c) + lanes.read(shift + c);
+    lanes.write(out + c, is_elu ? elu(v) : v > 0.0f ? v : slope * v);
+  });
 }
 
 template <typename T>
@@ -540,25 +534,30 @@ class PeakyRow {
     for (long k = 0; k < length; k++) to[k] = read(above[k]) + read(here[k]) + read(below[k]);
   }
 
-  // Channel by channel the product of both scores of Eq. 4-6, at a pixel with this channel mean.
-  void score(int x, float mean, float scale, float *__restrict products) const {
+  // The largest of `best` and the products of both scores of Eq. 4-6, at a pixel with this channel
+  // mean.
+  Lanes score(int x, float mean, float scale, Lanes best) const {
     const float *left = sums.data() + reflect(x - 1, width) * long(channels);
     const float *middle = sums.data() + x * long(channels);
     const float *right = sums.data() + reflect(x + 1, width) * long(channels);
     const T *value = here + x * long(channels);
-#pragma omp simd
-    for (int c = 0; c < channels; c++) {
-      const float local = (left[c] + middle[c] + right[c]) * (1.0f / 9), v = read(value[c]);
+    by_lanes(channels, [&](long c, auto lanes) {
+      const Lanes v = lanes.read(value + c);
+      const Lanes sum = lanes.read(left + c) + lanes.read(middle + c) + lanes.read(right + c);
       // |value| * scale <= 1, and so for every mean
-      products[c] = softplus_near_zero((v - mean) * scale) * softplus_near_zero((v - local) * scale);
-    }
+      const Lanes product = softplus_near_zero((v - mean) * scale) *
+                            softplus_near_zero((v - sum * (1.0f / 9)) * scale);
+      best = lanes.only(product) > best ? product : best;
+    });
+    return best;
   }
 
   template <typename S>
-  void weigh(int x, float weight, S *__restrict to) const {
+  void weigh(int x, float weight, S *to) const {
     const T *value = here + x * long(channels);
-#pragma omp simd
-    for (int c = 0; c < channels; c++) write(to[c], weight * read(value[c]));
+    by_lanes(channels, [=](long c, auto lanes) {
+      lanes.write(to + c, weight * lanes.read(value + c));
+    });
   }
 
  private:
@@ -578,17 +577,14 @@ void weigh_by_peakiness(const float *bridged, const T *stem, const float *mean,
   {
     PeakyRow<float> first(bridged, height, width, channels);
     PeakyRow<T> second(stem, height, width, stem_channels);
-    std::vector<float> products(all);
 #pragma omp for schedule(static)
     for (int y = 0; y < height; y++) {
       first.start(y);
       second.start(y);
       for (int x = 0; x < width; x++) {
         const long pixel = long(y) * width + x;
-        first.score(x, mean[pixel], scale, products.data());
-        second.score(x, mean[pixel], scale, products.data() + channels);
-        float best = 0;
-        for (int c = 0; c < all; c++) best = std::max(best, products[c]);
+        const float best = largest_lane(
+            second.score(x, mean[pixel], scale, first.score(x, mean[pixel], scale, Lanes{})));
         peaks[pixel] = best;
         first.weigh(x, best, out + pixel * all);
         second.weigh(x, best, out + pixel * all + channels);
@@ -988,8 +984,11 @@ void score(float *values, const double *statistics, const float *weight, const f
                   across[x].weight * (line[across[x].second] - line[across[x].first]);
       float *to = values + long(y) * W;
       const float *peaks = right + long(y) * W;
-#pragma omp simd
-      for (int x = 0; x < W; x++) to[x] = wide[x] * peaks[x] * softplus(to[x] * scale + shift);
+      const float *left_peaks = wide.data();
+      by_lanes(W, [=](long x, auto lanes) {
+        const Lanes value = softplus(lanes.read(to + x) * scale + shift);
+        lanes.write(to + x, lanes.read(left_peaks + x) * lanes.read(peaks + x) * value);
+      });
     }
   }
 }

@@ -32,6 +32,15 @@ inline void store(T *to, V value) {
   std::memcpy(to, &value, sizeof value);
 }
 
+inline float largest_lane(Lanes value) {
+  float lanes[LANES];
+  store(lanes, value);
+  for (int half = LANES / 2; half > 0; half /= 2)
+    for (int k = 0; k < half; k++)
+      lanes[k] = lanes[k] > lanes[k + half] ? lanes[k] : lanes[k + half];
+  return lanes[0];
+}
+
 // Numbers that are not set to zero first.
 template <typename T>
 std::unique_ptr<T[]> space(size_t count) {

@@ -77,10 +77,7 @@ struct Shorts {
         const Lanes magnitude = value > other ? value : other;
         largest = magnitude > largest ? magnitude : largest;
       });
-    float lanes[LANES], most = 1e-30f;
-    store(lanes, largest);
-    for (float value : lanes) most = std::max(most, value);
-    return most;
+    return std::max(largest_lane(largest), 1e-30f);
   }
 
   static float scale(const Patch<bfloat16> &patch, int channels) {
