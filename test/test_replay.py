@@ -82,7 +82,7 @@ def test_threads_do_not_share_memory(network):
     assert all(map(is_same, found, expected))
 
 
-def test_oldest_sizes_are_forgotten(network, monkeypatch):
+def test_sizes_used_longest_ago_are_forgotten(network, monkeypatch):
     monkeypatch.setattr(replay, "KEPT_SIZES", 2)
     counted = Counted(network)
     replays = Replays(counted)
@@ -95,29 +95,57 @@ def test_oldest_sizes_are_forgotten(network, monkeypatch):
         return counted.calls - before
 
     assert run(128, 128, 128, 144, 144, 144) == 4  # two are kept
-    assert run(128, 144) == 0
-    assert run(160, 160, 160) == 2  # instead of the first
-    assert run(144, 160) == 0
-    assert run(128, 128) == 2
+    assert run(144, 128) == 0
+    assert run(160, 160, 160) == 2  # instead of 144
+    assert run(128, 160) == 0
+    assert run(144, 144) == 2
 
 
-def test_memory_is_limited(network, monkeypatch):
+@pytest.fixture
+def size(network):
+    """Bytes of a recording."""
     replays = Replays(network)
     for _ in range(2):
         replays(image_of(0))
     (kept,) = replays._kept.values()
-    size = kept.bytes
-    assert size > 0
-    for limit, recordings in ((size - 1, 0), (2 * size - 1, 1), (2 * size, 2)):
-        monkeypatch.setattr(replay, "KEPT_BYTES", limit)
-        replays = Replays(network)
-        images = [image_of(seed) for seed in range(20)]
-        with ThreadPoolExecutor(2) as pool:
-            found = list(pool.map(replays, images))
-        assert all(map(is_same, found, map(network, images)))
-        (kept,) = replays._kept.values()
-        assert kept.bytes <= recordings * size
-        assert len(kept.idle) * size == kept.bytes
+    assert kept.bytes > 0
+    return kept.bytes
+
+
+def bytes_kept(replays):
+    for kept in replays._kept.values():
+        assert sum(replay._memory.nbytes for replay in kept.idle) >= kept.bytes
+    return sum(kept.bytes for kept in replays._kept.values())
+
+
+@pytest.mark.parametrize("recordings", [0, 1, 2])
+def test_memory_is_limited(network, size, recordings, monkeypatch):
+    monkeypatch.setattr(replay, "KEPT_BYTES", (recordings + 1) * size - 1)
+    replays = Replays(network)
+    images = [image_of(seed) for seed in range(20)]
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(replays, images))
+    assert all(map(is_same, found, map(network, images)))
+    assert bytes_kept(replays) <= recordings * size
+
+
+def test_what_is_used_no_more_makes_room(network, size, monkeypatch):
+    monkeypatch.setattr(replay, "KEPT_BYTES", size + size // 2)
+    monkeypatch.setattr(replay, "UNUSED", 5)
+    counted = Counted(network)
+    replays = Replays(counted)
+    for width, calls in ((160, 2), (144, 7)):  # the second is recorded once the first has aged
+        before = counted.calls
+        for seed in range(12):
+            image = image_of(seed, width=width)
+            assert is_same(replays(image), network(image))
+            assert bytes_kept(replays) <= size
+        assert counted.calls - before == calls
+    for seed in range(12):  # in turn: the second stays, since it is used
+        assert is_same(replays(image_of(seed)), network(image_of(seed)))
+        before = counted.calls
+        replays(image_of(seed, width=144))
+        assert counted.calls == before
 
 
 def test_a_network_that_computes_otherwise_is_called(network):

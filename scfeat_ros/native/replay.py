@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import math
 import threading
 from bisect import bisect_right
 from collections.abc import Callable
@@ -25,9 +26,11 @@ from scfeat_ros.native.library import Argument, Kernel, load, recorded
 LOG = logging.getLogger(__name__)
 
 KEPT_BYTES = 256 << 20
-"""Memory of the recordings that are kept, at most."""
+"""Memory of all recordings, at most."""
 KEPT_SIZES = 16
 """Of images, with or without a recording."""
+UNUSED = 100
+"""Images without one of a size, after which its recordings make room for others."""
 ALIGNMENT = 64
 """Bytes, of what lies in a recording's memory."""
 
@@ -42,8 +45,10 @@ class _Kept:
     """Recordings that no thread runs now."""
     bytes: int = 0
     """Of all recordings."""
-    complete: bool = False
-    """Whether no more are made: a network cannot be recorded, or its recordings are large."""
+    used: int = 0
+    """Number of the last image."""
+    records_from: float = 0
+    """Number of the image from which on another recording may be made."""
 
 
 class Replays:
@@ -59,49 +64,55 @@ class Replays:
 
     def __init__(self, network: Network) -> None:
         self.network = network
-        self._kept: dict[tuple[object, ...], _Kept] = {}
+        self._kept: dict[tuple[object, ...], _Kept] = {}  # the last used at the end
+        self._images = 0
         self._lock = threading.Lock()
 
     def __call__(self, image: torch.Tensor) -> SCFeatOutput:
         key = image.shape, image.stride(), image.dtype, torch.get_num_threads()
         with self._lock:
-            kept = self._kept.get(key)
-            replay = kept.idle.pop() if kept and kept.idle else None
-            if kept is None:
-                self._kept[key] = _Kept()
-        if kept is None or (replay is None and kept.complete):
+            self._images += 1
+            is_new = key not in self._kept
+            kept = self._kept[key] = self._kept.pop(key, _Kept())
+            kept.used = self._images
+            if len(self._kept) > KEPT_SIZES:
+                del self._kept[next(iter(self._kept))]
+            replay = kept.idle.pop() if kept.idle else None
+        if is_new or (replay is None and kept.used < kept.records_from):
             return self.network(image)
         if replay is None:
             output, replay = self._record(kept, image)
         else:
             output = replay(image)
-        with self._lock:
-            if replay is not None:
+        if replay is not None:
+            with self._lock:
                 kept.idle.append(replay)
-            self._forget()
         return output
 
     def _record(self, kept: _Kept, image: torch.Tensor) -> tuple[SCFeatOutput, _Replay | None]:
         recorder = _Recorder()
         with torch.inference_mode(), recorded(recorder), recorder:
             output = self.network(image)
-        plan = None if recorder.computed else _Plan.of(recorder, image, output)
-        if plan is None or kept.bytes + plan.bytes > KEPT_BYTES:
-            reason = ", ".join(recorder.computed) or "much memory"
-            LOG.debug("%s: no recording, it takes %s", tuple(image.shape), reason)
-            kept.complete = True
+        if recorder.computed:
+            LOG.debug("%s: not replayed for %s", tuple(image.shape), ", ".join(recorder.computed))
+            kept.records_from = math.inf
             return output, None
+        plan = _Plan.of(recorder, image, output)
         with self._lock:
+            if not self._has_room(plan.bytes):
+                kept.records_from = self._images + UNUSED
+                return output, None
             kept.bytes += plan.bytes
         return output, _Replay(plan, output)
 
-    def _forget(self) -> None:
-        """Drop the oldest until the rest is within the limits."""
-        while (
-            len(self._kept) > KEPT_SIZES
-            or sum(kept.bytes for kept in self._kept.values()) > KEPT_BYTES
-        ):
-            del self._kept[next(iter(self._kept))]
+    def _has_room(self, size: int) -> bool:
+        """Whether another recording may be kept; what has not been used for long goes."""
+        while self._kept and sum(kept.bytes for kept in self._kept.values()) + size > KEPT_BYTES:
+            key, oldest = next(iter(self._kept.items()))
+            if self._images - oldest.used < UNUSED:
+                return False
+            del self._kept[key]
+        return size <= KEPT_BYTES
 
 
 class _Recorder(TorchDispatchMode):
