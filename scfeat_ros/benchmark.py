@@ -529,7 +529,7 @@ def plot_scaling(report: dict[str, Any], path: Path) -> None:
         import matplotlib
 
         matplotlib.use("Agg")
-        from matplotlib import pyplot
+        from matplotlib import pyplot, ticker
     except ImportError as error:
         raise ValueError("--plot needs matplotlib: pip install matplotlib") from error
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
@@ -548,9 +548,15 @@ def plot_scaling(report: dict[str, Any], path: Path) -> None:
     for (axes, name), points in series.items():
         points.sort()
         axes.plot(*zip(*points, strict=True), marker="o", label=name)
-    for axes, label in ((left, "pixels of the image"), (right, "keypoints (top-K)")):
+    sizes = {_pixels(row["size"]): row["size"] for row in report["rows"]}
+    counts = {row["top_k"]: f"{row['top_k']:,}" for row in report["rows"] if row["top_k"]}
+    for axes, label, ticks in ((left, "image", sizes), (right, "keypoints (top-K)", counts)):
         axes.set(xscale="log", yscale="log", xlabel=label, ylabel="median, ms")
-        axes.grid(alpha=0.3, which="both")
+        axes.set_xticks(list(ticks), list(ticks.values()), fontsize="small")
+        axes.set_xticks([], minor=True)
+        axes.yaxis.set(major_locator=ticker.LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}")
+        axes.yaxis.set(minor_locator=ticker.NullLocator())
+        axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend(fontsize="small")
     left.set_title("extraction")

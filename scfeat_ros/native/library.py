@@ -1,6 +1,6 @@
 """The C++ sources beside this file, compiled on first use for the CPU that they run on, and called.
 
-Compiling them takes about twelve seconds of one core, or seven of two, once: the library is kept
+Compiling them takes about fifteen seconds of one core, or eight of two, once: the library is kept
 under `$XDG_CACHE_HOME/scfeat_ros` (by default ~/.cache/scfeat_ros), named after the source, the
 compiler, its flags and the CPU. Without a compiler, `load` says so and the caller uses PyTorch's
 operators.
