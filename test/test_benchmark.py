@@ -63,7 +63,7 @@ def test_arithmetic_is_counted_as_it_is_run(report):
 
 @needs_compiler
 def test_fast_network_needs_less_arithmetic_where_kernels_follow_an_upsampling(monkeypatch):
-    monkeypatch.setattr(Conv, "use_winograd", lambda conv, shorts: None)
+    monkeypatch.setattr(Conv, "use_kernels", lambda conv, shorts: None)
     monkeypatch.setattr(Stem, "products", lambda stem, h, w: stem.weight.numel() * 4 * h * w)
     for kernel, low, high in ((1, 0.999, 1.001), (3, 1.3, 1.5)):
         model = SCFeat(replace(CONFIGS["scfeat-m"], upsampled_kernel=kernel))

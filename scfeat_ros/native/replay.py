@@ -133,7 +133,7 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if not func.is_view and func is not torch.ops.aten.empty.memory_format:
+        if not getattr(func, "is_view", False) and func is not torch.ops.aten.empty.memory_format:
             self.computed[func.name()] = None
         return func(*args, **(kwargs or {}))
 
