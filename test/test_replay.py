@@ -1,5 +1,7 @@
 """Recorded kernels give what the network gives, whatever else happens meanwhile."""
 
+import gc
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -179,3 +181,23 @@ def test_an_error_while_recording_leaves_nothing_behind(network):
     for seed in range(3):
         assert is_same(replays(image_of(seed)), network(image_of(seed)))
     assert counted.calls == 3  # the second, which failed, is recorded again
+
+
+def test_a_recording_holds_no_maps_but_its_own(network):
+    """What the network made while it was recorded is freed."""
+    replays = Replays(network)
+    replays(image_of(0))
+    taken = []
+    empty = torch.empty
+
+    def watched(*arguments, **options):
+        tensor = empty(*arguments, **options)
+        taken.append(weakref.ref(tensor.untyped_storage()))
+        return tensor
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "empty", watched)
+        output = replays(image_of(1))
+    del output
+    gc.collect()
+    assert len(taken) > 20 and sum(reference() is not None for reference in taken) <= 1

@@ -151,7 +151,10 @@ class _Use(NamedTuple):
 class _Plan(NamedTuple):
     """Calls of kernels, and where in memory they read and write."""
 
-    calls: list[tuple[Kernel, bytes, tuple[Argument, ...]]]
+    calls: list[tuple[Kernel, bytes]]
+    """With their arguments."""
+    weights: list[torch.Tensor]
+    """Held, since the calls have their addresses."""
     given: list[_Use]
     """Of what is another one each time: memory 0 is the image, the others are the outputs."""
     between: list[_Use]
@@ -165,7 +168,7 @@ class _Plan(NamedTuple):
         pieces = sorted([image, *recorder.memory], key=torch.Tensor.data_ptr)
         starts = [piece.data_ptr() for piece in pieces]
         slots = {tensor.data_ptr(): i for i, tensor in enumerate((image, *output))}
-        given, uses, first, last = [], [], {}, {}
+        given, uses, weights, first, last = [], [], [], {}, {}
         word = 0
         for step, (kernel, _, arguments) in enumerate(recorder.calls):
             for place, argument in enumerate(arguments):
@@ -175,8 +178,8 @@ class _Plan(NamedTuple):
                 piece = bisect_right(starts, address) - 1
                 offset = address - starts[piece]
                 if piece < 0 or offset >= pieces[piece].nbytes:
-                    continue  # weights
-                if starts[piece] in slots:
+                    weights.append(argument)
+                elif starts[piece] in slots:
                     given.append(_Use(word + place, slots[starts[piece]], offset))
                 else:
                     uses.append(_Use(word + place, piece, offset))
@@ -186,7 +189,8 @@ class _Plan(NamedTuple):
         sizes = {piece: -(-pieces[piece].nbytes // ALIGNMENT) * ALIGNMENT for piece in first}
         offsets, size = _laid_out(sizes, first, last)
         between = [use._replace(offset=use.offset + offsets[use.memory]) for use in uses]
-        return cls(recorder.calls, given, between, size)
+        calls = [(kernel, words) for kernel, words, _ in recorder.calls]
+        return cls(calls, weights, given, between, size)
 
 
 def _laid_out(
@@ -221,16 +225,16 @@ class _Replay:
     """A plan with memory of its own. For one thread at a time."""
 
     def __init__(self, plan: _Plan, like: SCFeatOutput) -> None:
-        self._plan = plan  # whose arguments hold the weights
+        self._weights = plan.weights
         self._memory = torch.empty(plan.bytes + ALIGNMENT, dtype=torch.uint8)
-        self._words = np.frombuffer(b"".join(words for _, words, _ in plan.calls), np.int64).copy()
+        self._words = np.frombuffer(b"".join(words for _, words in plan.calls), np.int64).copy()
         start = -(-self._memory.data_ptr() // ALIGNMENT) * ALIGNMENT
         for use in plan.between:
             self._words[use.word] = start + use.offset
         given = np.array(plan.given, np.int64).reshape(-1, 3)
         self._given, self._slots, self._offsets = given.T
         addresses, word = [], self._words.ctypes.data
-        for kernel, words, _ in plan.calls:
+        for kernel, words in plan.calls:
             addresses.append((kernel.address, word))
             word += len(words)
         self._steps = np.array(addresses, np.uint64)
