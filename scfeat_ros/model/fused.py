@@ -352,20 +352,19 @@ class FusedSCFeat(nn.Module):
 
     def _describe(self, stem: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """F_0 -> D_desc, layer2, layer3: encoder layers, decoders, side maps, fusion."""
-        k = self.kernels
         layer1 = self.layers[0](stem)
         layer2 = self.layers[1](layer1)
         layer3 = self.layers[2](layer2)
         dim = self.config.descriptor_dim
         eighth, quarter = self.config.decoder_channels
-        sides = k.empty_like(layer1, 3 * dim)
+        sides = _space(layer1, 3 * dim)
 
-        up = k.empty_like(layer2, eighth)
+        up = _space(layer2, eighth)
         self._up_conv("decoder_0.up", self.eighth_taps(layer3), 2, up)
         self._up_conv("side_0", self.side_0_taps(layer3), 4, sides[:, :dim])
         x = self._norm_elu("decoder_0.conv", self.eighth(up, beside=layer2))
 
-        up = k.empty_like(layer1, quarter)
+        up = _space(layer1, quarter)
         self._up_conv("decoder_1.up", self.quarter_taps(x), 2, up)
         self._up_conv("side_1", self.side_1_taps(x), 2, sides[:, dim : 2 * dim])
         x = self._norm_elu("decoder_1.conv", self.quarter(up, beside=layer1))
@@ -402,3 +401,14 @@ class FusedSCFeat(nn.Module):
         )
         peaks = left_peaks, maps.reliability, right_peaks
         return k.score(value, totals, self.norms["layer2"], *peaks)
+
+
+def _space(like: torch.Tensor, channels: int) -> torch.Tensor:
+    """An empty map of the size and type of another, with a number of channels of its own."""
+    batch, _, height, width = like.shape
+    return torch.empty(
+        (batch, channels, height, width),
+        dtype=like.dtype,
+        device=like.device,
+        memory_format=torch.channels_last,
+    )

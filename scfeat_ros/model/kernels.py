@@ -65,13 +65,6 @@ def normalize_image(image: torch.Tensor, mean: torch.Tensor, deviation: torch.Te
     return Image((unit_range(image) - mean.view(3, 1, 1)) / deviation.view(3, 1, 1))
 
 
-def empty_like(x: torch.Tensor, channels: int) -> torch.Tensor:
-    """Space for a map of the size and type of another, with a number of channels of its own."""
-    batch, _, height, width = x.shape
-    size = batch, channels, height, width
-    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-
-
 def statistics(x: torch.Tensor) -> torch.Tensor:
     """(B, C, h, w) -> (B, 2, C) sums and sums of squares."""
     x = x.float().flatten(2)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from scfeat_ros.model.kernels import Image, Maps, Norm
-from scfeat_ros.native.library import call, channels_last, empty, empty_map
+from scfeat_ros.native.library import call, channels_last, empty_map
 
 if TYPE_CHECKING:
     from scfeat_ros.model.fused import Conv
@@ -23,7 +23,7 @@ FACTOR = 4
 
 
 def _lines(height: int, width: int) -> torch.Tensor:
-    return empty(height, FEW, width).permute(1, 0, 2)[None]
+    return torch.empty(height, FEW, width).permute(1, 0, 2)[None]
 
 
 def _is_lines(x: torch.Tensor) -> bool:
@@ -32,23 +32,19 @@ def _is_lines(x: torch.Tensor) -> bool:
 
 
 def _totals(channels: int) -> torch.Tensor:
-    return empty(1, 2, channels, dtype=torch.float64)
+    return torch.empty(1, 2, channels, dtype=torch.float64)
 
 
 def normalize_image(image: torch.Tensor, mean: torch.Tensor, deviation: torch.Tensor) -> Image:
     image = channels_last(image if image.dtype == torch.uint8 else image.float())
     _, _, height, width = image.shape
-    values, largest = empty(1, 3, height, width), empty(1)
+    values, largest = torch.empty(1, 3, height, width), torch.empty(1)
     call(
         "normalize_bytes" if image.dtype == torch.uint8 else "normalize_floats",
         None,
         *(image, height * width, mean, deviation, values, largest),
     )
     return Image(values, largest)
-
-
-def empty_like(x: torch.Tensor, channels: int) -> torch.Tensor:
-    return empty_map(channels, *x.shape[2:], x.dtype)
 
 
 def statistics(x: torch.Tensor) -> torch.Tensor:
@@ -126,8 +122,8 @@ def bridge(
     descriptors, stem = channels_last(descriptors), channels_last(stem)
     _, channels, height, width = descriptors.shape
     bridged = empty_map(channels, height, width, torch.float32)
-    maps_mean, factors = empty(height, width), empty(1, 1, height, width)
-    largest = empty(1)
+    maps_mean, factors = torch.empty(height, width), torch.empty(1, 1, height, width)
+    largest = torch.empty(1)
     call(
         "bridge",
         descriptors.dtype,
@@ -163,7 +159,7 @@ def weigh_by_peakiness(maps: Maps | Image, dtype: torch.dtype) -> tuple[torch.Te
 def _peaks_and_map(
     channels: int, height: int, width: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return empty(1, 1, height, width), empty_map(channels, height, width, dtype)
+    return torch.empty(1, 1, height, width), empty_map(channels, height, width, dtype)
 
 
 def image_branch(image: Image, conv: Conv) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -171,7 +167,7 @@ def image_branch(image: Image, conv: Conv) -> tuple[torch.Tensor, torch.Tensor, 
         peaks, weighted = weigh_by_peakiness(image, torch.float32)
         return peaks, *convolution(weighted, conv)
     _, _, height, width = image.values.shape
-    peaks, out, totals = empty(1, 1, height, width), _lines(height, width), _totals(FEW)
+    peaks, out, totals = torch.empty(1, 1, height, width), _lines(height, width), _totals(FEW)
     call(
         "image_branch",
         None,
@@ -210,7 +206,7 @@ def response(
     x: torch.Tensor, totals: torch.Tensor, norm: Norm, slope: float, weight: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     _, channels, height, width = x.shape
-    out, sums = empty(1, 1, height, width), _totals(1)
+    out, sums = torch.empty(1, 1, height, width), _totals(1)
     rest = totals, norm.groups, norm.weight, norm.bias, slope, weight, out, sums
     if _is_lines(x):
         call("response_of_lines", None, x, height, width, *rest)

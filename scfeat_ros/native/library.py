@@ -180,8 +180,6 @@ class Kernel(NamedTuple):
     """A function of the library."""
 
     function: ctypes._CFuncPtr
-    address: int
-    """Of the function."""
     words: struct.Struct
     """Its arguments in memory."""
 
@@ -192,9 +190,8 @@ def kernel(name: str, dtype: torch.dtype | None) -> Kernel:
     symbol = name if dtype is None else f"{name}_{SUFFIX[dtype]}"
     function = getattr(load(), f"scfeat_{symbol}")
     function.argtypes, function.restype = [ctypes.c_char_p], None
-    address = ctypes.cast(function, ctypes.c_void_p).value
     words = struct.Struct("<" + "".join(WORDS[a] for a in ARGUMENTS[name] + "n"))
-    return Kernel(function, address, words)
+    return Kernel(function, words)
 
 
 def _word(argument: Argument) -> float:
@@ -214,11 +211,9 @@ _watching = _Watching()
 
 
 class Recorder(Protocol):
-    """Is told of what is called and of the memory that is taken, by the thread that it watches."""
+    """Is told of what is called by the thread that it watches."""
 
     def called(self, kernel: Kernel, words: bytes, arguments: tuple[Argument, ...]) -> None: ...
-
-    def took(self, memory: torch.Tensor) -> None: ...
 
 
 @contextlib.contextmanager
@@ -248,19 +243,11 @@ def ask(name: str, *arguments: int) -> int:
     return getattr(load(), name)(*arguments)
 
 
-def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Space for a kernel to write."""
-    memory = torch.empty(shape, dtype=dtype)
-    if _watching.recorder is not None:
-        _watching.recorder.took(memory)
-    return memory
-
-
 def channels_last(x: torch.Tensor) -> torch.Tensor:
     """A map as the kernels read it."""
     return x.contiguous(memory_format=torch.channels_last)
 
 
 def empty_map(channels: int, height: int, width: int, dtype: torch.dtype) -> torch.Tensor:
-    """A (1, channels, height, width) map for a kernel to write, as `channels_last` gives them."""
-    return empty(1, height, width, channels, dtype=dtype).permute(0, 3, 1, 2)
+    """A (1, channels, height, width) map for a kernel to write."""
+    return torch.empty((1, channels, height, width), dtype=dtype, memory_format=torch.channels_last)

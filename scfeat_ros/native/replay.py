@@ -91,7 +91,7 @@ class Replays:
 
     def _record(self, kept: _Kept, image: torch.Tensor) -> tuple[SCFeatOutput, _Replay | None]:
         recorder = _Recorder()
-        with torch.inference_mode(), recorded(recorder), recorder:
+        with recorded(recorder), recorder:
             output = self.network(image)
         if recorder.computed:
             LOG.debug("%s: not replayed for %s", tuple(image.shape), ", ".join(recorder.computed))
@@ -107,12 +107,14 @@ class Replays:
 
     def _has_room(self, size: int) -> bool:
         """Whether another recording may be kept; what has not been used for long goes."""
-        while self._kept and sum(kept.bytes for kept in self._kept.values()) + size > KEPT_BYTES:
+        if size > KEPT_BYTES:
+            return False
+        while sum(kept.bytes for kept in self._kept.values()) + size > KEPT_BYTES:
             key, oldest = next(iter(self._kept.items()))
             if self._images - oldest.used < UNUSED:
                 return False
             del self._kept[key]
-        return size <= KEPT_BYTES
+        return True
 
 
 class _Recorder(TorchDispatchMode):
@@ -127,15 +129,15 @@ class _Recorder(TorchDispatchMode):
     def called(self, kernel: Kernel, words: bytes, arguments: tuple[Argument, ...]) -> None:
         self.calls.append((kernel, words, arguments))
 
-    def took(self, memory: torch.Tensor) -> None:
-        self.memory.append(memory)
-
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if not getattr(func, "is_view", False) and func is not torch.ops.aten.empty.memory_format:
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.empty.memory_format:
+            self.memory.append(result)
+        elif not getattr(func, "is_view", False):
             self.computed[func.name()] = None
-        return func(*args, **(kwargs or {}))
+        return result
 
 
 class _Use(NamedTuple):
@@ -235,7 +237,7 @@ class _Replay:
         self._given, self._slots, self._offsets = given.T
         addresses, word = [], self._words.ctypes.data
         for kernel, words in plan.calls:
-            addresses.append((kernel.address, word))
+            addresses.append((ctypes.cast(kernel.function, ctypes.c_void_p).value, word))
             word += len(words)
         self._steps = np.array(addresses, np.uint64)
         self._outputs = [(part.shape, part.stride(), part.dtype) for part in like]

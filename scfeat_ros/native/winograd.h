@@ -34,13 +34,6 @@ struct Patch {
   const T *rows[PATCH];
 };
 
-// Calls use(k) at every `STEP` numbers of some, and so that the last call ends where they end.
-template <int STEP, typename Use>
-inline void each(int count, Use use) {
-  for (int k = 0; k + STEP <= count; k += STEP) use(k);
-  if (count % STEP) use(count - STEP);
-}
-
 // What the products are of. Transformed patches and weights are kept as `Number`s; a lane of a `Sum`
 // takes up PAIR of them at a time. `scale` is what the results of a patch are to be multiplied by.
 
@@ -72,8 +65,8 @@ struct Shorts {
   static float scale(const Patch<float> &patch, int channels) {
     Lanes largest{};
     for (const float *row : patch.rows)
-      each<LANES>(PATCH * channels, [&](int k) {
-        const Lanes value = load<Lanes>(row + k), other = -value;
+      by_lanes(PATCH * channels, [&](long k, auto lanes) {
+        const Lanes value = lanes.read(row + k), other = -value;
         const Lanes magnitude = value > other ? value : other;
         largest = magnitude > largest ? magnitude : largest;
       });
@@ -82,11 +75,12 @@ struct Shorts {
 
   static float scale(const Patch<bfloat16> &patch, int channels) {
     PairLanes largest{};  // by the bits, which are in the order of the magnitudes
+    static_assert(PATCH % 2 == 0);  // and channels are a multiple of LANES: nothing is left
     for (const bfloat16 *row : patch.rows)
-      each<2 * LANES>(PATCH * channels, [&](int k) {
+      for (int k = 0; k < PATCH * channels; k += 2 * LANES) {
         const PairLanes magnitude = load<PairLanes>(row + k) & 0x7fff;
         largest = magnitude > largest ? magnitude : largest;
-      });
+      }
     int16_t lanes[2 * LANES], most = 0;
     store(lanes, largest);
     for (int16_t value : lanes) most = std::max(most, value);
