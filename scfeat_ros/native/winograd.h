@@ -63,13 +63,14 @@ struct Shorts {
 
   // The largest magnitude in a patch.
   static float scale(const Patch<float> &patch, int channels) {
+    const int count = PATCH * channels;
     Lanes largest{};
     for (const float *row : patch.rows)
-      by_lanes(PATCH * channels, [&](long k, auto lanes) {
-        const Lanes value = lanes.read(row + k), other = -value;
+      for (int k = 0; k < count; k += LANES) {  // the last vector ends where the row does
+        const Lanes value = load<Lanes>(row + std::min(k, count - LANES)), other = -value;
         const Lanes magnitude = value > other ? value : other;
         largest = magnitude > largest ? magnitude : largest;
-      });
+      }
     return std::max(largest_lane(largest), 1e-30f);
   }
 
