@@ -26,8 +26,8 @@ from scfeat_ros.model.fused import FusedSCFeat, cpu_computes
 from scfeat_ros.model.sampling import sample
 from scfeat_ros.model.scfeat import SCFeat, SCFeatOutput, fold_batch_norms
 from scfeat_ros.native import library
-from scfeat_ros.native.matching import has_shorts
 from scfeat_ros.native.replay import Replays
+from scfeat_ros.native.winograd import has_shorts
 from scfeat_ros.onnx_export import OnnxSCFeat
 
 LOG = logging.getLogger(__name__)

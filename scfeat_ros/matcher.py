@@ -51,7 +51,9 @@ def match(
     if len(first) == 0 or len(second) == 0:
         return Matches.empty()
     if torch.device(device).type == "cpu" and library.is_compiled():
-        rows, columns, best, second_best = _compiled_pairs(first.descriptors, second.descriptors)
+        rows, columns, best, second_best = _compiled_pairs(
+            first.descriptors, second.descriptors, ratio is not None
+        )
     else:
         with torch.inference_mode():
             a = torch.from_numpy(first.descriptors).to(device)
@@ -68,13 +70,15 @@ def match(
 
 
 def _compiled_pairs(
-    a: np.ndarray, b: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """As `_mutual_nearest` and `_second_best` in one pass, by the compiled kernels."""
-    found = matching.nearest(a, b)
+    a: np.ndarray, b: np.ndarray, seconds: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
+    """As `_mutual_nearest`, and `_second_best` if wanted, in one pass by the compiled kernels."""
+    found = matching.nearest(a, b, seconds)
     rows = np.flatnonzero(found.of_column[found.of_row] == np.arange(len(a)))
     columns = found.of_row[rows]
-    second_best = np.maximum(found.second[rows], found.second_of_column[columns])
+    second_best = None
+    if seconds:
+        second_best = np.maximum(found.second[rows], found.second_of_column[columns])
     return rows, columns, found.similarity[rows], second_best
 
 

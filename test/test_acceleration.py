@@ -14,7 +14,7 @@ from scfeat_ros.extractor import Extractor
 from scfeat_ros.model import fused
 from scfeat_ros.model.scfeat import CONFIGS, SCFeat, fold_batch_norms, load_model
 from scfeat_ros.native import library
-from scfeat_ros.native.matching import has_shorts
+from scfeat_ros.native.winograd import has_shorts
 
 CPU = torch.device("cpu")
 

@@ -37,7 +37,7 @@ SHORTS = pytest.mark.parametrize(
         pytest.param(
             True,
             marks=pytest.mark.skipif(
-                not library.is_compiled() or not matching.has_shorts(),
+                not library.is_compiled() or not winograd.has_shorts(),
                 reason="no kernels for products of int16 on this CPU",
             ),
         ),

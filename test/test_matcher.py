@@ -92,12 +92,32 @@ def test_fast_products_are_close_to_exact_ones():
                 ordered = np.sort(a @ b.T, axis=1)
                 back = np.sort(a @ b.T, axis=0)
                 rounded_alike = a is not normal and b is not normal
-                close = {"rtol": 0, "atol": 2.5e-4 if rounded_alike else 5e-5}
-                np.testing.assert_allclose(found.similarity / size**2, ordered[:, -1], **close)
-                np.testing.assert_allclose(found.second / size**2, ordered[:, -2], **close)
-                np.testing.assert_allclose(found.second_of_column / size**2, back[-2], **close)
+                for values, largest in (
+                    (found.similarity, ordered[:, -1]),
+                    (found.second, ordered[:, -2]),
+                    (found.second_of_column, back[-2]),
+                ):
+                    off = np.abs(values / size**2 - largest)
+                    # integers may miss one, and find another that is almost as near
+                    assert np.percentile(off, 98) < (2.5e-4 if rounded_alike else 5e-5)
+                    assert off.max() < 5e-3
                 chosen = (a @ b.T)[np.arange(len(a)), found.of_row]
                 np.testing.assert_allclose(found.similarity / size**2, chosen, rtol=0, atol=5e-6)
+
+
+@needs_compiler
+def test_fast_products_find_the_nearest_of_many():
+    random = np.random.default_rng(1)
+    a, b = (random.normal(size=(count, 128)).astype(np.float32) for count in (1900, 2100))
+    b[:1000] = a[:1000] + 0.7 * b[:1000]
+    a, b = (part / np.linalg.norm(part, axis=1, keepdims=True) for part in (a, b))
+    exact = matching.nearest(a, b, exact=True)
+    np.testing.assert_array_equal(exact.of_row, (a @ b.T).argmax(axis=1))
+    for seconds in (True, False):
+        found = matching.nearest(a, b, seconds)
+        assert (found.of_row == exact.of_row).mean() > 0.995
+        assert (found.of_column == exact.of_column).mean() > 0.995
+        assert (found.second is None) == (not seconds)
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (9, 47), (64, 48), (100, 33), (37, 301)])

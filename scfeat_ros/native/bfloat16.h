@@ -61,6 +61,8 @@ inline void write_lanes(bfloat16 *to, Lanes value) {  // rounded as by `write`
 // Vectors of numbers in memory, and what is left at their end.
 
 struct Whole {
+  static constexpr int count = LANES;
+
   template <typename T>
   static Lanes read(const T *from) { return read_lanes(from); }
   template <typename T>

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <cstring>
 #include <memory>
 
@@ -18,6 +19,7 @@ constexpr int LANES = 4, REGISTERS = 32;
 constexpr int LANES = 4, REGISTERS = 16;
 #endif
 typedef float Lanes __attribute__((vector_size(LANES * sizeof(float))));
+typedef int32_t Integers __attribute__((vector_size(LANES * sizeof(int32_t))));
 
 // From and to any address.
 template <typename V, typename T>
@@ -32,13 +34,22 @@ inline void store(T *to, V value) {
   std::memcpy(to, &value, sizeof value);
 }
 
-inline float largest_lane(Lanes value) {
+// One of all lanes: of halves, of their halves, and so on.
+template <typename Join>
+inline float join_lanes(Lanes value, Join join) {
   float lanes[LANES];
   store(lanes, value);
   for (int half = LANES / 2; half > 0; half /= 2)
-    for (int k = 0; k < half; k++)
-      lanes[k] = lanes[k] > lanes[k + half] ? lanes[k] : lanes[k + half];
+    for (int k = 0; k < half; k++) lanes[k] = join(lanes[k], lanes[k + half]);
   return lanes[0];
+}
+
+inline float largest_lane(Lanes value) {
+  return join_lanes(value, [](float a, float b) { return a > b ? a : b; });
+}
+
+inline float sum_of_lanes(Lanes value) {
+  return join_lanes(value, [](float a, float b) { return a + b; });
 }
 
 // Numbers that are not set to zero first.

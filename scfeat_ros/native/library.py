@@ -165,7 +165,7 @@ ARGUMENTS = {
     **dict.fromkeys(("stem", "stem_shorts"), "pnnppfnpnp"),
     **dict.fromkeys(("winograd", "winograd_shorts"), "ppnnnnppfnppnp"),
     "direct": "pnnnpnnnppnp",
-    "nearest": "pnpnnnppppp",
+    **dict.fromkeys(("nearest", "nearest_by_tiles", "nearest_by_integers"), "pnpnnppppp"),
 }
 """Of the kernels: pointers, whole numbers, floats; the number of threads comes after them."""
 

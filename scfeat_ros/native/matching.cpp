@@ -12,9 +12,10 @@
 #include "bfloat16.h"
 #include "call.h"
 #include "lanes.h"
-#include "shorts.h"
+#include "matching.h"
 
 #if defined(__AMX_BF16__) && defined(__linux__)
+#define HAS_TILES
 #include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -22,33 +23,11 @@
 
 namespace {
 
-constexpr float LEAST = -1e30f;  // below every similarity
-
-inline int parts(int count, int size) { return (count + size - 1) / size; }
-
-struct Matrix {
-  const float *values;
-  int rows, length;
-
-  // what lies beyond the end repeats the last row
-  const float *row(int i) const { return values + size_t(std::min(i, rows - 1)) * length; }
-};
-
-inline float product(Matrix a, int i, Matrix b, int j) {
-  const float *one = a.row(i), *other = b.row(j);
-  float sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int k = 0; k < a.length; k++) sum += one[k] * other[k];
-  return sum;
-}
-
 // Inner products of the rows of two matrices, a block of ROWS by COLUMNS at a time.
 class ByVectors {
  public:
   static constexpr bool EXACT = true;
-  // the sums fill the registers
-  static constexpr int ROWS = REGISTERS == 32 ? 8 : 4, VECTORS = REGISTERS == 32 ? 3 : 2;
-  static constexpr int COLUMNS = LANES * VECTORS;
+  static constexpr int ROWS = BLOCK_ROWS, VECTORS = BLOCK_VECTORS, COLUMNS = BLOCK_COLUMNS;
 
   struct Thread {};  // nothing to be set up
 
@@ -80,94 +59,7 @@ class ByVectors {
   std::vector<float> packed;  // of `b` by tiles of columns, value by value
 };
 
-#if defined(HAS_SHORTS)
-// The same in half of the time, of numbers rounded to 16 bits. Their scale lets no sum overflow 32
-// bits: by Cauchy and Schwarz it is at most the product of two rows' norms. Inner products of unit
-// vectors come out within 2e-5 as a rule, and the root of their length times 2e-5 at worst, where
-// all values are rounded alike.
-class ByShorts {
- public:
-  static constexpr bool EXACT = false;
-  static constexpr int ROWS = ByVectors::ROWS, VECTORS = ByVectors::VECTORS;
-  static constexpr int COLUMNS = LANES * VECTORS;
-
-  struct Thread {};  // nothing to be set up
-
-  struct Pair {
-    int16_t values[2];
-  };
-
-  ByShorts(Matrix a, Matrix b, int threads) : pairs(parts(a.length, 2)) {
-    const float scale_a = scale(a), scale_b = scale(b);
-    factor = 1 / (scale_a * scale_b);
-    left = round(a, parts(a.rows, ROWS) * ROWS, scale_a, threads);
-    const int tiles = parts(b.rows, COLUMNS);
-    const std::vector<Pair> rows = round(b, tiles * COLUMNS, scale_b, threads);
-    right.resize(rows.size());
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int tile = 0; tile < tiles; tile++)
-      for (int k = 0; k < pairs; k++)
-        for (int j = 0; j < COLUMNS; j++)
-          right[(size_t(tile) * pairs + k) * COLUMNS + j] =
-              rows[(size_t(tile) * COLUMNS + j) * pairs + k];
-  }
-
-  void operator()(int block, int tile, float (*out)[COLUMNS]) const {
-    const Pair *row = left.data() + size_t(block) * ROWS * pairs;
-    const Pair *from = right.data() + size_t(tile) * pairs * COLUMNS;
-    Integers sum[ROWS][VECTORS] = {};
-    for (int k = 0; k < pairs; k++, from += COLUMNS) {
-      Integers value[VECTORS];
-      for (int v = 0; v < VECTORS; v++) value[v] = load<Integers>(from + v * LANES);
-      for (int r = 0; r < ROWS; r++) {
-        const Integers one = Integers{} + load<int32_t>(row + r * pairs + k);
-        for (int v = 0; v < VECTORS; v++) sum[r][v] = add_products(sum[r][v], one, value[v]);
-      }
-    }
-    for (int r = 0; r < ROWS; r++)
-      for (int v = 0; v < VECTORS; v++)
-        store(out[r] + v * LANES, __builtin_convertvector(sum[r][v], Lanes) * factor);
-  }
-
- private:
-  // What brings the largest value to 16 bits, and no row's norm above the root of 2^31.
-  static float scale(Matrix from) {
-    float largest = 1e-30f, norm = 1e-30f;
-    for (int i = 0; i < from.rows; i++) {
-      const float *row = from.row(i);
-      float squares = 0;
-#pragma omp simd reduction(+ : squares) reduction(max : largest)
-      for (int k = 0; k < from.length; k++) {
-        const float value = row[k];
-        largest = std::max(largest, std::abs(value));
-        squares += value * value;
-      }
-      norm = std::max(norm, std::sqrt(squares));
-    }
-    return std::min(32767 / largest, 46000 / norm);
-  }
-
-  std::vector<Pair> round(Matrix from, int rows, float scale, int threads) const {
-    std::vector<Pair> rounded(size_t(rows) * pairs);
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int i = 0; i < rows; i++) {
-      const float *row = from.row(i);
-      int16_t *to = rounded[size_t(i) * pairs].values;
-      for (int k = 0; k < from.length; k++) {
-        const float scaled = row[k] * scale;
-        to[k] = int16_t(scaled + (scaled < 0 ? -0.5f : 0.5f));
-      }
-    }
-    return rounded;
-  }
-
-  int pairs;
-  float factor;
-  std::vector<Pair> left, right;  // of `b` by tiles of columns, pair by pair
-};
-#endif
-
-#if defined(__AMX_BF16__) && defined(__linux__)
+#if defined(HAS_TILES)
 // The same by AMX's tiles of bf16. A number is the sum of two of bf16 but for 2^-17 of it, and the
 // product of the two smaller ones is left out: unit vectors come out within 2e-5.
 class ByTiles {
@@ -379,7 +271,7 @@ void search(Matrix a, Matrix b, int64_t *row_place, float *row_first, float *row
         }
         row_place[start + r] = place;
         row_first[start + r] = first;
-        row_second[start + r] = second;
+        if (row_second != nullptr) row_second[start + r] = second;
       }
     }
   }
@@ -389,47 +281,33 @@ void search(Matrix a, Matrix b, int64_t *row_place, float *row_first, float *row
       all.take(j, of_columns[t].first[j], of_columns[t].second[j], of_columns[t].place[j]);
   for (int j = 0; j < b.rows; j++) {
     column_place[j] = all.place[j];
+    if (column_second == nullptr) continue;
     column_second[j] = all.second[j];
     if (!Products::EXACT) column_second[j] += product(a, all.place[j], b, j) - all.first[j];
   }
 }
 
 // Of the rows of `a` (rows, length) among those of `b` (columns, length), and the other way round:
-// the first nearest, its similarity, and the second largest similarity.
-void nearest(const float *a, int rows, const float *b, int columns, int length, bool exact,
-             int64_t *row_place, float *row_first, float *row_second, int64_t *column_place,
-             float *column_second, int threads) {
-  auto way = search<ByVectors>;
-#if defined(HAS_SHORTS)
-  if (!exact) way = search<ByShorts>;
-#endif
-#if defined(__AMX_BF16__) && defined(__linux__)
-  if (!exact && ByTiles::available()) way = search<ByTiles>;
-#endif
-  way({a, rows, length}, {b, columns, length}, row_place, row_first, row_second, column_place,
-      column_second, threads);
+// the first nearest, its similarity, and where wanted the second largest similarity.
+template <typename Products>
+void nearest(const float *a, int rows, const float *b, int columns, int length, int64_t *row_place,
+             float *row_first, float *row_second, int64_t *column_place, float *column_second,
+             int threads) {
+  search<Products>({a, rows, length}, {b, columns, length}, row_place, row_first, row_second,
+                   column_place, column_second, threads);
 }
 }  // namespace
 
-extern "C" {
-
 // Whether this CPU multiplies bf16 by tiles, and the system lets it.
-int has_tiles() {
-#if defined(__AMX_BF16__) && defined(__linux__)
+extern "C" int has_tiles() {
+#if defined(HAS_TILES)
   return ByTiles::available();
 #else
   return 0;
 #endif
 }
 
-// Whether it is faster with products of integers of 16 bits than with those of floats.
-int has_shorts() {
-#if defined(HAS_SHORTS)
-  return 1;
-#else
-  return 0;
+EXPORT(nearest, nearest<ByVectors>)
+#if defined(HAS_TILES)
+EXPORT(nearest_by_tiles, nearest<ByTiles>)
 #endif
-}
-}
-
-EXPORT(nearest, nearest)

@@ -9,6 +9,15 @@ import numpy as np
 from scfeat_ros.native.library import ask, call
 
 
+KERNELS = {
+    "bf16, in two parts": "nearest_by_tiles",
+    "int8": "nearest_by_integers",
+    "int16": "nearest_by_integers",
+    "fp32": "nearest",
+}
+"""By how they multiply."""
+
+
 class Nearest(NamedTuple):
     """Nearest neighbours both ways between (N, D) and (M, D); of equally near ones the first."""
 
@@ -16,11 +25,11 @@ class Nearest(NamedTuple):
     """(N,) int64"""
     similarity: np.ndarray
     """(N,) float32, of the nearest."""
-    second: np.ndarray
+    second: np.ndarray | None
     """(N,) float32, the second largest similarity; hugely negative where there is none."""
     of_column: np.ndarray
     """(M,) int64"""
-    second_of_column: np.ndarray
+    second_of_column: np.ndarray | None
     """(M,) float32"""
 
 
@@ -29,33 +38,35 @@ def has_tiles() -> bool:
     return bool(ask("has_tiles"))
 
 
-def has_shorts() -> bool:
-    """Whether it is faster with products of integers of 16 bits than with those of fp32."""
-    return bool(ask("has_shorts"))
-
-
 def way() -> str:
-    """How `nearest` multiplies where it need not be exact: bf16, int16 or fp32."""
+    """How `nearest` multiplies where it need not be exact: bf16, int8, int16 or fp32."""
     if has_tiles():
         return "bf16, in two parts"
-    return "int16" if has_shorts() else "fp32"
+    bits = ask("integer_bits")
+    return f"int{bits}" if bits else "fp32"
 
 
-def nearest(a: np.ndarray, b: np.ndarray, exact: bool = False) -> Nearest:
+def nearest(a: np.ndarray, b: np.ndarray, seconds: bool = True, exact: bool = False) -> Nearest:
     """Of (N, D) and (M, D) float32, neither empty, by inner product.
 
     Args:
         a, b: the vectors.
-        exact: multiply in fp32 everywhere. Else neighbours are found by what the CPU multiplies
-            fastest: AMX's tiles, with every factor as the sum of two numbers of bf16; or integers
-            of 16 bits. Inner products of unit vectors are then within 2e-5 as a
-            rule (within sqrt(D) of that where all values are rounded alike), and so near ones may
-            change places; `similarity` is computed in fp32 for those that are found.
+        seconds: whether the second largest similarities are wanted, which takes a little longer.
+        exact: multiply in fp32 everywhere. Else neighbours are sought by what the CPU multiplies
+            fastest. With integers of 8 or 16 bits, of candidates that are near each other the
+            products in fp32 decide, and all similarities are such; in one of a thousand places
+            the nearest is not among the candidates, and one almost as near is found. With AMX's
+            tiles every factor is the sum of two numbers of bf16: inner products of unit vectors
+            are within 2e-5, and so near ones may change places; `similarity` is computed in fp32.
     """
     a, b = np.ascontiguousarray(a, np.float32), np.ascontiguousarray(b, np.float32)
     found = Nearest(
-        *(np.empty(len(a), dtype) for dtype in (np.int64, np.float32, np.float32)),
-        *(np.empty(len(b), dtype) for dtype in (np.int64, np.float32)),
+        np.empty(len(a), np.int64),
+        np.empty(len(a), np.float32),
+        np.empty(len(a), np.float32) if seconds else None,
+        np.empty(len(b), np.int64),
+        np.empty(len(b), np.float32) if seconds else None,
     )
-    call("nearest", None, a, len(a), b, len(b), a.shape[1], exact, *found)
+    kernel = KERNELS["fp32" if exact else way()]
+    call(kernel, None, a, len(a), b, len(b), a.shape[1], *found)
     return found

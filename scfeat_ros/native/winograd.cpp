@@ -155,6 +155,18 @@ void winograd(const T *x, const T *beside, int height, int width, int inputs, in
 
 }  // namespace
 
-extern "C" int winograd_columns(int outputs) { return columns(outputs); }
+extern "C" {
+
+int winograd_columns(int outputs) { return columns(outputs); }
+
+// Whether it is faster with products of integers of 16 bits than with those of floats.
+int has_shorts() {
+#if defined(HAS_SHORTS)
+  return 1;
+#else
+  return 0;
+#endif
+}
+}
 
 EXPORT_KINDS(winograd)

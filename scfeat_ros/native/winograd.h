@@ -10,7 +10,7 @@
 #include "bfloat16.h"
 #include "call.h"
 #include "lanes.h"
-#include "shorts.h"
+#include "integers.h"
 
 namespace {
 
@@ -91,7 +91,7 @@ struct Shorts {
   static void put(Number *to, Lanes value, float factor, int i, int j) {
     // by what the rows of B^T come to at most
     constexpr float share[PATCH] = {1.0f / 10, 1.0f / 10, 1.0f / 10, 1.0f / 6, 1.0f / 6, 1.0f / 10};
-    store(to, round_to_shorts(value * (share[i] * share[j] * factor)));
+    store(to, round_to<ShortLanes>(value * (share[i] * share[j] * factor)));
   }
 
   static Sum repeat(const Number *from) { return Integers{} + load<int32_t>(from); }

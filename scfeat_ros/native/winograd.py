@@ -26,6 +26,11 @@ BOUNDS = (10, 10, 10, 6, 6, 10)
 """What the rows of B^T come to at most, as in winograd.h."""
 
 
+def has_shorts() -> bool:
+    """Whether the CPU convolves faster by products of integers of 16 bits than by those of fp32."""
+    return bool(ask("has_shorts"))
+
+
 def _tiles(height: int, width: int, side: int) -> int:
     return -(-height // side) * -(-width // side)
 
