@@ -144,9 +144,9 @@ def epipolar_inliers(
         first, second: (M, 2) corresponding points in pixels.
         threshold: largest distance from the epipolar line in pixels.
         seed: state of the random sampler, so that the answer is repeatable.
-        estimate_from: the matrix is sought with so many (8 or more) of the correspondences, spread
-            evenly over their order, and all are judged by it; None for all, a little better
-            and slower.
+        estimate_from: where there are more correspondences, the matrix is sought with so many of
+            them (8 or more), spread evenly over their order, until it is found with a probability
+            of 0.99, and all are judged by it; None for all and 0.9999, a little better and slower.
 
     Returns:
         (M,) bool mask and the (3, 3) float64 fundamental matrix; with fewer than 8 points
@@ -157,16 +157,15 @@ def epipolar_inliers(
         return none
     parameters = cv2.UsacParams()
     parameters.randomGeneratorState = seed
-    parameters.confidence = 0.9999
+    few = estimate_from is not None and estimate_from < len(first)
+    parameters.confidence, parameters.loIterations = (0.99, 5) if few else (0.9999, 10)
     parameters.maxIterations = 1000
     parameters.threshold = threshold
     parameters.score = cv2.SCORE_METHOD_MAGSAC
     parameters.sampler = cv2.SAMPLING_UNIFORM
     parameters.loMethod = cv2.LOCAL_OPTIM_SIGMA
-    parameters.loIterations = 10
     parameters.loSampleSize = 20
     first, second = (np.ascontiguousarray(points, np.float64) for points in (first, second))
-    few = estimate_from is not None and estimate_from < len(first)
     used = np.linspace(0, len(first) - 1, estimate_from).astype(int) if few else slice(None)
     try:
         matrix, mask = cv2.findFundamentalMat(first[used], second[used], parameters)

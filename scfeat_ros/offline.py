@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -121,6 +122,8 @@ def run(
         front_end = FrontEnd(extractor, matching)
         stack.enter_context(cores_awake(extractor.device))
         stack.callback(torch.set_num_threads, torch.get_num_threads())  # `_process` shares them out
+        stack.callback(cv2.setNumThreads, cv2.getNumThreads())
+        cv2.setNumThreads(1)  # of stages that go on beside each other
         stack.callback(sys.setswitchinterval, sys.getswitchinterval())
         sys.setswitchinterval(SWITCH_INTERVAL)
         folder = stack.enter_context(staged_folder(output, options.overwrite))

@@ -8,7 +8,6 @@ import numpy as np
 
 from scfeat_ros.native.library import ask, call
 
-
 KERNELS = {
     "bf16, in two parts": "nearest_by_tiles",
     "int8": "nearest_by_integers",

@@ -115,8 +115,8 @@ struct Keys {
     while (1 << bits < places) bits++;
     last = (1 << bits) - 1;
   }
-  // What the similarities must stay below.
-  float limit() const { return float(uint32_t(1) << (31 - bits)); }
+  // All similarities must be above it, and below its negative.
+  int32_t lowest() const { return -(1 << (30 - bits)) * 2; }
   int code(int place) const { return last - place; }
   int place(int32_t key) const { return last - (key & last); }
 };
@@ -154,10 +154,11 @@ Nearest decide(const int32_t *key, int count, Keys keys, int margin, Place place
     second = std::max(second, std::min(first, key[c]));
     first = std::max(first, key[c]);
   }
-  const int64_t near = (int64_t((KEPT == 2 ? second : first) >> keys.bits) - margin) << keys.bits;
+  const int32_t least = (KEPT == 2 ? second : first) >> keys.bits;
+  const int32_t near = std::max(least - margin, keys.lowest() + 1) * (1 << keys.bits);
   Nearest nearest;
   for (int c = 0; c < count; c++)
-    if (key[c] >= near && key[c] != NOTHING) {
+    if (key[c] >= near) {
       const int at = place(c);
       nearest.take(product(at), at);
     }
@@ -189,6 +190,15 @@ struct Products {
   }
 };
 
+// Sets what lies beyond the columns that there are.
+inline void hide(int columns, int32_t value, Integers (&sum)[ROWS][VECTORS]) {
+  Integers lane;
+  for (int k = 0; k < LANES; k++) lane[k] = k;
+  for (int v = 0; v < VECTORS; v++)
+    for (int r = 0; r < ROWS; r++)
+      sum[r][v] = lane + v * LANES < columns ? sum[r][v] : Integers{} + value;
+}
+
 template <int KEPT>
 void search(Matrix a, Matrix b, int64_t *row_place, float *row_first, float *row_second,
             int64_t *column_place, float *column_second, int threads) {
@@ -197,14 +207,12 @@ void search(Matrix a, Matrix b, int64_t *row_place, float *row_first, float *row
   const int shares = parts(a.rows, share_rows);
   const Keys keys(std::max(vectors, share_rows));
   // by Cauchy and Schwarz; and rounding makes a row longer
-  const float limit = std::sqrt(keys.limit()) - std::sqrt(float(a.length));
+  const float limit = std::sqrt(-float(keys.lowest())) - std::sqrt(float(a.length));
   const Rounded left(a, limit, threads), other(b, limit, threads);
   const Products products{left, other.tiles(threads)};
   // five times the standard deviation of the difference of two
   const int margin = int(1.5f * (left.norm + other.norm));
   std::vector<Best<KEPT>> of_columns(size_t(shares) * vectors);
-  Integers lane;
-  for (int k = 0; k < LANES; k++) lane[k] = k;
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int share = 0; share < shares; share++) {
     const int begin = share * share_rows, end = std::min(begin + share_rows, a.rows);
@@ -212,7 +220,6 @@ void search(Matrix a, Matrix b, int64_t *row_place, float *row_first, float *row
       const int stop = std::min(start + GROUP, end);
       Best<KEPT> of_rows[GROUP];
       for (int tile = 0; tile < tiles; tile++) {
-        const bool last = tile == tiles - 1;
         Best<KEPT> *columns = &of_columns[size_t(share) * vectors + tile * VECTORS];
         Best<KEPT> down[VECTORS];
         std::copy_n(columns, VECTORS, down);
@@ -220,6 +227,7 @@ void search(Matrix a, Matrix b, int64_t *row_place, float *row_first, float *row
           const int rows = std::min(ROWS, stop - block);
           Integers sum[ROWS][VECTORS];
           products(block, rows, tile, sum);
+          if (tile == tiles - 1) hide(b.rows - tile * COLUMNS, keys.lowest(), sum);
 #pragma GCC unroll 8
           for (int r = 0; r < ROWS; r++) {
             if (r >= rows) break;
@@ -227,9 +235,7 @@ void search(Matrix a, Matrix b, int64_t *row_place, float *row_first, float *row
             for (int v = 0; v < VECTORS; v++) {
               const int vector = tile * VECTORS + v;
               const Integers shifted = sum[r][v] << keys.bits;
-              Integers along = shifted + keys.code(vector);
-              if (last) along = vector * LANES + lane < b.rows ? along : Integers{} + NOTHING;
-              across.take(along);
+              across.take(shifted + keys.code(vector));
               down[v].take(shifted + keys.code(block + r - begin));
             }
             of_rows[block - start + r] = across;

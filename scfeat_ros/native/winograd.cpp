@@ -47,21 +47,24 @@ struct Map {
   long in_block(int place, int tile) const { return place * pitch() + long(tile) * channels; }
 };
 
-// The patch of a tile; one that reaches over the map's edge is made in `space`, with zeros there.
+// The patch of a tile; rows that reach over the map's edge are made in `space`, with zeros there.
 template <typename T>
 Patch<T> patch_of(const T *x, Map map, long tile, T *space) {
   const int top = int(tile / map.across()) * TILE - 1, left = int(tile % map.across()) * TILE - 1;
   const int begin = std::max(left, 0), end = std::min(left + PATCH, map.width);
-  const bool inside = end - begin == PATCH && top >= 0 && top + PATCH <= map.height;
   Patch<T> patch;
   for (int i = 0; i < PATCH; i++) {
     const int row = top + i;
+    const bool there = row >= 0 && row < map.height;
+    if (there && end - begin == PATCH) {
+      patch.rows[i] = x + map.at(row, left);
+      continue;
+    }
     T *to = space + i * PATCH * map.channels;
-    patch.rows[i] = inside ? x + map.at(row, left) : to;
-    if (inside) continue;
     std::fill_n(to, PATCH * map.channels, T{});
-    if (row >= 0 && row < map.height)
+    if (there)
       std::copy(x + map.at(row, begin), x + map.at(row, end), to + (begin - left) * map.channels);
+    patch.rows[i] = to;
   }
   return patch;
 }
