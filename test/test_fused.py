@@ -122,7 +122,7 @@ def test_convolution_after_upsampling_is_exact_at_every_border(k, factor, channe
     found, totals = k.upsampled_sum(z, channels, factor)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(totals, kernels.statistics(expected), atol=1e-2, rtol=1e-4)
-    found, _ = k.upsampled_sum(z, channels, factor, plus)
+    found, _ = k.upsampled_sum(z, channels, factor, plus.clone())
     torch.testing.assert_close(found, expected + plus, atol=1e-4, rtol=1e-4)
 
 

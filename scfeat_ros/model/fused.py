@@ -22,9 +22,10 @@ it exact in real numbers:
 
 Where all of it is compiled kernels, `native/replay.py` runs a frame in one call.
 
-Convolutions run in `dtype`; sums, normalizations, peakiness and scores in fp32, and so does what
-the head computes at the image's resolution: keypoints are where one score is larger than the next,
-and half precision there moves three times as many of them as in all the rest of the network.
+Convolutions run in `dtype`; sums, normalizations, peakiness and scores in fp32. Maps at the image's
+resolution are of fp32, and so are the factors of their convolutions, or integers of 16 bits: keypoints
+are where one score is larger than the next, and maps in half precision there move three times as many
+of them as in all the rest of the network.
 """
 
 from __future__ import annotations
@@ -112,8 +113,8 @@ class Conv(nn.Module):
 
     @functools.cached_property
     def by_outputs(self) -> torch.Tensor:
-        """(C_in, k, k, C_out) weights, for the kernels of few channels."""
-        return self.weight.permute(1, 2, 3, 0).contiguous()
+        """(C_in, k, k, C_out) weights in fp32, for the kernels of few channels."""
+        return self.weight.float().permute(1, 2, 3, 0).contiguous()
 
     def _filters(self, height: int, width: int) -> bool:
         """Whether a result of a height and width is computed in fewer products."""
@@ -310,7 +311,7 @@ class FusedSCFeat(nn.Module):
         self.spatial, self.norms["bridge"] = _bridge(model.bridge)
         self.layer0_left = Conv(detector.layer0_left.conv.weight, dtype=dtype)
         self.layer0_right = Conv(detector.layer0_right.conv.weight)
-        self.layer1_left = taps(detector.layer1_left.weight, torch.float32)
+        self.layer1_left = taps(detector.layer1_left.weight, dtype)
         self.layer1_right = Conv(detector.layer1_right.weight)
         for name, block in detector.named_modules():
             if isinstance(block, ConvInstanceNorm):
@@ -326,10 +327,9 @@ class FusedSCFeat(nn.Module):
         self.reliability = copy.deepcopy(detector.reliability)
         self.register_buffer("layer2", detector.layer2.weight.detach().float().flatten().clone())
         if compiled:
-            in_fp32 = self.layer0_right, self.layer1_right  # as all at the image's resolution
             for module in self.modules():
                 if isinstance(module, Conv):
-                    module.use_kernels(shorts and module not in in_fp32)
+                    module.use_kernels(shorts)
         self.eval().requires_grad_(False)
 
     @torch.inference_mode()

@@ -240,7 +240,7 @@ def hidden(
     """
     right = conv(normalize_activate(right, totals, norm, slope))
     factor = right.shape[-1] // left.shape[-1]
-    return upsampled_sum(left_taps(left.float()), right.shape[1], factor, right)
+    return upsampled_sum(left_taps(left).float(), right.shape[1], factor, right)
 
 
 def response(

@@ -164,9 +164,10 @@ void channel_sums(const T *x, long rows, int columns, int channels, double *tota
   all.write(totals);
 }
 
-template <typename T>
-void upsampled_sum(const T *z, int height, int width, int factor, int channels,
-                   const T *plus, T *out, double *totals, int threads) {
+// ADDS: to what is there.
+template <typename T, typename Out = T, bool ADDS = false>
+void upsampled_sum(const T *z, int height, int width, int factor, int channels, Out *out,
+                   double *totals, int threads) {
   const int H = height * factor, W = width * factor, C = channels;
   const long stride = 9 * C;
   std::vector<Position> across(W);
@@ -217,14 +218,13 @@ void upsampled_sum(const T *z, int height, int width, int factor, int channels,
         for (int k = 0; k < C; k++)
           value[k] = share[0] * tap[0][k] + share[1] * tap[1][k] + share[2] * tap[2][k] +
                      share[3] * tap[3][k] + share[4] * tap[4][k] + share[5] * tap[5][k];
-        const long place = (long(y) * W + x) * C;
-        if (plus)
-          for (int k = 0; k < C; k++) value[k] += read(plus[place + k]);
+        Out *__restrict to = out + (long(y) * W + x) * C;
+        if (ADDS)
+          for (int k = 0; k < C; k++) value[k] += read(to[k]);
         for (int k = 0; k < C; k++) {
           sum[k] += value[k];
           square[k] += value[k] * value[k];
         }
-        T *__restrict to = out + place;
         for (int k = 0; k < C; k++) write(to[k], value[k]);
       }
       all.add(sums, squares);
@@ -272,9 +272,9 @@ class Upsampling {
 };
 
 // `upsampled_sum` for a 1x1 convolution: its result upsampled.
-template <typename T>
-void upsampled(const T *x, int height, int width, int factor, int channels, const T *plus,
-               T *out, double *totals, int threads) {
+template <typename T, typename Out = T, bool ADDS = false>
+void upsampled(const T *x, int height, int width, int factor, int channels, Out *out,
+               double *totals, int threads) {
   const int H = height * factor, W = width * factor, C = channels;
   const Upsampling<T> upsampling(x, height, width, factor, C);
   Totals all(C, threads);
@@ -285,12 +285,11 @@ void upsampled(const T *x, int height, int width, int factor, int channels, cons
 #pragma omp for schedule(static)
     for (int y = 0; y < H; y++) {
       upsampling.row(y, line, [&](int column, const float *left, const float *right, float weight) {
-        const long place = (long(y) * W + column) * C;
-        T *__restrict to = out + place;
+        Out *__restrict to = out + (long(y) * W + column) * C;
 #pragma omp simd
         for (int c = 0; c < C; c++) {
           float value = (1.0f - weight) * left[c] + weight * right[c];
-          if (plus) value += read(plus[place + c]);
+          if (ADDS) value += read(to[c]);
           sum[c] += value;
           square[c] += value * value;
           write(to[c], value);
@@ -997,6 +996,10 @@ void score(float *values, const double *statistics, const float *weight, const f
 
 EXPORT_TYPES(channel_sums)
 EXPORT_TYPES(upsampled_sum)
+EXPORT(add_upsampled_float, upsampled<float, float, true>)
+EXPORT(add_upsampled_bfloat16, upsampled<bfloat16, float, true>)
+EXPORT(add_upsampled_sum_float, upsampled_sum<float, float, true>)
+EXPORT(add_upsampled_sum_bfloat16, upsampled_sum<bfloat16, float, true>)
 EXPORT_TYPES(upsampled)
 EXPORT_TYPES(upsampled_sums)
 EXPORT_TYPES(upsampled_elu)

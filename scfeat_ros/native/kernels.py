@@ -82,16 +82,16 @@ def normalize_activate(
 def upsampled_sum(
     taps: torch.Tensor, channels: int, factor: int, plus: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """As in `kernels`; `plus`, of fp32, is overwritten."""
     taps = channels_last(taps)
     _, count, height, width = taps.shape
-    plus = None if plus is None else channels_last(plus)
-    out = empty_map(channels, height * factor, width * factor, taps.dtype)
+    name = "upsampled" if count == channels else "upsampled_sum"
+    if plus is None:
+        out = empty_map(channels, height * factor, width * factor, taps.dtype)
+    else:
+        name, out = f"add_{name}", channels_last(plus)
     totals = _totals(channels)
-    call(
-        "upsampled" if count == channels else "upsampled_sum",
-        taps.dtype,
-        *(taps, height, width, factor, channels, plus, out, totals),
-    )
+    call(name, taps.dtype, taps, height, width, factor, channels, out, totals)
     return out, totals
 
 
@@ -191,7 +191,7 @@ def hidden(
     few = _is_lines(right) and conv.weight.shape[0] == left_taps.weight.shape[0] == FEW
     if not few or factor != FACTOR:
         right = conv(normalize_activate(right, totals, norm, slope))
-        return upsampled_sum(left_taps(left.float()), right.shape[1], factor, right)
+        return upsampled_sum(left_taps(left), right.shape[1], factor, right)
     out, sums = _lines(height * FACTOR, width * FACTOR), _totals(FEW)
     call(
         "hidden",
