@@ -35,8 +35,8 @@ def match(
         device: torch device for the similarities.
 
     Returns:
-        Matches sorted by the index in `first`; empty where either side is empty. Similarities are
-        within 2e-5 on a CPU with AMX, where they come from two parts of bf16 a number.
+        Matches sorted by the index in `first`; empty where either side is empty. On the CPU,
+        neighbours that are almost equally near may change places: see `native.matching.nearest`.
 
     Raises:
         ValueError: descriptors of different lengths, or a ratio outside (0, 1].

@@ -115,8 +115,8 @@ def test_fast_products_find_the_nearest_of_many():
     np.testing.assert_array_equal(exact.of_row, (a @ b.T).argmax(axis=1))
     for seconds in (True, False):
         found = matching.nearest(a, b, seconds)
-        assert (found.of_row == exact.of_row).mean() > 0.995
-        assert (found.of_column == exact.of_column).mean() > 0.995
+        assert (found.of_row == exact.of_row).mean() > 0.999
+        assert (found.of_column == exact.of_column).mean() > 0.999
         assert (found.second is None) == (not seconds)
 
 

@@ -23,9 +23,9 @@ it exact in real numbers:
 Where all of it is compiled kernels, `native/replay.py` runs a frame in one call.
 
 Convolutions run in `dtype`; sums, normalizations, peakiness and scores in fp32. Maps at the image's
-resolution are of fp32, and so are the factors of their convolutions, or integers of 16 bits: keypoints
-are where one score is larger than the next, and maps in half precision there move three times as many
-of them as in all the rest of the network.
+resolution are of fp32, convolved in fp32 or by integers of 16 bits: keypoints are where one score
+is larger than the next, and half precision there moves three times as many of them as in all the
+rest of the network.
 """
 
 from __future__ import annotations

@@ -11,6 +11,13 @@
 #include <immintrin.h>
 #endif
 
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+#define HAS_BYTES
+#elif defined(__ARM_FEATURE_DOTPROD)
+#define HAS_BYTES
+#include <arm_neon.h>
+#endif
+
 namespace {
 
 // Values to nearest, as integers of so few bits that their magnitudes are below 2^22.
@@ -38,12 +45,7 @@ inline Integers add_products(Integers sum, Integers one, Integers other) {
 }
 #endif
 
-#if defined(__AVX512VNNI__) || defined(__AVXVNNI__) || defined(__ARM_FEATURE_DOTPROD)
-#define HAS_BYTES
-#if defined(__ARM_FEATURE_DOTPROD)
-#include <arm_neon.h>
-#endif
-
+#if defined(HAS_BYTES)
 // What is added to the numbers in `other`: some CPUs take only positive ones there.
 #if defined(__ARM_FEATURE_DOTPROD)
 constexpr int OFFSET = 0;

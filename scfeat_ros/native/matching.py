@@ -53,10 +53,11 @@ def nearest(a: np.ndarray, b: np.ndarray, seconds: bool = True, exact: bool = Fa
         seconds: whether the second largest similarities are wanted, which takes a little longer.
         exact: multiply in fp32 everywhere. Else neighbours are sought by what the CPU multiplies
             fastest. With integers of 8 or 16 bits, of candidates that are near each other the
-            products in fp32 decide, and all similarities are such; in one of a thousand places
-            the nearest is not among the candidates, and one almost as near is found. With AMX's
-            tiles every factor is the sum of two numbers of bf16: inner products of unit vectors
-            are within 2e-5, and so near ones may change places; `similarity` is computed in fp32.
+            products in fp32 decide, and all similarities are such; now and then (a place in some
+            10,000, of the second nearest one in 1,000) the right one is not a candidate, and one
+            almost as near is found. With AMX's tiles every factor is the sum of two numbers of
+            bf16: inner products of unit vectors are within 2e-5, and so near ones may change
+            places; `similarity` is computed in fp32.
     """
     a, b = np.ascontiguousarray(a, np.float32), np.ascontiguousarray(b, np.float32)
     found = Nearest(

@@ -2,8 +2,8 @@
 // told apart by exact ones where they are near.
 //
 // A similarity and its place share an integer, its key, so that the larger of two is one
-// instruction. A row keeps the largest keys of every lane of its columns, a column those of shares
-// of the rows; of the ones that are near the largest, the products in fp32 decide.
+// instruction. A row keeps the two largest keys of every lane of its columns, a column those of
+// shares of the rows; among the ones that are near the largest, products in fp32 decide.
 
 #include <algorithm>
 #include <cmath>
@@ -12,9 +12,9 @@
 
 #include "bfloat16.h"
 #include "call.h"
+#include "integers.h"
 #include "lanes.h"
 #include "matching.h"
-#include "integers.h"
 
 #if defined(HAS_BYTES) || defined(HAS_SHORTS)
 #define HAS_INTEGERS
@@ -44,9 +44,6 @@ inline Integers sum_products(Integers sum, Integers one, Integers other) {
   return add_products(sum, one, other);
 #endif
 }
-
-inline Integers larger(Integers a, Integers b) { return a > b ? a : b; }
-inline Integers smaller(Integers a, Integers b) { return a < b ? a : b; }
 
 // A matrix rounded to integers, the largest number to LARGEST, unless a row's norm would be above
 // the limit.
@@ -121,15 +118,14 @@ struct Keys {
   int place(int32_t key) const { return last - (key & last); }
 };
 
-// The largest keys of many, lane by lane.
-template <int KEPT>
-struct Best {
-  Integers key[KEPT];
+// The two largest keys of many, lane by lane.
+struct Largest {
+  Integers first = Integers{} + NOTHING, second = first;
 
-  Best() { std::fill_n(key, KEPT, Integers{} + NOTHING); }
-  void take(Integers value) {
-    if (KEPT == 2) key[KEPT - 1] = larger(key[KEPT - 1], smaller(key[0], value));
-    key[0] = larger(key[0], value);
+  void take(Integers key) {
+    const Integers less = key < first ? key : first;
+    second = less > second ? less : second;
+    first = key > first ? key : first;
   }
 };
 
@@ -146,16 +142,18 @@ struct Nearest {
   }
 };
 
-// Decides among candidates, whose similarities as integers are uncertain by a margin.
-template <int KEPT, typename Place, typename Product>
-Nearest decide(const int32_t *key, int count, Keys keys, int margin, Place place, Product product) {
-  int32_t first = NOTHING, second = NOTHING;
+// Decides among candidates, whose similarities as integers are uncertain by a margin. `second`:
+// whether the second largest is wanted, too.
+template <typename Place, typename Product>
+Nearest decide(const int32_t *key, int count, Keys keys, int margin, bool second, Place place,
+               Product product) {
+  int32_t largest = NOTHING, next = NOTHING;
   for (int c = 0; c < count; c++) {
-    second = std::max(second, std::min(first, key[c]));
-    first = std::max(first, key[c]);
+    next = std::max(next, std::min(largest, key[c]));
+    largest = std::max(largest, key[c]);
   }
-  const int32_t least = (KEPT == 2 ? second : first) >> keys.bits;
-  const int32_t near = std::max(least - margin, keys.lowest() + 1) * (1 << keys.bits);
+  const int32_t least = ((second ? next : largest) >> keys.bits) - margin;
+  const int32_t near = std::max(least, keys.lowest() + 1) * (1 << keys.bits);
   Nearest nearest;
   for (int c = 0; c < count; c++)
     if (key[c] >= near) {
@@ -170,7 +168,7 @@ struct Products {
   const Rounded &left;
   const std::vector<int32_t> right;
 
-  // Row by row from `rows` on, the last of them repeated.
+  // Of some rows from `start` on, the last of them repeated.
   void operator()(int start, int rows, int tile, Integers (&sum)[ROWS][VECTORS]) const {
     const int32_t *row[ROWS];
     for (int r = 0; r < ROWS; r++) {
@@ -190,7 +188,7 @@ struct Products {
   }
 };
 
-// Sets what lies beyond the columns that there are.
+// Sets the sums beyond so many columns.
 inline void hide(int columns, int32_t value, Integers (&sum)[ROWS][VECTORS]) {
   Integers lane;
   for (int k = 0; k < LANES; k++) lane[k] = k;
@@ -199,86 +197,88 @@ inline void hide(int columns, int32_t value, Integers (&sum)[ROWS][VECTORS]) {
       sum[r][v] = lane + v * LANES < columns ? sum[r][v] : Integers{} + value;
 }
 
-template <int KEPT>
-void search(Matrix a, Matrix b, int64_t *row_place, float *row_first, float *row_second,
-            int64_t *column_place, float *column_second, int threads) {
-  const int tiles = parts(b.rows, COLUMNS), vectors = tiles * VECTORS;
-  const int share_rows = parts(parts(a.rows, SHARES), ROWS) * ROWS;
-  const int shares = parts(a.rows, share_rows);
-  const Keys keys(std::max(vectors, share_rows));
-  // by Cauchy and Schwarz; and rounding makes a row longer
-  const float limit = std::sqrt(-float(keys.lowest())) - std::sqrt(float(a.length));
-  const Rounded left(a, limit, threads), other(b, limit, threads);
-  const Products products{left, other.tiles(threads)};
-  // five times the standard deviation of the difference of two
-  const int margin = int(1.5f * (left.norm + other.norm));
-  std::vector<Best<KEPT>> of_columns(size_t(shares) * vectors);
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int share = 0; share < shares; share++) {
-    const int begin = share * share_rows, end = std::min(begin + share_rows, a.rows);
-    for (int start = begin; start < end; start += GROUP) {
-      const int stop = std::min(start + GROUP, end);
-      Best<KEPT> of_rows[GROUP];
-      for (int tile = 0; tile < tiles; tile++) {
-        Best<KEPT> *columns = &of_columns[size_t(share) * vectors + tile * VECTORS];
-        Best<KEPT> down[VECTORS];
-        std::copy_n(columns, VECTORS, down);
-        for (int block = start; block < stop; block += ROWS) {
-          const int rows = std::min(ROWS, stop - block);
-          Integers sum[ROWS][VECTORS];
-          products(block, rows, tile, sum);
-          if (tile == tiles - 1) hide(b.rows - tile * COLUMNS, keys.lowest(), sum);
+// A block of sums: for its rows their columns, from the vector `vector` on, and for these its rows,
+// from `row` of the share on.
+inline void take(const Integers (&sum)[ROWS][VECTORS], int filled, Keys keys, int vector, int row,
+                 Largest *across, Largest (&down)[VECTORS]) {
 #pragma GCC unroll 8
-          for (int r = 0; r < ROWS; r++) {
-            if (r >= rows) break;
-            Best<KEPT> across = of_rows[block - start + r];
-            for (int v = 0; v < VECTORS; v++) {
-              const int vector = tile * VECTORS + v;
-              const Integers shifted = sum[r][v] << keys.bits;
-              across.take(shifted + keys.code(vector));
-              down[v].take(shifted + keys.code(block + r - begin));
-            }
-            of_rows[block - start + r] = across;
-          }
-        }
-        std::copy_n(down, VECTORS, columns);
-      }
-      for (int i = start; i < stop; i++) {
-        int32_t key[KEPT * LANES];
-        std::memcpy(key, &of_rows[i - start], sizeof key);
-        const Nearest found = decide<KEPT>(
-            key, KEPT * LANES, keys, margin,
-            [&](int c) { return keys.place(key[c]) * LANES + c % LANES; },
-            [&](int j) { return product(a, i, b, j); });
-        row_place[i] = found.place;
-        row_first[i] = found.first;
-        if (KEPT == 2) row_second[i] = found.second;
-      }
+  for (int r = 0; r < ROWS; r++) {
+    if (r >= filled) break;
+    Largest along = across[r];
+    for (int v = 0; v < VECTORS; v++) {
+      const Integers shifted = sum[r][v] << keys.bits;
+      along.take(shifted + keys.code(vector + v));
+      down[v].take(shifted + keys.code(row + r));
     }
-  }
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int j = 0; j < b.rows; j++) {
-    int32_t key[KEPT * SHARES];
-    for (int share = 0; share < shares; share++)
-      for (int k = 0; k < KEPT; k++)
-        key[share * KEPT + k] = of_columns[size_t(share) * vectors + j / LANES].key[k][j % LANES];
-    const Nearest found = decide<KEPT>(
-        key, KEPT * shares, keys, margin,
-        [&](int c) { return c / KEPT * share_rows + keys.place(key[c]); },
-        [&](int i) { return product(a, i, b, j); });
-    column_place[j] = found.place;
-    if (KEPT == 2) column_second[j] = found.second;
+    across[r] = along;
   }
 }
 
 // Of the rows of `a` (rows, length) among those of `b` (columns, length), and the other way round:
 // the first nearest, its similarity, and where wanted the second largest similarity.
-void nearest_by_integers(const float *a, int rows, const float *b, int columns, int length,
-                         int64_t *row_place, float *row_first, float *row_second,
+void nearest_by_integers(const float *a_values, int rows, const float *b_values, int columns,
+                         int length, int64_t *row_place, float *row_first, float *row_second,
                          int64_t *column_place, float *column_second, int threads) {
-  const auto way = row_second != nullptr ? search<2> : search<1>;
-  way({a, rows, length}, {b, columns, length}, row_place, row_first, row_second, column_place,
-      column_second, threads);
+  const Matrix a{a_values, rows, length}, b{b_values, columns, length};
+  const int tiles = parts(columns, COLUMNS), vectors = tiles * VECTORS;
+  const int share_rows = parts(parts(rows, SHARES), ROWS) * ROWS;
+  const int shares = parts(rows, share_rows);
+  const Keys keys(std::max(vectors, share_rows));
+  // by Cauchy and Schwarz; and rounding makes a row longer
+  const float limit = std::sqrt(-float(keys.lowest())) - std::sqrt(float(length));
+  const Rounded left(a, limit, threads), other(b, limit, threads);
+  const Products products{left, other.tiles(threads)};
+  // five times the standard deviation of the difference of two
+  const int margin = int(1.5f * (left.norm + other.norm));
+  const bool second = row_second != nullptr;
+  std::vector<Largest> of_columns(size_t(shares) * vectors);
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int share = 0; share < shares; share++) {
+    const int begin = share * share_rows, end = std::min(begin + share_rows, rows);
+    for (int start = begin; start < end; start += GROUP) {
+      const int stop = std::min(start + GROUP, end);
+      Largest of_rows[GROUP];
+      for (int tile = 0; tile < tiles; tile++) {
+        Largest *kept = &of_columns[size_t(share) * vectors + tile * VECTORS];
+        Largest down[VECTORS];
+        std::copy_n(kept, VECTORS, down);
+        for (int block = start; block < stop; block += ROWS) {
+          const int filled = std::min(ROWS, stop - block);
+          Integers sum[ROWS][VECTORS];
+          products(block, filled, tile, sum);
+          if (tile == tiles - 1) hide(columns - tile * COLUMNS, keys.lowest(), sum);
+          take(sum, filled, keys, tile * VECTORS, block - begin, &of_rows[block - start], down);
+        }
+        std::copy_n(down, VECTORS, kept);
+      }
+      for (int i = start; i < stop; i++) {
+        int32_t key[2 * LANES];
+        std::memcpy(key, &of_rows[i - start], sizeof key);
+        const Nearest found = decide(
+            key, 2 * LANES, keys, margin, second,
+            [&](int c) { return keys.place(key[c]) * LANES + c % LANES; },
+            [&](int j) { return product(a, i, b, j); });
+        row_place[i] = found.place;
+        row_first[i] = found.first;
+        if (second) row_second[i] = found.second;
+      }
+    }
+  }
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int j = 0; j < columns; j++) {
+    int32_t key[2 * SHARES];
+    for (int share = 0; share < shares; share++) {
+      const Largest &down = of_columns[size_t(share) * vectors + j / LANES];
+      key[2 * share] = down.first[j % LANES];
+      key[2 * share + 1] = down.second[j % LANES];
+    }
+    const Nearest found = decide(
+        key, 2 * shares, keys, margin, second,
+        [&](int c) { return c / 2 * share_rows + keys.place(key[c]); },
+        [&](int i) { return product(a, i, b, j); });
+    column_place[j] = found.place;
+    if (second) column_second[j] = found.second;
+  }
 }
 }  // namespace
 
