@@ -548,7 +548,7 @@ def plot_scaling(report: dict[str, Any], path: Path) -> None:
     for (axes, name), points in series.items():
         points.sort()
         axes.plot(*zip(*points, strict=True), marker="o", label=name)
-    sizes = {_pixels(row["size"]): row["size"] for row in report["rows"]}
+    sizes = {_pixels(row["size"]): row["size"].replace("x", "x\n") for row in report["rows"]}
     counts = {row["top_k"]: f"{row['top_k']:,}" for row in report["rows"] if row["top_k"]}
     for axes, label, ticks in ((left, "image", sizes), (right, "keypoints (top-K)", counts)):
         axes.set(xscale="log", yscale="log", xlabel=label, ylabel="median, ms")
