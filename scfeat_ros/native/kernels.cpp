@@ -164,7 +164,7 @@ void channel_sums(const T *x, long rows, int columns, int channels, double *tota
   all.write(totals);
 }
 
-// ADDS: to what is there.
+// ADDS: the result is added to what is there.
 template <typename T, typename Out = T, bool ADDS = false>
 void upsampled_sum(const T *z, int height, int width, int factor, int channels, Out *out,
                    double *totals, int threads) {
@@ -996,11 +996,11 @@ void score(float *values, const double *statistics, const float *weight, const f
 
 EXPORT_TYPES(channel_sums)
 EXPORT_TYPES(upsampled_sum)
-EXPORT(add_upsampled_float, upsampled<float, float, true>)
-EXPORT(add_upsampled_bfloat16, upsampled<bfloat16, float, true>)
 EXPORT(add_upsampled_sum_float, upsampled_sum<float, float, true>)
 EXPORT(add_upsampled_sum_bfloat16, upsampled_sum<bfloat16, float, true>)
 EXPORT_TYPES(upsampled)
+EXPORT(add_upsampled_float, upsampled<float, float, true>)
+EXPORT(add_upsampled_bfloat16, upsampled<bfloat16, float, true>)
 EXPORT_TYPES(upsampled_sums)
 EXPORT_TYPES(upsampled_elu)
 EXPORT_TYPES(normalize_activate)

@@ -143,8 +143,9 @@ def is_compiled() -> bool:
 
 ARGUMENTS = {
     "channel_sums": "pnnnp",
-    **dict.fromkeys(("upsampled", "upsampled_sum"), "pnnnnpp"),
-    **dict.fromkeys(("add_upsampled", "add_upsampled_sum"), "pnnnnpp"),
+    **dict.fromkeys(
+        ("upsampled", "upsampled_sum", "add_upsampled", "add_upsampled_sum"), "pnnnnpp"
+    ),
     "upsampled_sums": "pnnnnp",
     "upsampled_elu": "pnnnnpnpppn",
     "normalize_activate": "pnnpnppnfpn",

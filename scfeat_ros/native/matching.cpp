@@ -213,9 +213,13 @@ struct Nearest {
   }
 };
 
+// Of the rows of `a` (rows, length) among those of `b` (columns, length), and the other way round:
+// the first nearest, its similarity, and where wanted the second largest similarity.
 template <typename Products>
-void search(Matrix a, Matrix b, int64_t *row_place, float *row_first, float *row_second,
-            int64_t *column_place, float *column_second, int threads) {
+void nearest(const float *a_values, int rows, const float *b_values, int columns, int length,
+             int64_t *row_place, float *row_first, float *row_second, int64_t *column_place,
+             float *column_second, int threads) {
+  const Matrix a{a_values, rows, length}, b{b_values, columns, length};
   constexpr int ROWS = Products::ROWS, COLUMNS = Products::COLUMNS;
   const Products products(a, b, threads);
   const int tiles = parts(b.rows, COLUMNS);
@@ -285,16 +289,6 @@ void search(Matrix a, Matrix b, int64_t *row_place, float *row_first, float *row
     column_second[j] = all.second[j];
     if (!Products::EXACT) column_second[j] += product(a, all.place[j], b, j) - all.first[j];
   }
-}
-
-// Of the rows of `a` (rows, length) among those of `b` (columns, length), and the other way round:
-// the first nearest, its similarity, and where wanted the second largest similarity.
-template <typename Products>
-void nearest(const float *a, int rows, const float *b, int columns, int length, int64_t *row_place,
-             float *row_first, float *row_second, int64_t *column_place, float *column_second,
-             int threads) {
-  search<Products>({a, rows, length}, {b, columns, length}, row_place, row_first, row_second,
-                   column_place, column_second, threads);
 }
 }  // namespace
 

@@ -9,8 +9,8 @@
 
 #include "bfloat16.h"
 #include "call.h"
-#include "lanes.h"
 #include "integers.h"
+#include "lanes.h"
 
 namespace {
 
