@@ -92,15 +92,18 @@ def test_fast_products_are_close_to_exact_ones():
                 ordered = np.sort(a @ b.T, axis=1)
                 back = np.sort(a @ b.T, axis=0)
                 rounded_alike = a is not normal and b is not normal
-                for values, largest in (
-                    (found.similarity, ordered[:, -1]),
+                close = {"rtol": 0, "atol": 2.5e-4 if rounded_alike else 5e-5}
+                np.testing.assert_allclose(found.similarity / size**2, ordered[:, -1], **close)
+                for seconds, expected in (
                     (found.second, ordered[:, -2]),
                     (found.second_of_column, back[-2]),
                 ):
-                    off = np.abs(values / size**2 - largest)
-                    # integers may miss one, and find another that is almost as near
-                    assert np.percentile(off, 98) < (2.5e-4 if rounded_alike else 5e-5)
-                    assert off.max() < 5e-3
+                    off = np.abs(seconds / size**2 - expected)
+                    if matching.way().startswith("int"):
+                        # the right one may be missed, and another that is almost as near found
+                        assert off.max() < 5e-3
+                        off = np.sort(off)[: int(0.98 * len(off))]
+                    assert off.max() <= close["atol"]
                 chosen = (a @ b.T)[np.arange(len(a)), found.of_row]
                 np.testing.assert_allclose(found.similarity / size**2, chosen, rtol=0, atol=5e-6)
 

@@ -23,9 +23,17 @@ namespace {
 // Values to nearest, as integers of so few bits that their magnitudes are below 2^22.
 template <typename V>
 inline V round_to(Lanes value) {
-  const Lanes shifted = value + 12582912.0f;  // 1.5 * 2^23, whose last bits are zero
+  const Lanes shifted = value + TO_WHOLE;
   return __builtin_convertvector(load<Integers>(&shifted), V);
 }
+
+// sum + the products of numbers, of which every lane of `one` and `other` holds as many as it can.
+template <typename Number>
+Integers add_products(Integers sum, Integers one, Integers other);
+
+// What is to be added to the numbers in `other`: some CPUs take only positive ones there.
+template <typename Number>
+constexpr int OFFSET = 0;
 
 #if defined(HAS_SHORTS)
 typedef int16_t ShortLanes __attribute__((vector_size(LANES * sizeof(int16_t))));
@@ -33,8 +41,8 @@ typedef int16_t ShortLanes __attribute__((vector_size(LANES * sizeof(int16_t))))
 // As many as fill a register.
 typedef int16_t PairLanes __attribute__((vector_size(2 * LANES * sizeof(int16_t))));
 
-// sum + the products of pairs, every lane of `one` and `other` holding two numbers.
-inline Integers add_products(Integers sum, Integers one, Integers other) {
+template <>
+inline Integers add_products<int16_t>(Integers sum, Integers one, Integers other) {
 #if defined(__AVX512VNNI__)
   return Integers(_mm512_dpwssd_epi32(__m512i(sum), __m512i(one), __m512i(other)));
 #elif defined(__AVXVNNI__)
@@ -46,15 +54,13 @@ inline Integers add_products(Integers sum, Integers one, Integers other) {
 #endif
 
 #if defined(HAS_BYTES)
-// What is added to the numbers in `other`: some CPUs take only positive ones there.
-#if defined(__ARM_FEATURE_DOTPROD)
-constexpr int OFFSET = 0;
-#else
-constexpr int OFFSET = 128;
+#if !defined(__ARM_FEATURE_DOTPROD)
+template <>
+constexpr int OFFSET<int8_t> = 128;
 #endif
 
-// The same of four numbers of 8 bits in every lane.
-inline Integers add_byte_products(Integers sum, Integers one, Integers other) {
+template <>
+inline Integers add_products<int8_t>(Integers sum, Integers one, Integers other) {
 #if defined(__AVX512VNNI__)
   return Integers(_mm512_dpbusd_epi32(__m512i(sum), __m512i(other), __m512i(one)));
 #elif defined(__AVXVNNI__)

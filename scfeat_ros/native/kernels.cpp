@@ -32,8 +32,8 @@ constexpr double EPSILON = 1e-5;  // of every normalization in the network
 // exp for x <= 88, relative error below 2e-7.
 inline Lanes exponential(Lanes x) {
   x = x > -87.0f ? x : Lanes{} - 87.0f;
-  const Lanes shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23, whose bits are whole numbers
-  const Lanes n = shifted - 12582912.0f;
+  const Lanes shifted = x * 1.44269504f + TO_WHOLE;
+  const Lanes n = shifted - TO_WHOLE;
   const Lanes r = x - n * 0.693359375f + n * 2.12194440e-4f;
   Lanes p = Lanes{} + 1.9875691500e-4f;
   p = p * r + 1.3981999507e-3f;

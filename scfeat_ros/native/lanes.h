@@ -52,6 +52,14 @@ inline float sum_of_lanes(Lanes value) {
   return join_lanes(value, [](float a, float b) { return a + b; });
 }
 
+inline Lanes magnitude(Lanes value) {
+  const Lanes other = -value;
+  return value > other ? value : other;
+}
+
+// 1.5 * 2^23: a number of a magnitude below 2^22 plus it is whole, and its last bits are the number's.
+constexpr float TO_WHOLE = 12582912.0f;
+
 // Numbers that are not set to zero first.
 template <typename T>
 std::unique_ptr<T[]> space(size_t count) {

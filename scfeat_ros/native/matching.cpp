@@ -195,22 +195,12 @@ struct Best {
   }
 };
 
-// The same of the rows or columns one by one.
-struct Nearest {
+// The same of the columns.
+struct OfColumns {
   std::vector<float> first, second;
   std::vector<int32_t> place;
 
-  explicit Nearest(size_t count) : first(count, LEAST), second(count, LEAST), place(count, 0) {}
-
-  void take(size_t i, float value, float next, int32_t at) {
-    if (value > first[i]) {
-      second[i] = std::max(first[i], next);
-      first[i] = value;
-      place[i] = at;
-    } else {
-      second[i] = std::max(second[i], value);
-    }
-  }
+  explicit OfColumns(size_t count) : first(count, LEAST), second(count, LEAST), place(count, 0) {}
 };
 
 // Of the rows of `a` (rows, length) among those of `b` (columns, length), and the other way round:
@@ -223,11 +213,11 @@ void nearest(const float *a_values, int rows, const float *b_values, int columns
   constexpr int ROWS = Products::ROWS, COLUMNS = Products::COLUMNS;
   const Products products(a, b, threads);
   const int tiles = parts(b.rows, COLUMNS);
-  std::vector<Nearest> of_columns(threads, Nearest(size_t(tiles) * COLUMNS));
+  std::vector<OfColumns> of_columns(threads, OfColumns(size_t(tiles) * COLUMNS));
 #pragma omp parallel num_threads(threads)
   {
     const typename Products::Thread prepared;
-    Nearest &found = of_columns[omp_get_thread_num()];
+    OfColumns &found = of_columns[omp_get_thread_num()];
     alignas(64) float values[ROWS][COLUMNS];
     Integers lane;
     for (int k = 0; k < LANES; k++) lane[k] = k;
@@ -256,38 +246,29 @@ void nearest(const float *a_values, int rows, const float *b_values, int columns
         }
       }
       for (int r = 0; r < filled; r++) {
-        // of equal values the one with the smaller place is the first
-        float first = LEAST, second = LEAST;
-        int32_t place = 0;
-        for (int k = 0; k < LANES; k++) {
-          const float value = best[r].first[k];
-          const bool larger = value > first || (value == first && best[r].place[k] < place);
-          second = std::max({second, best[r].second[k], larger ? first : value});
-          if (larger) {
-            first = value;
-            place = best[r].place[k];
-          }
-        }
+        Nearest nearest;
+        for (int k = 0; k < LANES; k++)
+          nearest.take(best[r].first[k], best[r].place[k], best[r].second[k]);
         if (!Products::EXACT) {
-          const float exact = product(a, start + r, b, place);
-          second += exact - first;  // of equally near ones the difference stays 0
-          first = exact;
+          const float exact = product(a, start + r, b, nearest.place);
+          nearest.second += exact - nearest.first;  // of equally near ones the difference stays 0
+          nearest.first = exact;
         }
-        row_place[start + r] = place;
-        row_first[start + r] = first;
-        if (row_second != nullptr) row_second[start + r] = second;
+        row_place[start + r] = nearest.place;
+        row_first[start + r] = nearest.first;
+        if (row_second != nullptr) row_second[start + r] = nearest.second;
       }
     }
   }
-  Nearest &all = of_columns[0];
-  for (int t = 1; t < threads; t++)  // in the order of the rows
-    for (int j = 0; j < b.rows; j++)
-      all.take(j, of_columns[t].first[j], of_columns[t].second[j], of_columns[t].place[j]);
   for (int j = 0; j < b.rows; j++) {
-    column_place[j] = all.place[j];
+    Nearest nearest;
+    for (const OfColumns &part : of_columns)
+      nearest.take(part.first[j], part.place[j], part.second[j]);
+    column_place[j] = nearest.place;
     if (column_second == nullptr) continue;
-    column_second[j] = all.second[j];
-    if (!Products::EXACT) column_second[j] += product(a, all.place[j], b, j) - all.first[j];
+    column_second[j] = nearest.second;
+    if (!Products::EXACT)
+      column_second[j] += product(a, nearest.place, b, j) - nearest.first;
   }
 }
 }  // namespace

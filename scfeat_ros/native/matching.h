@@ -24,6 +24,21 @@ struct Matrix {
   const float *row(int i) const { return values + size_t(std::min(i, rows - 1)) * length; }
 };
 
+// The largest of similarities, of equal ones the one with the smallest place, and the second largest.
+struct Nearest {
+  float first = LEAST, second = LEAST;
+  int place = 0;
+
+  // `next`: one that is smaller, of the same origin.
+  void take(float value, int at, float next = LEAST) {
+    const bool nearer = value > first || (value == first && at < place);
+    second = std::max({second, next, nearer ? first : value});
+    if (!nearer) return;
+    first = value;
+    place = at;
+  }
+};
+
 inline float product(Matrix a, int i, Matrix b, int j) {
   const float *one = a.row(i), *other = b.row(j);
   Lanes sum{};

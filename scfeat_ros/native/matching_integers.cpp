@@ -25,7 +25,6 @@ namespace {
 typedef int8_t Number;
 #else
 typedef int16_t Number;
-constexpr int OFFSET = 0;
 #endif
 typedef Number NumberLanes __attribute__((vector_size(LANES * sizeof(Number))));
 constexpr int PER_LANE = sizeof(int32_t) / sizeof(Number);
@@ -34,16 +33,8 @@ constexpr int LARGEST = (1 << (8 * sizeof(Number) - 1)) - 1;
 constexpr int ROWS = BLOCK_ROWS, VECTORS = BLOCK_VECTORS, COLUMNS = BLOCK_COLUMNS;
 constexpr int GROUP = 64;   // rows that meet a tile of columns while it is in the first cache
 constexpr int SHARES = 16;  // of the rows, at most
-constexpr int32_t FLIPPED = int32_t(OFFSET * 0x01010101u);  // adds it to every number
+constexpr int32_t FLIPPED = int32_t(OFFSET<Number> * 0x01010101u);  // adds it to all
 constexpr int32_t NOTHING = INT32_MIN;
-
-inline Integers sum_products(Integers sum, Integers one, Integers other) {
-#if defined(HAS_BYTES)
-  return add_byte_products(sum, one, other);
-#else
-  return add_products(sum, one, other);
-#endif
-}
 
 // A matrix rounded to integers, the largest number to LARGEST, unless a row's norm would be above
 // the limit.
@@ -62,8 +53,8 @@ class Rounded {
     for (int i = 0; i < rows; i++) {
       Lanes squares{};
       by_lanes(from.length, [&, row = from.row(i)](int k, auto lanes) {
-        const Lanes value = lanes.read(row + k), magnitude = value < 0 ? -value : value;
-        largest = magnitude > largest ? magnitude : largest;
+        const Lanes value = lanes.read(row + k), size = magnitude(value);
+        largest = size > largest ? size : largest;
         squares += value * value;
       });
       most = std::max(most, sum_of_lanes(squares));
@@ -129,19 +120,6 @@ struct Largest {
   }
 };
 
-struct Nearest {
-  float first = LEAST, second = LEAST;
-  int place = 0;
-
-  void take(float value, int at) {
-    const bool nearer = value > first || (value == first && at < place);
-    second = std::max(second, nearer ? first : value);
-    if (!nearer) return;
-    first = value;
-    place = at;
-  }
-};
-
 // Decides among candidates, whose similarities as integers are uncertain by a margin. `second`:
 // whether the second largest is wanted, too.
 template <typename Place, typename Product>
@@ -174,7 +152,7 @@ struct Products {
     for (int r = 0; r < ROWS; r++) {
       const int i = start + std::min(r, rows - 1);
       row[r] = left.row(i);
-      for (int v = 0; v < VECTORS; v++) sum[r][v] = Integers{} - OFFSET * left.sum(i);
+      for (int v = 0; v < VECTORS; v++) sum[r][v] = Integers{} - OFFSET<Number> * left.sum(i);
     }
     const int32_t *from = right.data() + size_t(tile) * left.words * COLUMNS;
     for (int k = 0; k < left.words; k++, from += COLUMNS) {
@@ -182,7 +160,7 @@ struct Products {
       for (int v = 0; v < VECTORS; v++) other[v] = load<Integers>(from + v * LANES);
       for (int r = 0; r < ROWS; r++) {
         const Integers one = Integers{} + row[r][k];
-        for (int v = 0; v < VECTORS; v++) sum[r][v] = sum_products(sum[r][v], one, other[v]);
+        for (int v = 0; v < VECTORS; v++) sum[r][v] = add_products<Number>(sum[r][v], one, other[v]);
       }
     }
   }

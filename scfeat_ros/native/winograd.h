@@ -67,9 +67,8 @@ struct Shorts {
     Lanes largest{};
     for (const float *row : patch.rows)
       for (int k = 0; k < count; k += LANES) {  // the last vector ends where the row does
-        const Lanes value = load<Lanes>(row + std::min(k, count - LANES)), other = -value;
-        const Lanes magnitude = value > other ? value : other;
-        largest = magnitude > largest ? magnitude : largest;
+        const Lanes size = magnitude(load<Lanes>(row + std::min(k, count - LANES)));
+        largest = size > largest ? size : largest;
       }
     return std::max(largest_lane(largest), 1e-30f);
   }
@@ -95,7 +94,7 @@ struct Shorts {
   }
 
   static Sum repeat(const Number *from) { return Integers{} + load<int32_t>(from); }
-  static Sum add(Sum sum, Sum one, Sum weight) { return add_products(sum, one, weight); }
+  static Sum add(Sum sum, Sum one, Sum weight) { return add_products<Number>(sum, one, weight); }
   static Lanes finish(Sum sum, const float *scale) {
     return __builtin_convertvector(sum, Lanes) * load<Lanes>(scale);
   }
