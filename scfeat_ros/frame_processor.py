@@ -14,6 +14,7 @@ from rclpy.impl.rcutils_logger import RcutilsLogger
 from sensor_msgs.msg import CameraInfo, Image
 
 from scfeat_ros.camera import Camera
+from scfeat_ros.decoded_image import DecodedImage
 from scfeat_ros.diagnostics import Level, Monitor, Problems
 from scfeat_ros.errors import InputError
 from scfeat_ros.messages import (
@@ -25,7 +26,7 @@ from scfeat_ros.messages import (
 )
 from scfeat_ros.node_parameters import ExtractorOptions, MatcherOptions, NodeOptions
 from scfeat_ros.overlay import Overlay
-from scfeat_ros.ros_image import DecodedImage, ImageDecoder
+from scfeat_ros.ros_image import ImageDecoder
 from scfeat_ros.rtabmap import DepthBuffer, encode_rgbd
 from scfeat_ros.vins import encode_tracks
 

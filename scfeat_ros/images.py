@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 from rosbags.image.image import ImageError, convert_color, to_cvtype
 
+from scfeat_ros.decoded_image import DecodedImage, UnreadableImageError, to_8_bit
 from scfeat_ros.errors import InputError
 
 _GENERIC = {"8UC1": "mono8", "8UC3": "bgr8", "8UC4": "bgra8", "16UC1": "mono16"}
@@ -19,40 +20,36 @@ ENCODINGS = (
     "mono8 mono16 rgb8 bgr8 rgba8 bgra8 rgb16 bgr16 rgba16 bgra16 "
     "bayer_rggb8 bayer_bggr8 bayer_gbrg8 bayer_grbg8 "
     "bayer_rggb16 bayer_bggr16 bayer_gbrg16 bayer_grbg16 "
-    "uyvy yuv422 yuyv yuv422_yuy2"
+    "uyvy yuv422 yuyv yuv422_yuy2 8SC1 16SC1 32SC1 32FC1 64FC1"
 ).split()
 """Encodings of sensor_msgs/Image that are read."""
 
+_BY_NAME = {name.lower(): name for name in ENCODINGS}
+
 _DECODE_FLAGS = cv2.IMREAD_UNCHANGED | cv2.IMREAD_IGNORE_ORIENTATION
-
-
-class UnreadableImageError(ValueError):
-    """One image is damaged; those after it may be fine."""
 
 
 class UnknownEncodingError(InputError):
     """An image encoding that this package does not read."""
 
 
-def from_message(message: Any) -> np.ndarray:
+def from_message(message: Any) -> DecodedImage:
     """The picture of a sensor_msgs/Image or sensor_msgs/CompressedImage.
-
-    16-bit images are scaled to 8 bits over their full range, as cv_bridge does.
 
     Args:
         message: of rclpy's or of rosbags' class.
 
     Returns:
-        (H, W) uint8 for a grey image, else (H, W, 3) uint8 RGB.
+        The image, grey or RGB; other numbers than 8 bits are scaled by `to_8_bit`.
 
     Raises:
-        UnknownEncodingError: an encoding outside `ENCODINGS`, or no picture (e.g. depth).
+        UnknownEncodingError: an encoding outside `ENCODINGS`, or compressedDepth.
         UnreadableImageError: the message is damaged.
     """
     if hasattr(message, "format"):
         return _from_compressed(message)
-    encoding = _GENERIC.get(message.encoding, message.encoding.lower())
-    if encoding not in ENCODINGS:
+    encoding = _BY_NAME.get(_GENERIC.get(message.encoding, message.encoding).lower())
+    if encoding is None:
         raise UnknownEncodingError(
             f"image encoding '{message.encoding}' is not supported; "
             f"known are {', '.join(ENCODINGS)}"
@@ -60,14 +57,14 @@ def from_message(message: Any) -> np.ndarray:
     _, _, dtype, channels = to_cvtype(encoding)
     pixels = _pixels(message, np.dtype(dtype), channels)
     try:
-        if not encoding.startswith("mono"):
+        if not encoding.startswith("mono") and not encoding[0].isdigit():
             pixels = convert_color(pixels, encoding, "rgb16" if dtype == "uint16" else "rgb8")
     except (cv2.error, ImageError) as error:
         # e.g. a Bayer image of one pixel, a YUV image of odd width
         raise UnreadableImageError(
             f"{message.width}x{message.height} {encoding} image cannot be converted: {error}"
         ) from error
-    return _to_8_bits(pixels)
+    return to_8_bit(pixels)
 
 
 def _pixels(message: Any, dtype: np.dtype, channels: int) -> np.ndarray:
@@ -91,12 +88,12 @@ def _pixels(message: Any, dtype: np.dtype, channels: int) -> np.ndarray:
     return pixels if channels == 1 else pixels.reshape(height, width, channels)
 
 
-def _from_compressed(message: Any) -> np.ndarray:
+def _from_compressed(message: Any) -> DecodedImage:
     if "compressedDepth" in message.format:
         raise UnknownEncodingError(
             f"compressed image format '{message.format}' is a depth image; known are jpeg and png"
         )
-    return decode(np.frombuffer(message.data, np.uint8), f"'{message.format}' image")
+    return DecodedImage(decode(np.frombuffer(message.data, np.uint8), f"'{message.format}' image"))
 
 
 def decode(data: np.ndarray, name: str) -> np.ndarray:
@@ -125,7 +122,7 @@ def decode(data: np.ndarray, name: str) -> np.ndarray:
     if image.ndim == 3:
         code = cv2.COLOR_BGR2RGB if image.shape[2] == 3 else cv2.COLOR_BGRA2RGB
         image = cv2.cvtColor(image, code)
-    return _to_8_bits(image)
+    return to_8_bit(image).pixels
 
 
 def read_file(path: Path) -> np.ndarray:
@@ -150,9 +147,3 @@ def read_mask(path: Path) -> np.ndarray:
     """
     image = read_file(path)
     return image > 0 if image.ndim == 2 else image.any(axis=2)
-
-
-def _to_8_bits(image: np.ndarray) -> np.ndarray:
-    if image.dtype == np.uint8:
-        return np.ascontiguousarray(image)
-    return cv2.convertScaleAbs(image, alpha=255 / 65535)

@@ -194,13 +194,8 @@ def _process(
     def extract(group: _Group) -> _Group:
         frame = group.frame
         if frame is not None:
-            if mask is not None and mask.shape != frame.image.shape[:2]:
-                raise InputError(
-                    f"the mask is {mask.shape[1]}x{mask.shape[0]} pixels, the images are "
-                    f"{frame.image.shape[1]}x{frame.image.shape[0]}"
-                )
             began = time.perf_counter()
-            group.features = extractor(frame.image, mask=mask)
+            group.features = extractor(frame.image, mask=_mask_of(frame, mask))
             group.extract_seconds = time.perf_counter() - began
         return group
 
@@ -218,6 +213,22 @@ def _process(
                     group.features, frame.stamp, frame.frame_id, group.extract_seconds
                 )
                 yield frame, result
+
+
+def _mask_of(frame: Frame, mask: np.ndarray | None) -> np.ndarray | None:
+    """Where keypoints may lie: on valid pixels of the frame, where `mask` is not zero.
+
+    Raises:
+        InputError: the mask is of another size than the frame.
+    """
+    if mask is None:
+        return frame.mask
+    if mask.shape != frame.image.shape[:2]:
+        raise InputError(
+            f"the mask is {mask.shape[1]}x{mask.shape[0]} pixels, the images are "
+            f"{frame.image.shape[1]}x{frame.image.shape[0]}"
+        )
+    return mask if frame.mask is None else (mask != 0) & frame.mask
 
 
 def _progress_bar(total: int, show: bool | None) -> tqdm:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import dataclass
 from typing import Any
 
 import cv2
 import numpy as np
 from sensor_msgs.msg import Image
 
+from scfeat_ros.decoded_image import DecodedImage, to_8_bit
 from scfeat_ros.errors import InputError, ScfeatError
 from scfeat_ros.messages import pack_array
 
@@ -32,21 +32,6 @@ cvtColor2(numpy.zeros((2, 2, 3), numpy.uint8), "bgr8", "rgb8")
 """
 
 
-@dataclass(frozen=True)
-class DecodedImage:
-    """An image for the front end.
-
-    Attributes:
-        pixels: (H, W, 3) uint8 RGB or (H, W) uint8 grey.
-        mask: (H, W) bool, where pixels are valid; None where all are.
-        note: what was odd about the image, None where nothing was.
-    """
-
-    pixels: np.ndarray
-    mask: np.ndarray | None = None
-    note: str | None = None
-
-
 class ImageDecoder:
     """Decodes image messages with cv_bridge.
 
@@ -64,10 +49,9 @@ class ImageDecoder:
     def decode(self, message: Any) -> DecodedImage:
         """Decode a sensor_msgs/Image.
 
-        Colour (RGB, BGR, with alpha, Bayer, YUV 4:2:2) becomes 8-bit RGB, grey stays grey, and
-        16 bits are scaled over their full range, as `images.from_message` does it for recorded
-        bags. Numbers without a known range (32FC1 and the like) are stretched from the image's
-        smallest to its largest finite value; pixels that are not finite are masked.
+        Colour (RGB, BGR, with alpha, Bayer, YUV 4:2:2) becomes RGB, grey stays grey, and other
+        numbers than 8 bits are scaled by `to_8_bit`, as `images.from_message` does it for recorded
+        bags.
 
         Raises:
             InputError: zero size, fewer bytes than announced, or an encoding that is unknown.
@@ -148,37 +132,6 @@ def _try_cv_bridge() -> None:
         "leave this Python the numpy and OpenCV that your distribution's cv_bridge was built "
         "with: pip install 'numpy<2' where that is numpy 1, pip uninstall opencv-python "
         'opencv-python-headless opencv-contrib-python (README, "On a robot")'
-    )
-
-
-def to_8_bit(pixels: np.ndarray) -> DecodedImage:
-    """Numbers of any type -> 8-bit grey or RGB; see `ImageDecoder.decode`.
-
-    Args:
-        pixels: (H, W) grey or (H, W, 3) RGB.
-
-    Raises:
-        InputError: another number of channels, or not one pixel is finite.
-    """
-    if pixels.ndim == 3 and pixels.shape[2] != 3:
-        raise InputError(f"image of {pixels.shape[2]} channels without a colour")
-    if pixels.dtype == np.uint8:
-        return DecodedImage(np.ascontiguousarray(pixels))
-    if pixels.dtype == np.uint16:
-        return DecodedImage(cv2.convertScaleAbs(pixels, alpha=255 / 65535))
-    finite = np.isfinite(pixels)
-    valid = finite.all(axis=2) if pixels.ndim == 3 else finite
-    if not valid.any():
-        raise InputError("image without a single finite pixel (all NaN or infinite)")
-    values = pixels[valid].astype(np.float64)
-    low, high = values.min(), values.max()
-    filled = np.where(finite, pixels, low).astype(np.float64)
-    scaled = (filled - low) * (255 / max(high - low, 1e-12))
-    image = np.ascontiguousarray(scaled.round().clip(0, 255).astype(np.uint8))
-    if valid.all():
-        return DecodedImage(image)
-    return DecodedImage(
-        image, valid, f"{1 - valid.mean():.1%} of the image's pixels are NaN or infinite"
     )
 
 

@@ -15,9 +15,10 @@ import numpy as np
 
 from scfeat_ros.bags import CAMERA_INFO, BagReader, UnreadableMessageError
 from scfeat_ros.camera import Camera
+from scfeat_ros.decoded_image import UnreadableImageError
 from scfeat_ros.errors import InputError
 from scfeat_ros.ground_truth import DEFAULT_TOPIC, POSE_TYPES, Pose, PoseTrack
-from scfeat_ros.images import UnknownEncodingError, UnreadableImageError, from_message, read_file
+from scfeat_ros.images import UnknownEncodingError, from_message, read_file
 from scfeat_ros.messages import stamp_to_nanoseconds
 from scfeat_ros.recovery import Damage, RawMessage
 from scfeat_ros.video import VIDEO_SUFFIXES, count_frames, read_video, require_av
@@ -40,6 +41,7 @@ class Frame:
         camera: calibration, None where not known.
         pose: of the camera in the world, None where not known.
         decode_seconds: how long reading and decoding took.
+        mask: (H, W) bool, where pixels are valid; None where all are.
     """
 
     image: np.ndarray
@@ -50,6 +52,7 @@ class Frame:
     camera: Camera | None = None
     pose: Pose | None = None
     decode_seconds: float = 0.0
+    mask: np.ndarray | None = None
 
 
 @dataclass
@@ -319,18 +322,21 @@ class BagSource:
             self.account.skipped["image cannot be decoded"] += 1
             return
         self._decoded = True
+        if image.mask is not None:
+            self.account.warn(f"{self.topic}: pixels that are NaN or infinite have no keypoints")
         if self._first_stamp is None:
             self._first_stamp = waiting.stamp
         camera = calibration.camera if calibration else None
-        if camera is not None and not camera.fits(image.shape[1::-1]):
+        height, width = image.pixels.shape[:2]
+        if camera is not None and not camera.fits((width, height)):
             self.account.warn(
                 f"{self.camera_info} is for {camera.image_size[0]}x{camera.image_size[1]} images, "
-                f"those on {self.topic} are {image.shape[1]}x{image.shape[0]}: bearings are NaN"
+                f"those on {self.topic} are {width}x{height}: bearings are NaN"
             )
             camera = None
         seconds = waiting.seconds + time.perf_counter() - began
         yield Frame(
-            image=image,
+            image=image.pixels,
             stamp=waiting.stamp,
             frame_id=waiting.content.header.frame_id,
             time=waiting.message.time,
@@ -338,6 +344,7 @@ class BagSource:
             camera=camera,
             pose=track.at(waiting.stamp) if track else None,
             decode_seconds=seconds,
+            mask=image.mask,
         )
 
 

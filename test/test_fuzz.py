@@ -17,9 +17,10 @@ from sample_bags import IMAGE_TOPIC, INFO_TOPIC, ROS2
 
 from scfeat_ros import messages
 from scfeat_ros.bags import BagReader, UnreadableMessageError
+from scfeat_ros.decoded_image import UnreadableImageError
 from scfeat_ros.errors import InputError
 from scfeat_ros.frontend import FrontEnd
-from scfeat_ros.images import ENCODINGS, UnknownEncodingError, UnreadableImageError, from_message
+from scfeat_ros.images import ENCODINGS, UnknownEncodingError, from_message
 from scfeat_ros.parameters import MatcherOptions
 
 COUNT = 12
@@ -126,7 +127,7 @@ def test_image_messages_of_any_content(encoding, height, width, step, big, data)
         data=np.frombuffer(data, np.uint8),
     )
     try:
-        picture = from_message(message)
+        picture = from_message(message).pixels
     except (UnknownEncodingError, UnreadableImageError):
         return
     assert picture.dtype == np.uint8
@@ -146,7 +147,7 @@ def test_compressed_images_of_any_content(ending, flips, keep):
         data[flip // 8 % len(data)] ^= 1 << (flip % 8)
     message.data = data[: round(keep * len(data))]
     try:
-        picture = from_message(message)
+        picture = from_message(message).pixels
     except (UnknownEncodingError, UnreadableImageError):
         return
     assert picture.dtype == np.uint8 and picture.size

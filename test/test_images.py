@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from sample_bags import ROS1, compressed_message, image_message
 
+from scfeat_ros.decoded_image import UnreadableImageError
 from scfeat_ros.errors import InputError
 from scfeat_ros.images import (
     ENCODINGS,
     UnknownEncodingError,
-    UnreadableImageError,
     from_message,
     read_file,
     read_mask,
@@ -22,6 +22,8 @@ Y, X = np.mgrid[:HEIGHT, :WIDTH]
 RGB = np.stack([X * 7, Y * 9, 250 - X * 6], axis=-1).astype(np.uint8)
 GREY = (X * 5 + Y * 3).astype(np.uint8)
 ALPHA = np.dstack([RGB, np.full_like(GREY, 7)])
+STRETCHED = (GREY > 100).astype(np.uint8) * 255
+UNRANGED = {"8S": np.int8, "16S": np.int16, "32S": np.int32, "32F": np.float32, "64F": np.float64}
 BAYER = {"rggb": "RGGB", "bggr": "BGGR", "gbrg": "GBRG", "grbg": "GRBG"}
 
 
@@ -61,6 +63,7 @@ CASES = {
     "yuv422": (pack_yuv("uyvy"), RGB, 6),
     "yuyv": (pack_yuv("yuyv"), RGB, 6),
     "yuv422_yuy2": (pack_yuv("yuyv"), RGB, 6),
+    **{f"{t}C1": ((STRETCHED // 3).astype(d) - d(9), STRETCHED, 0) for t, d in UNRANGED.items()},
     **{f"bayer_{p}8": (mosaic(p), RGB, 1) for p in BAYER},
     **{f"bayer_{p}16": (wide(mosaic(p)), RGB, 1) for p in BAYER},
 }
@@ -74,7 +77,7 @@ def test_every_encoding_is_tested():
 @pytest.mark.parametrize("encoding", CASES)
 def test_encodings(encoding, padding):
     pixels, expected, tolerance = CASES[encoding]
-    picture = from_message(image_message(pixels, encoding=encoding, padding=padding))
+    picture = from_message(image_message(pixels, encoding=encoding, padding=padding)).pixels
     assert picture.dtype == np.uint8 and picture.shape == expected.shape
     # colours at the border are guessed by demosaicing
     inner = (slice(2, -2), slice(2, -2))
@@ -88,27 +91,39 @@ def test_big_endian_pixels(encoding):
     pixels, _, _ = CASES[encoding]
     message = image_message(pixels.byteswap(), encoding=encoding)
     message.is_bigendian = 1
-    little = from_message(image_message(pixels, encoding=encoding))
-    np.testing.assert_array_equal(from_message(message), little)
+    little = from_message(image_message(pixels, encoding=encoding)).pixels
+    np.testing.assert_array_equal(from_message(message).pixels, little)
 
 
 def test_sixteen_bits_are_rounded_not_cut():
     pixels = np.array([[0, 128, 129, 257 * 100 + 129, 65535]], np.uint16)
-    picture = from_message(image_message(pixels, encoding="mono16"))
+    picture = from_message(image_message(pixels, encoding="mono16")).pixels
     assert picture.tolist() == [[0, 0, 1, 101, 255]]
+
+
+def test_numbers_without_a_range_are_stretched_and_those_that_are_none_masked():
+    pixels = np.array([[-2, 0, np.nan], [3, np.inf, 8]], np.float32)
+    image = from_message(image_message(pixels, encoding="32FC1"))
+    assert image.pixels.tolist() == [[0, 51, 0], [128, 0, 255]]
+    assert image.mask.tolist() == [[True, True, False], [True, False, True]]
+    assert "33.3%" in image.note
+    plain = from_message(image_message(np.nan_to_num(pixels), encoding="32FC1"))
+    assert plain.mask is None and plain.note is None
+    with pytest.raises(UnreadableImageError, match="without a single finite pixel"):
+        from_message(image_message(pixels * np.nan, encoding="32FC1"))
 
 
 def test_the_padding_of_the_last_row_may_be_missing():
     message = image_message(RGB, padding=5)
     message.data = message.data[:-5]
-    np.testing.assert_array_equal(from_message(message), RGB)
+    np.testing.assert_array_equal(from_message(message).pixels, RGB)
 
 
 def test_messages_of_ros_1_are_read():
-    np.testing.assert_array_equal(from_message(image_message(RGB, types=ROS1.types)), RGB)
+    np.testing.assert_array_equal(from_message(image_message(RGB, types=ROS1.types)).pixels, RGB)
 
 
-@pytest.mark.parametrize("encoding", ["32FC1", "bayer_xxxx8", "", "nv21", "64FC9"])
+@pytest.mark.parametrize("encoding", ["32FC2", "bayer_xxxx8", "", "nv21", "64FC9"])
 def test_an_unknown_encoding_lists_the_known(encoding):
     message = image_message(GREY, encoding=encoding)
     message.encoding = encoding
@@ -128,7 +143,7 @@ def test_a_message_that_holds_too_little_is_unreadable(field):
 @pytest.mark.parametrize("ending", [".png", ".jpg"])
 @pytest.mark.parametrize("image", [GREY, RGB], ids=["grey", "colour"])
 def test_compressed_images(image, ending):
-    picture = from_message(compressed_message(image, ending=ending))
+    picture = from_message(compressed_message(image, ending=ending)).pixels
     assert picture.shape == image.shape and picture.dtype == np.uint8
     tolerance = 0 if ending == ".png" else 25
     assert np.abs(picture.astype(int) - image).max() <= tolerance
@@ -137,9 +152,9 @@ def test_compressed_images(image, ending):
 def test_a_png_of_16_bits_or_with_alpha_is_read():
     message = compressed_message(GREY)
     message.data = cv2.imencode(".png", wide(GREY))[1].reshape(-1)
-    np.testing.assert_array_equal(from_message(message), GREY)
+    np.testing.assert_array_equal(from_message(message).pixels, GREY)
     message.data = cv2.imencode(".png", ALPHA[..., [2, 1, 0, 3]])[1].reshape(-1)
-    np.testing.assert_array_equal(from_message(message), RGB)
+    np.testing.assert_array_equal(from_message(message).pixels, RGB)
 
 
 @pytest.mark.parametrize("ending", [".png", ".jpg"])

@@ -379,15 +379,35 @@ def test_odd_bags_are_processed_with_a_warning(tmp_path, images, intrinsics, tin
 
 def test_unreadable_frames_are_skipped_and_counted(tmp_path, images, tiny_extractor):
     rows = sample_bags.camera_messages(images)
-    rows[1][2].encoding = "32FC1"
+    rows[1][2].encoding = "nv21"
     rows[3][2].data = rows[3][2].data[:100]
     path = sample_bags.write_bag(tmp_path / "bag", rows)
     summary = run(BagSource(path), tiny_extractor, tmp_path / "out")
     assert summary["frames"] == COUNT - 2
     assert sum(summary["frames_skipped"].values()) == 2
-    assert any("32FC1" in reason for reason in summary["frames_skipped"])
+    assert any("nv21" in reason for reason in summary["frames_skipped"])
     assert summary["damaged"]
     assert "2 frames" not in summary["frames_skipped"]
+
+
+def test_floating_point_images_have_keypoints_where_they_are_numbers(
+    tmp_path, images, tiny_extractor
+):
+    rows = []
+    for index, image in enumerate(images):
+        pixels = image.astype(np.float32) / 1000
+        pixels[:, :80] = np.nan
+        message = sample_bags.image_message(pixels, sample_bags.stamp(index), "32FC1")
+        rows.append((IMAGE_TOPIC, sample_bags.stamp(index), message))
+    path = sample_bags.write_bag(tmp_path / "bag", rows)
+    mask = np.ones(images[0].shape, np.uint8)
+    mask[:60] = 0
+    summary = run(BagSource(path), tiny_extractor, tmp_path / "out", mask=mask)
+    assert summary["frames"] == COUNT and not summary["damaged"]
+    assert any("NaN" in warning for warning in summary["warnings"])
+    for _, message in read_output(tmp_path / "out")["/extractor/features"]:
+        found = decode_features(message)
+        assert len(found) and found["u"].min() > 79 and found["v"].min() > 59
 
 
 def test_a_damaged_bag_is_processed_and_reported(tmp_path, images, intrinsics, tiny_extractor):
@@ -485,9 +505,9 @@ def test_a_bag_without_images_says_what_it_has(tmp_path):
 def test_a_bag_of_unknown_encoding_is_refused(tmp_path, images, tiny_extractor):
     rows = sample_bags.camera_messages(images)
     for _, _, message in rows:
-        message.encoding = "32FC1"
+        message.encoding = "nv21"
     path = sample_bags.write_bag(tmp_path / "bag", rows)
-    with pytest.raises(InputError, match=f"{IMAGE_TOPIC}: image encoding '32FC1'.*mono8"):
+    with pytest.raises(InputError, match=f"{IMAGE_TOPIC}: image encoding 'nv21'.*mono8"):
         run(BagSource(path), tiny_extractor, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -19,9 +19,10 @@ import cv2
 import numpy as np
 
 from scfeat_ros import __version__
+from scfeat_ros.decoded_image import UnreadableImageError
 from scfeat_ros.errors import InputError
 from scfeat_ros.features import Features
-from scfeat_ros.images import UnreadableImageError, decode
+from scfeat_ros.images import decode
 from scfeat_ros.staging import staged_file
 from scfeat_training.evaluation.methods import Method
 
