@@ -39,8 +39,10 @@ from scfeat_ros.staging import staged_file
 
 SCALING_SIZES = "320x240,640x480,960x720,1280x960,1920x1080"
 SCALING_TOP_K = "512,1024,2048,4096,8192"
-MATRIX_SIZE = 1024
-COPY_BYTES = 64 << 20
+CPU_WORK = 1024, 64 << 20, 1
+"""Rows of the matrices and bytes that the machine's peaks are measured with, and runs in a row."""
+GPU_WORK = 8192, 1 << 30, 10
+"""The same on a GPU, to which a product of a CPU's size is no work."""
 OPENMP = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 """How long OpenMP's threads spin before they sleep, which can double the time of a frame (less
 where the cores are kept awake, see `native/awake.py`)."""
@@ -249,7 +251,11 @@ def _stage_cases(
     device = extractor.device
     _, jpeg = cv2.imencode(".jpg", picture[..., ::-1])
     moved = np.roll(picture, (3, 5), axis=(0, 1))
+    if device.type == "cuda":
+        extractor.network.clear()
+    _reset_peak_memory(device)
     first, second = extractor(picture), extractor(moved)
+    peak_memory = _peak_memory(device)  # a CUDA graph takes its memory when it is captured
     front_end = FrontEnd(extractor)
     front_end.process(moved, 0)
     result = front_end.process(picture, 1)
@@ -300,7 +306,7 @@ def _stage_cases(
         row = Row(stage, model, f"{size[0]}x{size[1]}", top_k, str(device))
         if stage in of_network:
             row.path, row.features = str(extractor.network), len(first)
-            row.gflop = gflop
+            row.gflop, row.peak_memory_mib = gflop, peak_memory
         if stage == "match":
             compiled = device.type == "cpu" and library.is_compiled()
             row.path = matching.way() if compiled else "fp32"
@@ -403,29 +409,35 @@ def _measure(
 
 def _peaks(device: torch.device) -> dict[str, float]:
     """GFLOP/s of a matrix product by precision, and GB/s of a copy (read and written)."""
+    size, copied, times = GPU_WORK if device.type == "cuda" else CPU_WORK
     found = {}
+    tf32 = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32  # as convolutions do
     for name, dtype in DTYPES.items():
         if name == "int16" or (device.type == "cpu" and name == "fp16"):
             continue
-        a = torch.randn(MATRIX_SIZE, MATRIX_SIZE, device=device).to(dtype)
-        seconds = _time(lambda a=a: a @ a, device, 2)
-        found[f"{device} {name}"] = 2e-9 * MATRIX_SIZE**3 / seconds
-    source = torch.empty(COPY_BYTES, dtype=torch.uint8, device=device).zero_()
+        a = torch.randn(size, size, device=device).to(dtype)
+        seconds = _time(lambda a=a: a @ a, device, times)
+        found[f"{device} {name}"] = 2e-9 * size**3 / seconds
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    source = torch.empty(copied, dtype=torch.uint8, device=device).zero_()
     target = torch.empty_like(source)
     found[f"{device} copy GB/s"] = (
-        2e-9 * COPY_BYTES / _time(lambda: target.copy_(source), device, 2)
+        2e-9 * copied / _time(lambda: target.copy_(source), device, times)
     )
     return found
 
 
 def _time(run: Callable[[], object], device: torch.device, times: int) -> float:
+    """Seconds a run, the better of two series of `times` runs."""
     best = float("inf")
-    for _ in range(times):
+    for _ in range(2):
         started = time.perf_counter()
-        run()
+        for _ in range(times):
+            run()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - started)
+        best = min(best, (time.perf_counter() - started) / times)
     return best
 
 

@@ -33,22 +33,43 @@ FUSION_WEIGHTS = (1.0, 2.0, 3.0, 4.0)
 
 
 def select_device(device: str | torch.device) -> torch.device:
-    """The torch device of a name; "auto" is CUDA where there is one, else the CPU.
+    """The torch device of a name; "auto" is CUDA where there is one that works, else the CPU.
 
     Raises:
-        ScfeatError: the device is unknown or not there.
+        ScfeatError: the device is unknown, not there or does not work.
     """
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        try:
+            return select_device("cuda")
+        except ScfeatError as error:
+            LOG.warning("%s. Running on the CPU instead", error)
+            return torch.device("cpu")
     try:
         chosen = torch.device(device)
     except RuntimeError as error:
         raise ScfeatError(f"device '{device}': unknown; use auto, cpu, cuda or cuda:N") from error
-    if chosen.type == "cuda" and not torch.cuda.is_available():
+    if chosen.type != "cuda":
+        return chosen
+    if not torch.cuda.is_available():
         raise ScfeatError(
             f"device '{device}' was asked for, but this PyTorch ({torch.__version__}) finds no "
             "CUDA device: use device 'cpu' or 'auto', or install a CUDA build of PyTorch"
         )
+    count = torch.cuda.device_count()
+    if chosen.index is not None and chosen.index >= count:
+        raise ScfeatError(
+            f"device '{device}' was asked for, but there are {count}: use cuda:0 to "
+            f"cuda:{count - 1}, 'cpu' or 'auto'"
+        )
+    try:
+        torch.ones(1, device=chosen).add(1).item()
+    except (RuntimeError, AssertionError) as error:  # e.g. no kernels for so old a GPU
+        raise ScfeatError(
+            f"device '{device}' does not work with this PyTorch ({torch.__version__}): "
+            f"{str(error).splitlines()[0]}"
+        ) from error
     return chosen
 
 
@@ -80,6 +101,8 @@ class Extractor:
         self.options = ExtractorOptions(**options)
         validate(self.options)
         _check_descriptor_dim(self.options, model)
+        if device == "auto" and isinstance(model, OnnxSCFeat):
+            device = model.default_device
         self.device = select_device(device)
         self.model = model.eval().to(self.device, memory_format=torch.channels_last)
         if self.options.threads:
@@ -201,7 +224,8 @@ class Extractor:
                     scores[i], image, mask, self.options, self.network.compiled
                 )
             else:
-                mask = None if mask is None else torch.from_numpy(mask).to(self.device) != 0
+                if mask is not None:
+                    mask = preprocessing.upload(mask, self.device) != 0
                 selected = selection.on_device(scores[i], pixels[i], mask, self.options)
             features.append(self._describe(selected, self._maps(output, i), size, new))
         return features
@@ -239,8 +263,10 @@ class Extractor:
         if self.options.descriptor_norm == "l2":
             normalize = native_descriptors.l2_normalize if compiled else l2_normalize
         # working pixel x covers [x - 0.5, x + 0.5]; the same holds in the original
-        scale = points.new_tensor([size[0] / working[0], size[1] / working[1]])
-        points = (points + 0.5) * scale - 0.5
+        if size != working:
+            x, y = (points + 0.5).unbind(1)
+            scaled = x * (size[0] / working[0]), y * (size[1] / working[1])
+            points = torch.stack(scaled, dim=1) - 0.5
         keypoints, scores, descriptors = _on_host(points, scores, normalize(sampled))
         return Features(
             keypoints=keypoints, scores=scores, descriptors=descriptors, image_size=size

@@ -207,6 +207,7 @@ class FrameProcessor:
         limit = extractor.options.max_size or max(size)
         half = max(1, min(limit, max(size)) // 2)
         extractor.set_options(max_size=half)
+        extractor.network.clear()
         return (
             f"out of memory on {extractor.device} at {size[0]}x{size[1]}: images are shrunk to "
             f"{half} px from now on; set max_size to {half} or less for good"
@@ -336,5 +337,8 @@ def free_memory() -> None:
 def _is_out_of_memory(error: Exception) -> bool:
     """Whether PyTorch (CUDA or CPU), numpy or OpenCV could not get memory."""
     text = str(error).lower()
-    phrases = ("out of memory", "can't allocate memory", "not enough memory", "insufficient memory")
+    phrases = (
+        *("out of memory", "can't allocate memory", "not enough memory", "insufficient memory"),
+        *("alloc_failed", "unable to find an engine"),  # cuBLAS's and cuDNN's words for it
+    )
     return isinstance(error, MemoryError) or any(phrase in text for phrase in phrases)

@@ -14,6 +14,7 @@ import os
 import warnings
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load, save
@@ -34,6 +35,7 @@ from scfeat_ros.staging import staged_file
 
 OPSET = 17
 OUTPUTS = SCFeatOutput._fields
+_CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 
 
 class _HalfConv(nn.Module):
@@ -150,7 +152,7 @@ class OnnxSCFeat(nn.Module):
         if not self.path.is_file():
             raise ModelError(f"weights '{path}': no such file")
         self._runtime = _import("onnxruntime")
-        self._session = self._open(["CPUExecutionProvider"])
+        self._session = self._open([_CPU])
         metadata = self._session.get_modelmeta().custom_metadata_map
         if metadata.get("format") != "scfeat":
             raise ModelError(f"{path}: not written by `scfeat export --onnx`")
@@ -165,7 +167,7 @@ class OnnxSCFeat(nn.Module):
         )
         self.projection.load_state_dict(load(base64.b64decode(metadata["projection"])))
 
-    def _open(self, providers: list[str]) -> object:
+    def _open(self, providers: list[Any]) -> object:
         options = self._runtime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3
@@ -175,14 +177,28 @@ class OnnxSCFeat(nn.Module):
             first = str(error).splitlines()[0]
             raise ModelError(f"{self.path}: onnxruntime cannot read it ({first})") from error
 
+    @property
+    def default_device(self) -> str:
+        """ "auto", or "cpu" where this onnxruntime has no CUDA."""
+        return "auto" if _CUDA in self._runtime.get_available_providers() else "cpu"
+
     def prepare(self, device: torch.device) -> None:
-        """Run on a device, with the threads that PyTorch has."""
-        providers = ["CPUExecutionProvider"]
-        if device.type == "cuda":
-            if "CUDAExecutionProvider" not in self._runtime.get_available_providers():
-                raise ScfeatError("this onnxruntime has no CUDA: pip install onnxruntime-gpu")
-            providers.insert(0, "CUDAExecutionProvider")
-        self._session = self._open(providers)
+        """Run on a device, with the threads that PyTorch has.
+
+        Raises:
+            ScfeatError: this onnxruntime does not run on the device.
+        """
+        if device.type != "cuda":
+            self._session = self._open([_CPU])
+            return
+        if _CUDA not in self._runtime.get_available_providers():
+            raise ScfeatError("this onnxruntime has no CUDA: pip install onnxruntime-gpu")
+        self._session = self._open([(_CUDA, {"device_id": device.index or 0}), _CPU])
+        if _CUDA not in self._session.get_providers():
+            raise ScfeatError(
+                "onnxruntime cannot use CUDA here: it does not find the CUDA or cuDNN libraries "
+                "that it was built with; use device 'cpu'"
+            )
 
     def forward(self, image: torch.Tensor) -> SCFeatOutput:
         values = unit_range(image).float().cpu().numpy()

@@ -53,10 +53,7 @@ def on_device(
     images: Sequence[np.ndarray], size: tuple[int, int], device: torch.device
 ) -> torch.Tensor:
     """As `on_cpu`, with all but the copy done by the device; the result is there."""
-    batch = torch.from_numpy(np.stack(images))
-    if device.type == "cuda":  # from pinned memory, the copy goes on while Python does
-        batch = batch.pin_memory()
-    batch = batch.to(device, non_blocking=True).permute(0, 3, 1, 2)
+    batch = upload(np.stack(images), device).permute(0, 3, 1, 2)
     width, height = size
     if batch.shape[-2:] != (height, width):
         batch = shrink(batch, size)
@@ -67,17 +64,25 @@ def on_device(
     return batch
 
 
+def upload(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """An array on a device; to a GPU it is copied from pinned memory, while Python goes on."""
+    tensor = torch.from_numpy(array)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 def shrink(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """Area averaging, as OpenCV's INTER_AREA: (B, C, H, W) uint8 -> (width, height) `size`."""
     width, height = size
-    rows = _area_weights(images.shape[2], height).to(images.device)
-    columns = _area_weights(images.shape[3], width).to(images.device)
+    rows = _area_weights(images.shape[2], height, images.device)
+    columns = _area_weights(images.shape[3], width, images.device)
     return (rows @ images.float() @ columns.T).round().to(torch.uint8)
 
 
-def _area_weights(old: int, new: int) -> torch.Tensor:
+def _area_weights(old: int, new: int, device: torch.device) -> torch.Tensor:
     """(new, old) share of every old pixel in the mean of every new one."""
-    edges = torch.arange(new + 1, dtype=torch.float64) * old / new
-    pixels = torch.arange(old, dtype=torch.float64)
+    edges = torch.arange(new + 1, dtype=torch.float64, device=device) * old / new
+    pixels = torch.arange(old, dtype=torch.float64, device=device)
     overlap = torch.minimum(edges[1:, None], pixels + 1) - torch.maximum(edges[:-1, None], pixels)
     return (overlap.clamp_min(0) * new / old).float()

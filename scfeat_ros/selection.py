@@ -142,7 +142,7 @@ def subpixel_offsets(
     neighbourhood would pull every keypoint to its pixel's centre.
     """
     height, width = scores.shape
-    steps = torch.tensor([-1, 0, 1], device=scores.device)
+    steps = torch.arange(-1, 2, device=scores.device)
     y = (rows[:, None, None] + steps[None, :, None]).clamp(0, height - 1)
     x = (columns[:, None, None] + steps[None, None, :]).clamp(0, width - 1)
     weights = scores[y, x].float()

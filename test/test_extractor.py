@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from scfeat_ros.errors import ScfeatError
-from scfeat_ros.extractor import Extractor, fusion_normalize
+from scfeat_ros.extractor import Extractor, fusion_normalize, select_device
 from scfeat_ros.matcher import match
 from scfeat_ros.model.scfeat import load_model
 from scfeat_ros.selection import is_local_maximum, subpixel_offsets
@@ -323,6 +323,18 @@ def test_wrong_options_are_refused(make, extractor):
     assert extractor.options == before
     with pytest.raises(ValueError, match="mask must be"):
         extractor(np.zeros((8, 8), np.uint8), mask=np.ones((4, 8), bool))
+
+
+def test_a_gpu_that_does_not_work_is_named_or_left_aside(monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch, "ones", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("old")))
+    with pytest.raises(ScfeatError, match="there are 2: use cuda:0 to cuda:1"):
+        select_device("cuda:2")
+    with pytest.raises(ScfeatError, match=r"'cuda:1' does not work with this PyTorch .*: old"):
+        select_device("cuda:1")
+    assert select_device("auto") == torch.device("cpu")
+    assert "Running on the CPU instead" in caplog.text
 
 
 def test_missing_device_is_named():

@@ -10,7 +10,6 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
@@ -25,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from scfeat_ros.acceleration import has_bfloat16
 from scfeat_ros.errors import InputError, ScfeatError
 from scfeat_ros.memory import keep_freed_memory
 from scfeat_training.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
@@ -151,7 +151,8 @@ class Trainer:
                 "config": asdict(config),
             }
         )
-        self._stop = False
+        self._autocast = self.device.type == "cuda" and has_bfloat16(self.device)
+        self._interrupted = False
         self._skipped_in_a_row = 0
 
     def _note_bad(self, line: str) -> None:
@@ -233,10 +234,10 @@ class Trainer:
         bar = tqdm(total=end, initial=self.step, unit="step", disable=None if log else True)
         try:
             batches = self._loader(end)
-            while self.step < end and not self._stop:
-                if self._agree(
-                    time_limit is not None and time.monotonic() - started > 60 * time_limit
-                ):
+            while self.step < end:
+                late = time_limit is not None and time.monotonic() - started > 60 * time_limit
+                # all processes leave the loop together
+                if self._any(torch.tensor(late or self._interrupted)):
                     break
                 batch = _to_device(next(batches), self.device)
                 means.add(self._one_step(batch, log))
@@ -270,25 +271,19 @@ class Trainer:
         return self.step
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self._stop = True
+        self._interrupted = True
 
-    def _agree(self, stop: bool) -> bool:
-        """Whether any process wants to stop; all of them must leave the loop together."""
-        if self.world == 1:
-            return stop or self._stop
-        flag = torch.tensor(float(stop or self._stop), device=self.device)
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
-        self._stop = bool(flag)
-        return self._stop
+    def _forward(self, *inputs: torch.Tensor) -> Any:
+        """The network's maps, on a GPU by convolutions in bf16; losses are of fp32 alone."""
+        with torch.autocast("cuda", torch.bfloat16, enabled=self._autocast):
+            return self.network(*inputs)
 
     def _one_step(self, batch: dict[str, Any], log: _Log | None) -> dict[str, torch.Tensor]:
         """One update; its terms for the log, none if loss or gradient were not finite."""
         config = self.config
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * self.rate(self.step)
-        cuda = self.device.type == "cuda"
-        with torch.autocast("cuda", torch.bfloat16) if cuda else nullcontext():
-            losses, terms = self.stage.losses(self.network, batch)
+        losses, terms = self.stage.losses(self._forward, batch)
         bad = ~losses.detach().isfinite()
         if self._any(bad.any()):
             self._skip([n for n, b in zip(batch["name"], bad.tolist(), strict=True) if b], log)
@@ -307,9 +302,10 @@ class Trainer:
         return {"loss": loss.detach(), **terms, "gradient": norm}
 
     def _any(self, flag: torch.Tensor) -> bool:
+        """Whether the flag is set in any of the processes."""
         if self.world == 1:
             return bool(flag)
-        flag = flag.float()
+        flag = flag.to(self.device).float()
         dist.all_reduce(flag, dist.ReduceOp.MAX)
         return bool(flag)
 

@@ -68,6 +68,11 @@ class Replays:
         self._images = 0
         self._lock = threading.Lock()
 
+    def clear(self) -> None:
+        """Forget all recordings and free their memory."""
+        with self._lock:
+            self._kept.clear()
+
     def __call__(self, image: torch.Tensor) -> SCFeatOutput:
         key = image.shape, image.stride(), image.dtype, torch.get_num_threads()
         with self._lock:
