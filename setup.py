@@ -60,6 +60,8 @@ setup(
     ],
     install_requires=[
         "av>=10",
+        "backports.zstd>=1; python_version < '3.14'",
+        "lz4>=3",
         "numpy>=1.21",
         "opencv-python-headless>=4.6,<5",
         "pyyaml>=5.4",

@@ -26,9 +26,20 @@ ARGUMENTS = {
     "weights": ("", "installed model or .safetensors file; empty for what params_file says"),
     "device": ("", "auto, cpu, cuda, cuda:1 ...; empty for what params_file says"),
     "params_file": (str(SHARE / "config" / "extractor.yaml"), "parameters of the node"),
-    "overlay": ("true", "draw ~/overlay while somebody subscribes to it"),
-    "autostart": ("true", "activate the node; false leaves it to a lifecycle manager"),
-    "use_sim_time": ("false", "take the time from /clock (for bags played with --clock)"),
+    "overlay": (
+        "",
+        "true or false: draw ~/overlay while somebody subscribes; empty for what params_file says",
+    ),
+    "autostart": (
+        "",
+        "true or false: activate the node, or leave it to a lifecycle manager; empty for what "
+        "params_file says",
+    ),
+    "use_sim_time": (
+        "",
+        "true takes the time from /clock (for bags played with --clock); empty for what "
+        "params_file says",
+    ),
     "cameras": (
         "",
         "comma-separated namespaces of several cameras, one node and one process each; image and "
@@ -59,8 +70,11 @@ def _actions(context: LaunchContext) -> list[LaunchDescriptionEntity]:
             f"image '{image}' and camera_info '{camera_info}' must be relative topics with several "
             "cameras: each is looked for in its camera's namespace"
         )
-    parameters = {name: _boolean(name, values[name]) for name in ("overlay", "autostart")}
-    parameters["use_sim_time"] = _boolean("use_sim_time", values["use_sim_time"])
+    parameters = {
+        name: _boolean(name, values[name])
+        for name in ("overlay", "autostart", "use_sim_time")
+        if values[name]
+    }
     for name in ("weights", "device", "image_transport"):
         if values[name]:
             parameters[name] = values[name]
@@ -93,7 +107,7 @@ def _actions(context: LaunchContext) -> list[LaunchDescriptionEntity]:
                     values["rviz_frame"],
                 ],
                 remappings=[("image_raw", image), ("camera_info", camera_info)],
-                parameters=[{"use_sim_time": parameters["use_sim_time"]}],
+                parameters=[{"use_sim_time": parameters.get("use_sim_time", False)}],
             )
         )
     return nodes

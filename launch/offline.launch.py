@@ -36,6 +36,8 @@ def _actions(context: LaunchContext) -> list[LaunchDescriptionEntity]:
     command += ["--weights", values["weights"], "--device", values["device"]]
     if values["topic"]:
         command += ["--topic", values["topic"]]
+    if values["video"].lower() not in ("true", "false"):
+        raise ValueError(f"video must be true or false, got '{values['video']}'")
     if values["video"].lower() == "true":
         command += ["--video"]
     return [

@@ -70,21 +70,31 @@ class Camera:
             )
 
     @classmethod
-    def from_message(cls, message: Any) -> Camera | None:
-        """The camera of a sensor_msgs/CameraInfo (ROS 2's k, d or ROS 1's K, D).
+    def from_message(cls, message: Any, rectified: bool = False) -> Camera | None:
+        """The camera of a sensor_msgs/CameraInfo (ROS 2's k, d, p or ROS 1's K, D, P).
 
         Region of interest and binning are taken into K as image_geometry does it: first the
         offset is subtracted, then the result divided by the binning.
 
+        Args:
+            message: of rclpy's or of rosbags' class.
+            rectified: whether the images are rectified: their intrinsics are in P, and they are
+                not distorted any more.
+
         Returns:
-            None for an uncalibrated camera, which by ROS's definition has K[0] = 0.
+            None for an uncalibrated camera, which by ROS's definition has K[0] = 0 (or P[0]).
 
         Raises:
             InputError: see the class.
         """
         ros2 = hasattr(message, "k")
-        K = np.array(message.k if ros2 else message.K, np.float64).reshape(3, 3)
-        D = np.asarray(message.d if ros2 else message.D, np.float64)
+        if rectified:
+            projection = np.array(message.p if ros2 else message.P, np.float64)
+            K, D, model = projection.reshape(3, 4)[:, :3].copy(), np.zeros(0), "plumb_bob"
+        else:
+            K = np.array(message.k if ros2 else message.K, np.float64).reshape(3, 3)
+            D = np.asarray(message.d if ros2 else message.D, np.float64)
+            model = message.distortion_model
         if K[0, 0] == 0:
             return None
         width, height = int(message.width), int(message.height)
@@ -97,7 +107,7 @@ class Camera:
         bin_x, bin_y = max(1, int(message.binning_x)), max(1, int(message.binning_y))
         K[0] /= bin_x
         K[1] /= bin_y
-        return cls(K, D, message.distortion_model, (width // bin_x, height // bin_y))
+        return cls(K, D, model, (width // bin_x, height // bin_y))
 
     def same_as(self, other: Camera | None) -> bool:
         """Whether the other one has the same calibration."""

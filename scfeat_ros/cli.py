@@ -138,6 +138,12 @@ def _add_bag(commands: argparse._SubParsersAction) -> None:
         "--camera-info", metavar="TOPIC", help="CameraInfo topic (default: beside the image topic)"
     )
     group.add_argument(
+        "--rectified",
+        action="store_true",
+        help="the images are rectified (image_proc's image_rect): bearings are made with the "
+        "CameraInfo's P, without its distortion",
+    )
+    group.add_argument(
         "--poses",
         metavar="TOPIC",
         help="pose of the camera's optical frame in the world, PoseStamped or Odometry: the "
@@ -349,6 +355,7 @@ def _bag(arguments: argparse.Namespace) -> int:
         _only_input(arguments),
         topic=arguments.topic,
         camera_info=arguments.camera_info,
+        rectified=arguments.rectified,
         poses=arguments.poses,
         every=arguments.every,
         start=arguments.start,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import cv2
 import numpy as np
@@ -13,8 +14,21 @@ _LARGEST = 1e300
 """So that the range of an image of float64 is a number."""
 
 
+_DECODE_FLAGS = cv2.IMREAD_UNCHANGED | cv2.IMREAD_IGNORE_ORIENTATION
+_BAYER = {  # OpenCV names a pattern by its second row
+    "bayer_rggb": cv2.COLOR_BayerBG2RGB,
+    "bayer_bggr": cv2.COLOR_BayerRG2RGB,
+    "bayer_gbrg": cv2.COLOR_BayerGR2RGB,
+    "bayer_grbg": cv2.COLOR_BayerGB2RGB,
+}
+
+
 class UnreadableImageError(InputError):
     """One image is damaged; those after it may be fine."""
+
+
+class UnknownEncodingError(InputError):
+    """An image encoding that this package does not read."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +38,7 @@ class DecodedImage:
     Attributes:
         pixels: (H, W, 3) uint8 RGB or (H, W) uint8 grey.
         mask: (H, W) bool, where pixels are valid; None where all are.
-        note: what was odd about the image, None where nothing was.
+        note: how many pixels are not valid and why, None where all are.
     """
 
     pixels: np.ndarray
@@ -62,6 +76,56 @@ def to_8_bit(pixels: np.ndarray) -> DecodedImage:
     image = np.ascontiguousarray(scaled.round().clip(0, 255).astype(np.uint8))
     if valid.all():
         return DecodedImage(image)
-    return DecodedImage(
-        image, valid, f"{1 - valid.mean():.1%} of the image's pixels are NaN or infinite"
-    )
+    return DecodedImage(image, valid, f"{1 - valid.mean():.1%} are NaN or infinite")
+
+
+def from_compressed(message: Any) -> DecodedImage:
+    """The picture of a sensor_msgs/CompressedImage (JPEG, PNG or what else OpenCV reads).
+
+    Args:
+        message: of rclpy's or of rosbags' class.
+
+    Raises:
+        UnknownEncodingError: compressedDepth.
+        UnreadableImageError: no image, or a damaged one.
+    """
+    if "compressedDepth" in message.format:
+        raise UnknownEncodingError(
+            f"compressed image of format '{message.format}': compressedDepth is no picture; use "
+            "the raw depth images, or the camera's"
+        )
+    pixels = decode(np.frombuffer(message.data, np.uint8), f"'{message.format}' image")
+    # image_transport leaves a sensor's mosaic as it is
+    pattern = _BAYER.get(message.format[:10])
+    if pattern is not None and pixels.ndim == 2:
+        pixels = cv2.cvtColor(pixels, pattern)
+    return DecodedImage(pixels)
+
+
+def decode(data: np.ndarray, name: str) -> np.ndarray:
+    """The picture of an encoded file in memory (JPEG, PNG, whatever OpenCV reads).
+
+    Args:
+        data: (n,) uint8, the file's bytes.
+        name: what to call it in an error.
+
+    Returns:
+        (H, W) uint8 for a grey image, else (H, W, 3) uint8 RGB; a rotation in Exif is ignored,
+        pixels stay where the sensor has them.
+
+    Raises:
+        UnreadableImageError: no image, or a damaged one.
+    """
+    if data[:2].tobytes() == b"\xff\xd8" and b"\xff\xd9" not in data[-4096:].tobytes():
+        # OpenCV would give a picture that is grey from there on
+        raise UnreadableImageError(f"{name} is cut off after {len(data)} bytes")
+    try:
+        image = cv2.imdecode(data, _DECODE_FLAGS) if len(data) else None
+    except cv2.error as error:
+        raise UnreadableImageError(f"{name} cannot be decoded: {error}") from error
+    if image is None or image.dtype not in (np.uint8, np.uint16):
+        raise UnreadableImageError(f"{name} cannot be decoded ({len(data)} bytes)")
+    if image.ndim == 3:
+        code = cv2.COLOR_BGR2RGB if image.shape[2] == 3 else cv2.COLOR_BGRA2RGB
+        image = cv2.cvtColor(image, code)
+    return to_8_bit(image).pixels

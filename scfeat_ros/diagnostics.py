@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections import deque
@@ -21,7 +22,7 @@ OVERLOAD_SHARE = 0.1
 LOG_AGAIN = 10.0
 """Seconds after which the same problem is logged again."""
 MOST_LOGGED = 100
-"""Different texts that are remembered as logged."""
+"""Kinds of texts that are remembered as logged."""
 
 STAGES = (
     "wait",  # for the previous frame to be done
@@ -114,6 +115,11 @@ class Monitor:
             self._counts["failed"] += 1
         self.event(level, text)
 
+    def withdrawn(self) -> None:
+        """An image that came in was dropped without another one in its place."""
+        with self._lock:
+            self._counts["dropped"] += 1
+
     def event(self, level: Level, text: str) -> None:
         """Something happened that the next report must show."""
         with self._lock:
@@ -192,10 +198,13 @@ class Monitor:
                 values["last problem, seconds ago"] = f"{now - when:.1f}"
             # the worst first; repetitions told once, with their number
             level = max((level for level, _ in problems), default=Level.OK)
-            texts: dict[str, int] = {}
+            texts: dict[str, tuple[str, int]] = {}
             for _, text in sorted(problems, key=lambda problem: -problem[0]):
-                texts[text] = texts.get(text, 0) + 1
-            message = "; ".join(t if n == 1 else f"{t} ({n} times)" for t, n in texts.items())
+                _, times = texts.get(_kind(text), ("", 0))
+                texts[_kind(text)] = text, times + 1
+            message = "; ".join(
+                text if times == 1 else f"{text} ({times} times)" for text, times in texts.values()
+            )
             return Report(level, message or "ok", values)
 
 
@@ -216,23 +225,25 @@ class Problems:
         self._clock = clock
         self._logged: dict[str, float] = {}
 
-    def tell(self, condition: str | None, level: Level, text: str) -> None:
-        """Something is the matter, until the monitor's condition is cleared; None: only now."""
-        if condition is None:
-            self._monitor.event(level, text)
-        elif not self._monitor.set_condition(condition, level, text):
-            return
-        self.log(level, text)
+    def tell(self, condition: str, level: Level, text: str) -> None:
+        """Something is the matter, until the monitor's condition is cleared."""
+        if self._monitor.set_condition(condition, level, text):
+            self.log(level, text)
 
     def log(self, level: Level, text: str) -> None:
-        """Log a text, unless it was logged in the last `LOG_AGAIN` seconds."""
-        now = self._clock()
-        if now - self._logged.get(text, -LOG_AGAIN) < LOG_AGAIN:
+        """Log a text, unless one of its kind was logged in the last `LOG_AGAIN` seconds."""
+        now, kind = self._clock(), _kind(text)
+        if now - self._logged.get(kind, -LOG_AGAIN) < LOG_AGAIN:
             return
         if len(self._logged) >= MOST_LOGGED:
             self._logged.clear()
-        self._logged[text] = now
+        self._logged[kind] = now
         if level == Level.ERROR:
             self._logger.error(text)
         else:
             self._logger.warning(text)
+
+
+def _kind(text: str) -> str:
+    """A text without its numbers, which differ from frame to frame where the matter is the same."""
+    return re.sub(r"0x[0-9a-f]+|\d[\d.]*", "#", text)

@@ -15,3 +15,7 @@ class ModelError(ScfeatError):
 
 class OutputExistsError(ScfeatError):
     """The output is there already and overwriting was not asked for."""
+
+
+class OptionError(ScfeatError, ValueError):
+    """An option outside its range, or one that does not go with the others."""

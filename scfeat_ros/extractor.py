@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from scfeat_ros import preprocessing, pyramid, selection
 from scfeat_ros.acceleration import Network, choose
-from scfeat_ros.errors import ScfeatError
+from scfeat_ros.errors import OptionError, ScfeatError
 from scfeat_ros.features import Features
 from scfeat_ros.model.descriptors import Maps, Projection
 from scfeat_ros.model.sampling import sample_few
@@ -90,7 +90,7 @@ class Extractor:
         network: what runs in the model's place, see `acceleration.choose`.
 
     Raises:
-        ValueError: an option outside its range.
+        OptionError: an option outside its range.
         TypeError: an unknown option.
         ScfeatError: the device is not there.
     """
@@ -141,7 +141,7 @@ class Extractor:
         """Change options; the next image is processed with them.
 
         Raises:
-            ValueError: a value outside its range; nothing is changed then.
+            OptionError: a value outside its range; nothing is changed then.
         """
         options = replace(self.options, **changes)
         validate(options)
@@ -282,16 +282,16 @@ def _check_descriptor_dim(options: ExtractorOptions, model: SCFeat | OnnxSCFeat)
     """Whether descriptors can be that short.
 
     Raises:
-        ValueError: they cannot.
+        OptionError: they cannot.
     """
     dim = options.descriptor_dim
     if dim and not _fitted(options):
-        raise ValueError(
+        raise OptionError(
             f"descriptor_dim {dim}: only descriptors of descriptor_source 'bridge' and "
             "descriptor_sampling 'pooled' can be cut, whose first values tell most; use 0"
         )
     if dim > len(model.projection.matrix):
-        raise ValueError(
+        raise OptionError(
             f"descriptor_dim {dim}: this network's descriptors have "
             f"{len(model.projection.matrix)} values; use 0 for all of them"
         )

@@ -14,7 +14,7 @@ from rclpy.impl.rcutils_logger import RcutilsLogger
 from sensor_msgs.msg import CameraInfo, Image
 
 from scfeat_ros.camera import Camera
-from scfeat_ros.decoded_image import DecodedImage
+from scfeat_ros.decoded_image import DecodedImage, from_compressed
 from scfeat_ros.diagnostics import Level, Monitor, Problems
 from scfeat_ros.errors import InputError
 from scfeat_ros.messages import (
@@ -111,7 +111,7 @@ class FrameProcessor:
         """Use this calibration from the next image on."""
         self._camera_info = message
         try:
-            camera = Camera.from_message(message)
+            camera = Camera.from_message(message, self.options.rectified)
         except InputError as error:
             camera = None
             self._problems.tell("camera", Level.WARN, f"{error}; features have no bearings")
@@ -131,9 +131,10 @@ class FrameProcessor:
         self._depth_images.add(stamp_to_nanoseconds(message.header.stamp), message)
 
     def pause(self) -> None:
-        """Forget what came in: the subscriptions are gone."""
+        """Forget what came in; the subscriptions are gone, and no frame is in work."""
         self._camera = self._camera_info = None
         self._depth_images.clear()
+        self.front_end.reset()
 
     def process(self, frame: Frame) -> None:
         """One image from message to messages; never raises."""
@@ -143,8 +144,6 @@ class FrameProcessor:
         try:
             image = self._decode(frame.message)
             decoded = time.perf_counter()
-            if image.note:
-                self._problems.tell(None, Level.WARN, image.note)
             waited += self._warm_up(image.pixels.shape[1::-1])
             result = self._extract(image, frame.message.header)
             extracted = time.perf_counter()
@@ -165,7 +164,7 @@ class FrameProcessor:
 
     def _decode(self, message: Any) -> DecodedImage:
         if hasattr(message, "format"):
-            return self._decoder.decode_compressed(message)
+            return from_compressed(message)
         return self._decoder.decode(message)
 
     def _extract(self, image: DecodedImage, header: Any) -> FrameResult:
@@ -262,14 +261,15 @@ class FrameProcessor:
 
     def _publish_rgbd(self, publisher: Any, message: Any, result: FrameResult) -> None:
         depth = self._depth_images.nearest(result.stamp, self.options.rgbd_tolerance)
-        if depth is None or self._camera_info is None:
-            missing = "camera_info" if self._camera_info is None else "depth image in time"
+        camera_info = self._camera_info
+        if depth is None or camera_info is None:
+            missing = "camera_info" if camera_info is None else "depth image in time"
             text = f"~/rgbd_image left out: no {missing}"
             self._problems.tell("rgbd", Level.WARN, text)
             return
         self._monitor.clear_condition("rgbd")
         publisher.publish(
-            encode_rgbd(message, depth, self._camera_info, result.features, self._rtabmap_messages)
+            encode_rgbd(message, depth, camera_info, result.features, self._rtabmap_messages)
         )
 
     def _camera_for(self, result: FrameResult) -> Camera | None:
@@ -312,6 +312,7 @@ class FrameProcessor:
         height, width = image.pixels.shape[:2]
         facts = {
             "image size": f"{width}x{height}",
+            "pixels left out": image.note or "none",
             "keypoints": len(result.features),
             "matches": len(result.matches),
         }

@@ -22,7 +22,7 @@ class FrontEnd:
         matching: how frames are matched and tracked, None for the defaults.
 
     Raises:
-        ValueError: an option outside its range.
+        OptionError: an option outside its range.
     """
 
     def __init__(self, extractor: Extractor, matching: MatcherOptions | None = None) -> None:
@@ -35,7 +35,7 @@ class FrontEnd:
         """Change fields of `MatcherOptions`; the next image is processed with them.
 
         Raises:
-            ValueError: a value outside its range; nothing is changed then.
+            OptionError: a value outside its range; nothing is changed then.
         """
         matching = replace(self.matching, **changes)
         validate(matching)

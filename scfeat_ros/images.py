@@ -10,7 +10,14 @@ import cv2
 import numpy as np
 from rosbags.image.image import ImageError, convert_color, to_cvtype
 
-from scfeat_ros.decoded_image import DecodedImage, UnreadableImageError, to_8_bit
+from scfeat_ros.decoded_image import (
+    DecodedImage,
+    UnknownEncodingError,
+    UnreadableImageError,
+    decode,
+    from_compressed,
+    to_8_bit,
+)
 from scfeat_ros.errors import InputError
 
 _GENERIC = {"8UC1": "mono8", "8UC3": "bgr8", "8UC4": "bgra8", "16UC1": "mono16"}
@@ -25,12 +32,6 @@ ENCODINGS = (
 """Encodings of sensor_msgs/Image that are read."""
 
 _BY_NAME = {name.lower(): name for name in ENCODINGS}
-
-_DECODE_FLAGS = cv2.IMREAD_UNCHANGED | cv2.IMREAD_IGNORE_ORIENTATION
-
-
-class UnknownEncodingError(InputError):
-    """An image encoding that this package does not read."""
 
 
 def from_message(message: Any) -> DecodedImage:
@@ -47,7 +48,7 @@ def from_message(message: Any) -> DecodedImage:
         UnreadableImageError: the message is damaged.
     """
     if hasattr(message, "format"):
-        return _from_compressed(message)
+        return from_compressed(message)
     encoding = _BY_NAME.get(_GENERIC.get(message.encoding, message.encoding).lower())
     if encoding is None:
         raise UnknownEncodingError(
@@ -86,43 +87,6 @@ def _pixels(message: Any, dtype: np.dtype, channels: int) -> np.ndarray:
     if bool(message.is_bigendian) != (sys.byteorder == "big"):
         pixels = pixels.byteswap()
     return pixels if channels == 1 else pixels.reshape(height, width, channels)
-
-
-def _from_compressed(message: Any) -> DecodedImage:
-    if "compressedDepth" in message.format:
-        raise UnknownEncodingError(
-            f"compressed image format '{message.format}' is a depth image; known are jpeg and png"
-        )
-    return DecodedImage(decode(np.frombuffer(message.data, np.uint8), f"'{message.format}' image"))
-
-
-def decode(data: np.ndarray, name: str) -> np.ndarray:
-    """The picture of an encoded file in memory (JPEG, PNG, whatever OpenCV reads).
-
-    Args:
-        data: (n,) uint8, the file's bytes.
-        name: what to call it in an error.
-
-    Returns:
-        (H, W) uint8 for a grey image, else (H, W, 3) uint8 RGB; a rotation in Exif is ignored,
-        pixels stay where the sensor has them.
-
-    Raises:
-        UnreadableImageError: no image, or a damaged one.
-    """
-    if data[:2].tobytes() == b"\xff\xd8" and b"\xff\xd9" not in data[-4096:].tobytes():
-        # OpenCV would give a picture that is grey from there on
-        raise UnreadableImageError(f"{name} is cut off after {len(data)} bytes")
-    try:
-        image = cv2.imdecode(data, _DECODE_FLAGS) if len(data) else None
-    except cv2.error as error:
-        raise UnreadableImageError(f"{name} cannot be decoded: {error}") from error
-    if image is None or image.dtype not in (np.uint8, np.uint16):
-        raise UnreadableImageError(f"{name} cannot be decoded ({len(data)} bytes)")
-    if image.ndim == 3:
-        code = cv2.COLOR_BGR2RGB if image.shape[2] == 3 else cv2.COLOR_BGRA2RGB
-        image = cv2.cvtColor(image, code)
-    return to_8_bit(image).pixels
 
 
 def read_file(path: Path) -> np.ndarray:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rcl_interfaces.msg import ParameterDescriptor
+from rclpy.exceptions import InvalidParameterTypeException
 from rclpy.node import Node
 from rclpy.qos import (
     DurabilityPolicy,
@@ -183,9 +184,12 @@ def _declare_overrides(node: Node, topic: str) -> dict[str, Any]:
         default = 0 if policy == "depth" else MATCH
         if not node.has_parameter(name):
             text = f"{policy} of the subscription to {topic}; {default} leaves it to the node"
-            node.declare_parameter(
-                name, default, ParameterDescriptor(description=text, read_only=True)
-            )
+            try:
+                node.declare_parameter(
+                    name, default, ParameterDescriptor(description=text, read_only=True)
+                )
+            except InvalidParameterTypeException as error:
+                raise InputError(f"{name} is of a wrong type: {error}") from error
         value = node.get_parameter(name).value
         if value == default:
             continue
@@ -194,9 +198,8 @@ def _declare_overrides(node: Node, topic: str) -> dict[str, Any]:
                 raise InputError(f"{name} must be at least 1, got {value}")
             overrides[policy] = value
             continue
-        known = _ENUMS[policy].__members__
-        if value.upper() not in known:
-            choices = ", ".join(member.lower() for member in known)
-            raise InputError(f"{name} must be {MATCH} or one of {choices}, got '{value}'")
-        overrides[policy] = known[value.upper()]
+        known = {n.lower(): v for n, v in _ENUMS[policy].__members__.items() if n != "UNKNOWN"}
+        if value.lower() not in known:
+            raise InputError(f"{name} must be {MATCH} or one of {', '.join(known)}, got '{value}'")
+        overrides[policy] = known[value.lower()]
     return overrides

@@ -6,6 +6,7 @@ a signal ends it at any time.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import logging
 import os
@@ -14,6 +15,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import rclpy
@@ -42,6 +44,7 @@ from scfeat_ros.node_parameters import (
     ExtractorOptions,
     MatcherOptions,
     NodeOptions,
+    as_declared,
     build,
     parameter_fields,
     refusal,
@@ -52,12 +55,28 @@ from scfeat_ros.worker import NewestFirstWorker
 if TYPE_CHECKING:
     from scfeat_ros.frontend import FrontEnd
 
+Transition = Callable[["ExtractorNode", LifecycleState], TransitionCallbackReturn]
+
 WATCH_PERIOD = 0.5
 """Seconds between looks at the publishers of the input topics."""
 STOP_TIMEOUT = 1.0
 """Seconds that the end of the process waits for a frame in work."""
 SPIN_TIMEOUT = 0.2
 """Seconds after which the executor looks whether the process is to end."""
+
+
+def _telling_why(transition: Transition) -> Transition:
+    """Logs what a transition raises, which rclpy keeps for itself."""
+
+    @functools.wraps(transition)
+    def run(node: ExtractorNode, state: LifecycleState) -> TransitionCallbackReturn:
+        try:
+            return transition(node, state)
+        except Exception:
+            node.get_logger().error(traceback.format_exc())
+            raise
+
+    return run
 
 
 class ExtractorNode(LifecycleNode):
@@ -115,6 +134,8 @@ class ExtractorNode(LifecycleNode):
                 ),
                 # these are read once, at start
                 read_only=name in ("autostart", "diagnostics_period"),
+                # YAML reads on and off as booleans
+                dynamic_typing="off" in choices,
             )
             if type(f.default) is int:
                 descriptor.integer_range = [IntegerRange(from_value=low, to_value=high, step=0)]
@@ -128,7 +149,10 @@ class ExtractorNode(LifecycleNode):
                 raise ParameterException(problem, (name,))
 
     def _parameter_values(self) -> dict[str, Any]:
-        return {name: self.get_parameter(name).value for name in parameter_fields()}
+        return {
+            name: as_declared(f, self.get_parameter(name).value)
+            for name, f in parameter_fields().items()
+        }
 
     def _on_set_parameters(self, parameters: list[Parameter]) -> SetParametersResult:
         for parameter in parameters:
@@ -166,7 +190,8 @@ class ExtractorNode(LifecycleNode):
                 f"{self.get_fully_qualified_name()} configure"
             )
             return TransitionCallbackReturn.FAILURE
-        self._monitor.clear_condition("configure")
+        for name in ("configure", "transition"):
+            self._monitor.clear_condition(name)
         return super().on_configure(state)
 
     def _configure(self) -> None:
@@ -255,6 +280,7 @@ class ExtractorNode(LifecycleNode):
                 qos_overriding_options=QoSOverridingOptions.with_default_policies(),
             )
 
+    @_telling_why
     def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Subscribe."""
         try:
@@ -289,11 +315,10 @@ class ExtractorNode(LifecycleNode):
             options.image_depth,
             lambda text: self._problems.tell("qos", Level.ERROR, text),
         )
+        info_topic = self.resolve_topic_name("camera_info")
+        self._monitor.set_facts(camera=f"no camera_info on {info_topic} yet: no bearings")
         self._inputs["camera_info"] = MatchedSubscription(
-            self,
-            CameraInfo,
-            self.resolve_topic_name("camera_info"),
-            self._processor.set_camera_info,
+            self, CameraInfo, info_topic, self._processor.set_camera_info
         )
         if options.rgbd:
             self._inputs["depth"] = MatchedSubscription(
@@ -305,18 +330,27 @@ class ExtractorNode(LifecycleNode):
         for subscription in self._inputs.values():
             subscription.destroy()
         self._inputs.clear()
+        if self._worker is not None and self._worker.withdraw():
+            self._monitor.withdrawn()
+
+    def _forget_input(self) -> None:
+        """After the last frame: what it was served with, and what was the matter with it."""
         if self._processor is not None:
             self._processor.pause()
+        self._monitor.set_facts(camera="none: not active")
         for name in ("silence", "qos", "type", "camera", "tracks", "rgbd"):
             self._monitor.clear_condition(name)
 
+    @_telling_why
     def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Unsubscribe and finish the frame in work; the network stays."""
         self._unsubscribe()
-        self._worker.pause()
+        self._worker.wait()
+        self._forget_input()
         self.get_logger().info("inactive: the network stays loaded")
         return super().on_deactivate(state)
 
+    @_telling_why
     def on_cleanup(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Free the network."""
         self._release()
@@ -331,7 +365,7 @@ class ExtractorNode(LifecycleNode):
         """After an exception in a transition: back to unconfigured."""
         self._release(STOP_TIMEOUT)
         text = f"a transition from '{state.label}' failed; the node is unconfigured now"
-        self._monitor.event(Level.ERROR, text)
+        self._monitor.set_condition("transition", Level.ERROR, f"{text} (the log says why)")
         self.get_logger().error(text)
         return TransitionCallbackReturn.SUCCESS
 
@@ -341,6 +375,9 @@ class ExtractorNode(LifecycleNode):
         if self._worker is not None and not self._worker.stop(timeout):
             return  # it may still publish; the process is about to end
         self._worker = None
+        self._forget_input()
+        for name in ("memory", "device", "activate"):
+            self._monitor.clear_condition(name)
         for publisher in self._outputs.values():
             self.destroy_lifecycle_publisher(publisher)
         self._outputs = {}

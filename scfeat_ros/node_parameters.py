@@ -45,6 +45,11 @@ class NodeOptions:
     image_depth: int = option(
         1, "queue of the image subscription in frames; more than 1 only adds latency", 1, 100
     )
+    rectified: bool = option(
+        False,
+        "the images are rectified (image_proc's image_rect): bearings are made with the P of "
+        "camera_info, without its distortion",
+    )
     warm_up_width: int = option(
         640, "width of the warm-up image, pixels; 0 leaves the warm-up to the first image", 0, 10000
     )
@@ -101,6 +106,13 @@ def parameter_fields() -> dict[str, Field]:
     return {f.name: f for group in GROUPS for f in option_fields(group)}
 
 
+def as_declared(field: Field, value: Any) -> Any:
+    """The value as it was meant: YAML, and so ROS, reads a bare `on` or `off` as a boolean."""
+    if isinstance(value, bool) and "off" in field.metadata["choices"]:
+        return "on" if value else "off"
+    return value
+
+
 def build(group: type, values: dict[str, Any]) -> Any:
     """An options dataclass from the parameters' values; fields that it lacks are left out."""
     return group(**{f.name: values[f.name] for f in fields(group)})
@@ -123,4 +135,4 @@ def refusal(name: str, value: Any, configured: bool) -> str | None:
             "deactivate and clean up first (ros2 lifecycle set NODE deactivate; ... cleanup), "
             "set it, then configure and activate"
         )
-    return check_value(f, value)
+    return check_value(f, as_declared(f, value))

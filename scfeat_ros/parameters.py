@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, TypeVar
 
+from scfeat_ros.errors import OptionError
+
 T = TypeVar("T")
 
 
@@ -163,12 +165,12 @@ def validate(options: object) -> None:
     """Check every field of an options dataclass against its type, range and choices.
 
     Raises:
-        ValueError: names the field, the value and what is allowed.
+        OptionError: names the field, the value and what is allowed.
     """
     for f in option_fields(options):
         problem = check_value(f, getattr(options, f.name))
         if problem:
-            raise ValueError(problem)
+            raise OptionError(problem)
 
 
 def check_value(f: Field, value: Any) -> str | None:
@@ -211,7 +213,7 @@ def from_arguments(options: type[T], arguments: argparse.Namespace) -> T:
     """Build an options dataclass from parsed flags.
 
     Raises:
-        ValueError: a value outside its range.
+        OptionError: a value outside its range.
     """
     values = options(**{f.name: getattr(arguments, f.name) for f in option_fields(options)})
     validate(values)

@@ -335,6 +335,8 @@ def _decompress_prefix(data: bytes, compression: str) -> bytes:
 # --- ROS 1 bags --------------------------------------------------------------------------------
 
 _ROS1_MESSAGE, _ROS1_CHUNK, _ROS1_CONNECTION = 2, 5, 7
+_ROS1_HEADER = 100
+"""Bytes of a chunk's header, at most."""
 
 
 class RosbagRecovery(RecoveredFile):
@@ -355,15 +357,17 @@ class RosbagRecovery(RecoveredFile):
         yield from self._messages(self.damage)
 
     def _messages(self, damage: Damage) -> Iterator[RawMessage]:
-        position = self._bytes.find(b"\n") + 1 if self.size else 0
+        position = searched = self._bytes.find(b"\n") + 1 if self.size else 0
         while position < self.size:
             header, start, stop = _ros1_record(self._bytes, position)
-            if header is None:
-                damage.add(
-                    f"{self.path.name}: bytes {position} to {self.size} cannot be read",
-                    self.size - position,
-                )
-                return
+            if header is None or b"op" not in header:
+                # it may be the record before that is damaged, and told to be too long
+                following = _next_ros1_chunk(self._bytes, searched)
+                lost = max(0, following - position)
+                damage.add(f"{self.path.name}: damaged before byte {following}", lost)
+                position = searched = following
+                continue
+            searched = start
             if header.get(b"op") == bytes([_ROS1_CHUNK]):
                 place = f"{self.path.name}: chunk at byte {position}"
                 data = bytes(self._bytes[start : min(stop, self.size)])
@@ -381,7 +385,7 @@ class RosbagRecovery(RecoveredFile):
                     f"{self.path.name}: ends inside of the record at byte {position}",
                     self.size - position,
                 )
-            position = stop
+            position = stop if stop <= self.size else _next_ros1_chunk(self._bytes, start)
 
     def _chunk_messages(self, data: bytes, place: str, damage: Damage) -> Iterator[RawMessage]:
         position = 0
@@ -424,6 +428,19 @@ def _ros1_record(
     header = _ros1_fields(bytes(data[position + 4 : start]))
     (length,) = struct.unpack_from("<I", data, start)
     return header, start + 4, start + 4 + length
+
+
+def _next_ros1_chunk(data: mmap.mmap, position: int) -> int:
+    """Where the next chunk's record begins, behind a damaged place; the end if there is none."""
+    mark = b"op=" + bytes([_ROS1_CHUNK])
+    found = data.find(mark, position)
+    while found >= 0:
+        for start in range(max(position, found - _ROS1_HEADER), found):
+            header, _, _ = _ros1_record(data, start)
+            if header is not None and {b"op", b"compression", b"size"} <= header.keys():
+                return start
+        found = data.find(mark, found + 1)
+    return len(data)
 
 
 def _ros1_fields(data: bytes) -> dict[bytes, bytes] | None:
@@ -476,8 +493,12 @@ class SqliteRecovery(RecoveredFile):
 
     def messages(self) -> Iterator[RawMessage]:
         for row in self._rows:
-            values = self._read_row(row.page, row.cell)[1]
             place = f"{self.path.name}: the message at byte {self._byte(row.page, row.cell)}"
+            try:
+                values = self._read_row(row.page, row.cell)[1]
+            except (IndexError, struct.error):
+                self.damage.add(f"{place} cannot be read", lost_messages=1)
+                continue
             if row.topic not in self._topics:
                 self.damage.add(f"{place} belongs to an unknown topic", lost_messages=1)
             elif not isinstance(values[3], bytes):

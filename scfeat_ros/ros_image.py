@@ -73,45 +73,22 @@ class ImageDecoder:
                 f"image of {width}x{height} {encoding} announces {step} bytes a row, but a row "
                 f"needs {row}"
             )
-        if len(message.data) < step * height:
+        needed = step * (height - 1) + row  # the padding of the last row may be missing
+        if len(message.data) < needed:
             raise InputError(
                 f"truncated image: {len(message.data)} bytes, but {height} rows of {step} bytes "
                 f"({width}x{height} {encoding}) were announced"
             )
-        if step != row:
-            message = _without_padding(message, row)
-        if encoding != message.encoding:
-            message = _relabelled(message, encoding)
+        swapped = bool(message.is_bigendian) != (sys.byteorder == "big")
+        if step != row or swapped or encoding != message.encoding:
+            message = _tidied(message, encoding, row, np.dtype(dtype))
         has_colour = not encoding.startswith("mono") and not encoding[0].isdigit()
         try:
             pixels = self._bridge.imgmsg_to_cv2(message, "rgb8" if has_colour else "passthrough")
         except Exception as error:  # e.g. a Bayer image of one pixel, a YUV image of odd width
-            raise InputError(f"{width}x{height} {encoding} image cannot be converted") from error
-        return to_8_bit(pixels)
-
-    def decode_compressed(self, message: Any) -> DecodedImage:
-        """Decode a sensor_msgs/CompressedImage (JPEG, PNG or what else OpenCV reads).
-
-        Raises:
-            InputError: the bytes are no picture, or are of compressedDepth.
-        """
-        if "compressedDepth" in message.format:
             raise InputError(
-                f"compressed image of format '{message.format}': compressedDepth is not a "
-                "picture; use the raw transport"
-            )
-        try:
-            pixels = self._bridge.compressed_imgmsg_to_cv2(message, "passthrough")
-        except Exception:  # cv2.error or numpy's on no bytes at all
-            pixels = None
-        if pixels is None or pixels.size == 0:
-            raise InputError(
-                f"compressed image of format '{message.format}' with {len(message.data)} bytes "
-                "cannot be decoded: it is truncated or no JPEG or PNG"
-            )
-        if pixels.ndim == 3:
-            code = cv2.COLOR_BGRA2RGB if pixels.shape[2] == 4 else cv2.COLOR_BGR2RGB
-            pixels = cv2.cvtColor(pixels, code)
+                f"{width}x{height} {encoding} image cannot be converted: {error}"
+            ) from error
         return to_8_bit(pixels)
 
 
@@ -135,21 +112,17 @@ def _try_cv_bridge() -> None:
     )
 
 
-def _without_padding(message: Any, row: int) -> Any:
-    """The message with rows of `row` bytes; cv_bridge misreads padding by parts of a pixel."""
-    rows = np.frombuffer(message.data, np.uint8)[: message.step * message.height]
-    packed = np.ascontiguousarray(rows.reshape(message.height, message.step)[:, :row])
-    copy = _relabelled(message, message.encoding)
-    copy.step = row
-    copy.data = pack_array(packed)
-    return copy
+def _tidied(message: Any, encoding: str, row: int, dtype: np.dtype) -> Image:
+    """The message without padding, in the machine's byte order, under another encoding.
 
-
-def _relabelled(message: Any, encoding: str) -> Image:
-    """The message under another encoding, with the same data."""
+    cv_bridge misreads padding by parts of a pixel, and cannot swap bytes under numpy 2.
+    """
+    data = np.frombuffer(message.data, np.uint8)
+    rows = np.lib.stride_tricks.as_strided(data, (message.height, row), (message.step, 1))
+    values = np.ascontiguousarray(rows).view(dtype)
+    if bool(message.is_bigendian) != (sys.byteorder == "big"):
+        values = values.byteswap()
     copy = Image(header=message.header, height=message.height, width=message.width)
-    copy.encoding = encoding
-    copy.is_bigendian = message.is_bigendian
-    copy.step = message.step
-    copy.data = message.data
+    copy.encoding, copy.step, copy.data = encoding, row, pack_array(values)
+    copy.is_bigendian = int(sys.byteorder == "big")
     return copy

@@ -15,10 +15,10 @@ import numpy as np
 
 from scfeat_ros.bags import CAMERA_INFO, BagReader, UnreadableMessageError
 from scfeat_ros.camera import Camera
-from scfeat_ros.decoded_image import UnreadableImageError
+from scfeat_ros.decoded_image import UnknownEncodingError, UnreadableImageError
 from scfeat_ros.errors import InputError
 from scfeat_ros.ground_truth import DEFAULT_TOPIC, POSE_TYPES, Pose, PoseTrack
-from scfeat_ros.images import UnknownEncodingError, from_message, read_file
+from scfeat_ros.images import from_message, read_file
 from scfeat_ros.messages import stamp_to_nanoseconds
 from scfeat_ros.recovery import Damage, RawMessage
 from scfeat_ros.video import VIDEO_SUFFIXES, count_frames, read_video, require_av
@@ -121,6 +121,7 @@ class BagSource:
         start: seconds to leave out at the beginning.
         duration: seconds to use, None for all.
         passthrough: whether to give all messages, too.
+        rectified: whether the images are rectified, see `Camera.from_message`.
 
     Raises:
         InputError: no bag, or no such topic; the text lists the candidates.
@@ -136,6 +137,7 @@ class BagSource:
         start: float = 0.0,
         duration: float | None = None,
         passthrough: bool = False,
+        rectified: bool = False,
     ) -> None:
         if every < 1:
             raise InputError(f"--every must be at least 1, got {every}")
@@ -144,7 +146,7 @@ class BagSource:
         self.reader = BagReader(path)
         self.account = Account(damage=self.reader.damage)
         self.every, self.start, self.duration = every, start, duration
-        self.passthrough = passthrough
+        self.passthrough, self.rectified = passthrough, rectified
         self._decoded = False
         self._first_stamp: int | None = None
         try:
@@ -158,6 +160,7 @@ class BagSource:
             "path": str(path),
             "image_topic": self.topic,
             "camera_info_topic": self.camera_info,
+            "rectified": rectified,
             "pose_topic": self.poses,
             "every": every,
             "start_s": start,
@@ -226,7 +229,9 @@ class BagSource:
         return asked or (DEFAULT_TOPIC if DEFAULT_TOPIC in known else None)
 
     def frames(self) -> Iterator[Frame | RawMessage]:
-        calibration = _Calibration(self.account) if self.camera_info else None
+        calibration = None
+        if self.camera_info:
+            calibration = _Calibration(self.account, self.rectified)
         track = PoseTrack() if self.poses else None
         waiting: deque[_Waiting] = deque()
         images = 0
@@ -351,8 +356,9 @@ class BagSource:
 class _Calibration:
     """The camera of the latest CameraInfo."""
 
-    def __init__(self, account: Account) -> None:
+    def __init__(self, account: Account, rectified: bool) -> None:
         self.account = account
+        self.rectified = rectified
         self.received = False
         self.camera: Camera | None = None
 
@@ -362,13 +368,13 @@ class _Calibration:
             return
         self.received = True
         try:
-            camera = Camera.from_message(message)
+            camera = Camera.from_message(message, self.rectified)
         except (InputError, ValueError) as error:
             self.account.warn(f"{error}: bearings are NaN")
             self.camera = None
             return
         if camera is None:
-            self.account.warn("the camera is not calibrated (K is zero): bearings are NaN")
+            self.account.warn("the camera is not calibrated (K or P is zero): bearings are NaN")
         elif camera.same_as(self.camera):
             return  # and the one before keeps what it has worked out
         self.camera = camera

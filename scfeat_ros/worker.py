@@ -43,6 +43,16 @@ class NewestFirstWorker(Generic[T]):
             self._changed.notify_all()
             return dropped
 
+    def withdraw(self) -> bool:
+        """Take a waiting item back.
+
+        Returns:
+            Whether there was one.
+        """
+        with self._changed:
+            waited, self._item = self._item is not None, None
+            return waited
+
     def call(self, function: Callable[[], Any]) -> Any:
         """Run a function on the thread, between two items, and return what it returns.
 
@@ -55,18 +65,17 @@ class NewestFirstWorker(Generic[T]):
             self._changed.notify_all()
         return future.result()
 
-    def pause(self, timeout: float | None = None) -> bool:
-        """Forget a waiting item and wait for the current one to end.
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait for the current item to end, and a waiting one.
 
         Returns:
             Whether the thread is idle now; False if the timeout (seconds) was too short.
         """
         with self._changed:
-            self._item = None
-            return self._changed.wait_for(lambda: not self._busy, timeout)
+            return self._changed.wait_for(lambda: self._item is None and not self._busy, timeout)
 
     def stop(self, timeout: float | None = None) -> bool:
-        """End the thread.
+        """End the thread after the current item, without a waiting one.
 
         Returns:
             Whether it has ended within the timeout (seconds).

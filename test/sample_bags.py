@@ -149,9 +149,13 @@ def write_bag(
     return path
 
 
-def write_ros1_bag(path: Path, messages: list[tuple[str, int, object]]) -> Path:
+def write_ros1_bag(
+    path: Path, messages: list[tuple[str, int, object]], chunk_bytes: int = 1 << 20
+) -> Path:
     """Write a ROS 1 .bag file of (topic, time, message) rows."""
-    with Ros1Writer(path) as writer:
+    writer = Ros1Writer(path)
+    writer.chunk_threshold = chunk_bytes
+    with writer:
         connections = {}
         for topic, time, message in messages:
             if topic not in connections:

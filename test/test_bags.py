@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
 import sqlite3
+import struct
 from collections import Counter
 
 import numpy as np
@@ -322,6 +324,20 @@ def test_a_database_with_a_broken_page_gives_the_rest(tmp_path, rows):
     assert damage and damage.messages_lost == 0
 
 
+def test_a_row_that_is_told_to_reach_beyond_the_database_is_counted(tmp_path, rows):
+    path = sample_bags.write_bag(tmp_path / "bag", rows, "sqlite3")
+    file = storage_file(path)
+    data = bytearray(file.read_bytes())
+    at = data.rindex(b"\xd4\x7c")  # the length of the last image's row
+    data[at + 1] = (
+        0x7F  # its end does not fit into the last page, the number of the next is past it
+    )
+    file.write_bytes(data)
+    found, damage = read(path)
+    assert damage.messages_lost == 1
+    assert sum(len(messages) for messages in found.values()) == 2 * COUNT - 1
+
+
 def test_a_cut_off_bag_of_ros_1_gives_all_that_is_there(tmp_path, pictures):
     path = tmp_path / "drive.bag"
     messages = [
@@ -335,6 +351,29 @@ def test_a_cut_off_bag_of_ros_1_gives_all_that_is_there(tmp_path, pictures):
         assert 8 <= len(decoded) <= 10
         np.testing.assert_array_equal(decoded, pictures[: len(decoded)])
         assert reader.damage.bytes_lost > 0
+
+
+@pytest.mark.parametrize("where", ["header", "length"])
+def test_behind_a_damaged_chunk_of_ros_1_reading_goes_on(tmp_path, pictures, where):
+    path = tmp_path / "drive.bag"
+    messages = [
+        (IMAGE_TOPIC, sample_bags.stamp(i), sample_bags.image_message(p, types=ROS1.types))
+        for i, p in enumerate(pictures)
+    ]
+    sample_bags.write_ros1_bag(path, messages, chunk_bytes=2 * pictures[0].nbytes)
+    data = bytearray(path.read_bytes())
+    chunks = [m.start() for m in re.finditer(rb"compression=none", data)]
+    assert len(chunks) > 4
+    header = chunks[2] - 8  # the lengths of the header and of its first field
+    (length,) = struct.unpack_from("<I", data, header)
+    place = header if where == "header" else header + 4 + length
+    data[place : place + 4] = b"\xff\xff\x7f\x00"
+    path.write_bytes(data[:-20])  # without its end, so that the index is of no use
+    with BagReader(path) as reader:
+        found = [message.time for message in reader.messages()]
+        assert found == sorted(set(found))
+        assert len(found) >= COUNT - 3 and found[-1] == sample_bags.stamp(COUNT - 1)
+        assert reader.damage
 
 
 def test_a_message_that_cannot_be_decompressed_is_counted(tmp_path, rows):

@@ -109,6 +109,15 @@ def test_a_camera_info_is_read():
     )
 
 
+def test_a_rectified_image_has_the_intrinsics_of_p_and_no_distortion():
+    message = info_message(K, (640, 480), D=PLUMB_BOB)
+    message.p = np.array([200.0, 0, 300, 9, 0, 210, 240, 0, 0, 0, 1, 0])
+    camera = Camera.from_message(message, rectified=True)
+    np.testing.assert_allclose(camera.bearings(np.array([[400.0, 135]])), [[0.5, -0.5, 1]])
+    message.p[:] = 0
+    assert Camera.from_message(message, rectified=True) is None
+
+
 def test_a_camera_info_of_ros_1_is_read():
     message = info_message(K, (640, 480), D=PLUMB_BOB, types=ROS1.types)
     assert not hasattr(message, "k")

@@ -91,10 +91,26 @@ def test_the_log_does_not_repeat_itself(monitor, clock):
         error = warning = lines.append
 
     problems = Problems(monitor, Logger(), clock)
-    for seconds in (0, 1, 8.9, 0.2):
+    for number, seconds in enumerate((0, 1, 8.9, 0.2)):
         clock.now += seconds
-        problems.tell(None, Level.WARN, "again")
-    assert lines == ["again", "again"]
+        problems.log(Level.WARN, f"{number} bytes of 3.5 at 0x{number}f are missing")
+    assert [line[0] for line in lines] == ["0", "3"]
+    problems.tell("name", Level.ERROR, "other")
     problems.tell("name", Level.ERROR, "other")
     assert lines[2:] == ["other"]
     assert monitor.report().level == Level.ERROR
+
+
+def test_events_that_differ_in_numbers_alone_are_told_once(monitor):
+    for number in range(30):
+        monitor.failed(Level.ERROR, f"image with {number} bytes cannot be decoded")
+    monitor.event(Level.WARN, "another matter")
+    report = monitor.report()
+    assert report.message == "image with 29 bytes cannot be decoded (30 times); another matter"
+    assert report.values["frames failed"] == "30"
+
+
+def test_an_image_that_is_taken_back_counts_as_dropped(monitor):
+    monitor.arrived(dropped=False)
+    monitor.withdrawn()
+    assert monitor.report().values["frames dropped"] == "1"

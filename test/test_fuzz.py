@@ -17,10 +17,10 @@ from sample_bags import IMAGE_TOPIC, INFO_TOPIC, ROS2
 
 from scfeat_ros import messages
 from scfeat_ros.bags import BagReader, UnreadableMessageError
-from scfeat_ros.decoded_image import UnreadableImageError
+from scfeat_ros.decoded_image import UnknownEncodingError, UnreadableImageError
 from scfeat_ros.errors import InputError
 from scfeat_ros.frontend import FrontEnd
-from scfeat_ros.images import ENCODINGS, UnknownEncodingError, from_message
+from scfeat_ros.images import ENCODINGS, from_message
 from scfeat_ros.parameters import MatcherOptions
 
 COUNT = 12

@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 from sample_bags import ROS1, compressed_message, image_message
 
-from scfeat_ros.decoded_image import UnreadableImageError
+from scfeat_ros.decoded_image import UnknownEncodingError, UnreadableImageError
 from scfeat_ros.errors import InputError
 from scfeat_ros.images import (
     ENCODINGS,
-    UnknownEncodingError,
     from_message,
     read_file,
     read_mask,
@@ -155,6 +154,14 @@ def test_a_png_of_16_bits_or_with_alpha_is_read():
     np.testing.assert_array_equal(from_message(message).pixels, GREY)
     message.data = cv2.imencode(".png", ALPHA[..., [2, 1, 0, 3]])[1].reshape(-1)
     np.testing.assert_array_equal(from_message(message).pixels, RGB)
+
+
+@pytest.mark.parametrize("pattern", BAYER)
+def test_a_compressed_mosaic_becomes_colour(pattern):
+    message = compressed_message(mosaic(pattern))
+    message.format = f"bayer_{pattern}8; png compressed "
+    expected = from_message(image_message(mosaic(pattern), encoding=f"bayer_{pattern}8"))
+    np.testing.assert_array_equal(from_message(message).pixels, expected.pixels)
 
 
 @pytest.mark.parametrize("ending", [".png", ".jpg"])

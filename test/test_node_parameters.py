@@ -55,6 +55,9 @@ def test_defaults_are_valid_and_build_their_group():
         ("weights", "other", True, "cannot change while it runs"),
         ("tracks", "orb_slam", False, "must be one of off, vins_mono, vins_fusion"),
         ("use_sim_time", True, True, None),  # not ours
+        ("compile", False, False, None),  # as YAML reads off
+        ("tracks", True, False, "must be one of off, vins_mono, vins_fusion, got 'on'"),
+        ("overlay", "off", True, "must be of type bool"),
     ],
 )
 def test_refusals(name, value, configured, told):

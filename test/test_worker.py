@@ -32,18 +32,20 @@ def test_only_the_newest_waiting_item_is_taken(held):
     go.release()
     started.acquire()
     go.release()
-    assert worker.pause(10)
+    assert worker.wait(10)
     assert done == ["a", "d"]
 
 
-def test_pause_forgets_what_waits_and_waits_for_what_runs(held):
+def test_what_waits_can_be_taken_back_and_what_runs_waited_for(held):
     worker, done, started, go = held
+    assert worker.withdraw() is False
     worker.offer("a")
     started.acquire()
     worker.offer("b")
-    assert worker.pause(0.01) is False
+    assert worker.withdraw() is True
+    assert worker.wait(0.01) is False
     go.release()
-    assert worker.pause(10) is True
+    assert worker.wait(10) is True
     assert done == ["a"]
 
 

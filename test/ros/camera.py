@@ -18,8 +18,8 @@ import time
 import cv2
 import numpy as np
 
-SPECIAL = ("truncated", "zero_size", "nan", "all_nan", "unknown", "short_row", "padded")
-"""Kinds that are no encoding; all but `nan` and `padded` cannot be used."""
+SPECIAL = ("truncated", "zero_size", "all_nan", "unknown", "short_row")
+"""Kinds of raw images that cannot be used."""
 
 FOCAL = 150.0
 DISTORTION = (-0.05, 0.01, 0.001, -0.001, 0.0)
@@ -76,6 +76,11 @@ def encoded(kind: str, rgb: np.ndarray) -> tuple[str, int, np.ndarray]:
         rows = np.zeros((height, 3 * width + 5), np.uint8)
         rows[:, : 3 * width] = rgb.reshape(height, -1)
         return "rgb8", rows.shape[1], rows.reshape(-1)
+    if kind == "short_tail":  # the last row's padding is missing
+        encoding, step, data = encoded("padded", rgb)
+        return encoding, step, data[:-5]
+    if kind == "big_endian":
+        return "mono16", 2 * width, (grey.astype(">u2") * 257).view(np.uint8).reshape(-1)
     if kind == "zero_size":
         return "rgb8", 0, np.zeros(0, np.uint8)
     raise ValueError(kind)
@@ -119,7 +124,7 @@ def main() -> None:
         for i in range(command.get("count", 1)):
             started = time.monotonic()
             rgb = picture(command.get("index", 0) + i, width, height)
-            compressed = kind in ("png", "jpeg", "broken_jpeg")
+            compressed = kind in ("png", "jpeg", "cut_jpeg")
             message = (CompressedImage if compressed else Image)()
             nanoseconds = round((command.get("start", 100) + i * command.get("step", 0.1)) * 1e9)
             message.header.stamp.sec, message.header.stamp.nanosec = divmod(nanoseconds, 10**9)
@@ -128,11 +133,14 @@ def main() -> None:
                 suffix = ".png" if kind == "png" else ".jpg"
                 data = cv2.imencode(suffix, rgb[..., ::-1])[1].tobytes()
                 message.format = f"rgb8; {suffix[1:]} compressed bgr8"
-                message.data = array.array("B", data[:60] if kind == "broken_jpeg" else data)
+                message.data = array.array(
+                    "B", data[: len(data) // 2] if kind == "cut_jpeg" else data
+                )
                 topic = "image_raw/compressed"
             else:
                 encoding, step, data = encoded(kind, rgb)
                 message.encoding, message.step = encoding, step
+                message.is_bigendian = int(kind == "big_endian")
                 if kind != "zero_size":
                     message.height, message.width = height, width
                 message.data = array.array("B", data.tobytes())
@@ -140,6 +148,7 @@ def main() -> None:
             info = CameraInfo(height=height, width=width, distortion_model="plumb_bob")
             info.header = message.header
             info.k, info.d = intrinsics(width, height), list(DISTORTION)
+            info.p = np.insert(info.k, (3, 6, 9), 0.0)
             if command.get("camera_info", True):
                 publisher(CameraInfo, namespace + "camera_info").publish(info)
             if command.get("depth", False):

@@ -125,6 +125,17 @@ def test_topics_namespace_and_parameters_of_one_camera(rig, workspace, parameter
     end(rig, process)
 
 
+def test_what_the_parameter_file_says_holds(rig, workspace, parameter_file):
+    with parameter_file.open("a") as file:
+        file.write("    autostart: false\n    overlay: false\n    use_sim_time: true\n")
+    process = launch(rig, workspace, f"params_file:={parameter_file}")
+    wait_for(lambda: "autostart is off" in rig.log, lambda: rig.log)
+    assert rig.state() == "unconfigured"
+    assert rig.get_parameter("overlay").bool_value is False
+    assert rig.get_parameter("use_sim_time").bool_value is True
+    end(rig, process)
+
+
 def test_absolute_topics_cannot_be_of_several_cameras(run):
     result = run(
         *("ros2", "launch", "scfeat_ros", "extractor.launch.py", "cameras:=a,b", "image:=/image")

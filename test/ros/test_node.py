@@ -100,7 +100,11 @@ def test_bearings_are_those_of_the_camera_info(listening):
 
 
 @pytest.mark.parametrize(
-    "kind", ["bgr8", "8UC3", "bgra8", "mono8", "8UC1", "mono16", "bayer_rggb8", "yuv422", "padded"]
+    "kind",
+    [
+        *("bgr8", "8UC3", "bgra8", "mono8", "8UC1", "mono16", "bayer_rggb8", "yuv422"),
+        *("padded", "short_tail", "big_endian"),
+    ],
 )
 def test_every_encoding_gives_the_picture(listening, weights, kind):
     """Colour channels in the right order, greys at the right scale, rows without padding."""
@@ -112,6 +116,7 @@ def test_every_encoding_gives_the_picture(listening, weights, kind):
         "mono8": lambda: grey,
         "8UC1": lambda: grey,
         "mono16": lambda: grey,
+        "big_endian": lambda: grey,
         "bayer_rggb8": lambda: _demosaiced(rgb),
         "yuv422": lambda: _from_yuv(grey),
     }.get(kind, lambda: rgb)()
@@ -326,7 +331,12 @@ def test_states_do_what_they_say(unconfigured):
     assert rig.transition("activate")
     rig.connect()
     rig.received(FEATURES)
+    assert "no camera_info on /camera_info" not in rig.statuses()[-1][2]["camera"]
+    # a frame in work when the node is deactivated is served with its calibration
+    rig.camera(send="rgb8", count=1, rate=0, size=(800, 600))
     assert rig.transition("deactivate")
+    last = decode_features(rig.messages[FEATURES][-1])
+    assert np.isfinite(last["x"]).mean() > 0.5  # the lens does not reach the corners
     seen = len(rig.messages[FEATURES])
     rig.camera(send="rgb8", count=3, rate=20)
     wait_for(lambda: rig.statuses()[-1][1] == "inactive", "diagnostics tell the state")
@@ -339,6 +349,38 @@ def test_states_do_what_they_say(unconfigured):
     assert rig.state() == "unconfigured"
     assert rig.observer.count_publishers(FEATURES) == 0
     rig.unsubscribe(FEATURES)
+
+
+def test_without_camera_info_diagnostics_say_so(rig, node_parameters):
+    rig.start_node(**node_parameters, compile=False)  # how YAML reads `compile: off`
+    rig.connect(camera_info=False)
+    values = rig.settle()
+    assert values["camera"] == "no camera_info on /camera_info yet: no bearings"
+    assert values["network"] == "fp32, plain"
+
+
+def test_rectified_images_have_the_bearings_of_p(rig, node_parameters):
+    from sensor_msgs.msg import PointCloud2
+
+    rig.start_node(**node_parameters, rectified=True)
+    rig.connect()
+    rig.listen(FEATURES, PointCloud2)
+    rig.connect()
+    points = decode_features(rig.received(FEATURES)[-1])
+    pixels = np.stack([points["u"], points["v"]], axis=1)
+    bearings = np.stack([points["x"], points["y"]], axis=1)
+    np.testing.assert_allclose(bearings, (pixels - [80, 60]) / 150, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("policy", "value", "told"),
+    [("depth", "ten", "is of a wrong type"), ("history", "unknown", "one of system_default")],
+)
+def test_an_override_that_cannot_be_is_told(rig, node_parameters, policy, value, told):
+    name = f"qos_overrides./image_raw.subscription.{policy}"
+    rig.start_node(ready=False, **node_parameters, **{name: value})
+    rig.wait_for_status("ERROR", f"cannot activate: {name}", told)
+    assert rig.state() == "inactive" and "Traceback" not in rig.log
 
 
 def test_way_of_sampling_descriptors(unconfigured):
@@ -380,6 +422,7 @@ def test_shorter_descriptors(unconfigured):
     assert rig.set_parameter("descriptor_dim", 500) == (True, "")
     assert not rig.transition("configure")
     rig.wait_for_status("ERROR", "descriptor_dim 500: this network's descriptors have", since=seen)
+    assert "Traceback" not in rig.log
     assert rig.set_parameter("descriptor_dim", 0) == (True, "")
 
 
@@ -429,8 +472,8 @@ def test_the_compressed_transport(rig, node_parameters, weights):
             decode_features(message)["u"], result.features.keypoints[:, 0]
         )
     seen = len(rig.statuses())
-    rig.camera(send="broken_jpeg")
-    rig.wait_for_status("ERROR", "cannot be decoded", "60 bytes", since=seen)
+    rig.camera(send="cut_jpeg")
+    rig.wait_for_status("ERROR", "'rgb8; jpg compressed bgr8' image is cut off", since=seen)
     send_and_take(rig, count=1, kind="png", start=1100)
 
 
