@@ -7,7 +7,7 @@ from html import escape
 
 import numpy as np
 
-WIDTH, HEIGHT = 960, 260
+WIDTH, HEIGHT, BARS_WIDTH = 960, 260, 470
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 12, 12, 40
 
 
@@ -127,11 +127,9 @@ def lines(
     return f'<div class="legend">{legend}</div>' + _svg(WIDTH, HEIGHT, "".join(parts), names)
 
 
-def bars(
-    labels: Sequence[str], values: Sequence[float], x_title: str, colour: str, width: int = 470
-) -> str:
+def bars(labels: Sequence[str], values: Sequence[float], x_title: str, colour: str) -> str:
     """Vertical bars from 0, with the number above each."""
-    axes = _Axes((0, max(1, len(values))), (0, nice_top(max(values))), width, HEIGHT)
+    axes = _Axes((0, max(1, len(values))), (0, nice_top(max(values))), BARS_WIDTH, HEIGHT)
     parts = [axes.grid()]
     for index, value in enumerate(values):
         left, right, y = axes.x(index + 0.1), axes.x(index + 0.9), axes.y(value)
@@ -143,7 +141,7 @@ def bars(
         )
     ticks = [(index + 0.5, label) for index, label in enumerate(labels)]
     parts.append(axes.x_numbers(ticks, x_title))
-    return _svg(width, HEIGHT, "".join(parts), x_title)
+    return _svg(BARS_WIDTH, HEIGHT, "".join(parts), x_title)
 
 
 def ranges(

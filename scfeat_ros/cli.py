@@ -30,7 +30,7 @@ _EXIT_CODES = """exit codes:
   1    an error that you can mend; the line on stderr says how
   2    a wrong command line
   3    done, but the input is damaged: something of it was lost or skipped
-  130  interrupted"""
+  130  interrupted (Ctrl-C); 143 terminated"""
 
 _DELEGATED = {
     "train": ("scfeat_training.train", "train the network"),
@@ -320,8 +320,8 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
         "--weights",
         default="scfeat-s",
         metavar="NAME_OR_FILE",
-        help="an installed model (scfeat-s or the larger scfeat-m) or a .safetensors file "
-        "(default: %(default)s)",
+        help="an installed model (scfeat-s or the larger scfeat-m), or a .safetensors or exported "
+        ".onnx file (default: %(default)s)",
     )
     group.add_argument(
         "--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: %(default)s)"

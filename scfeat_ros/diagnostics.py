@@ -109,11 +109,11 @@ class Monitor:
                 self._times[stage].append(value)
             self._facts.update({name: str(value) for name, value in facts.items()})
 
-    def failed(self, level: Level, text: str) -> None:
+    def failed(self, text: str) -> None:
         """A frame could not be served."""
         with self._lock:
             self._counts["failed"] += 1
-        self.event(level, text)
+        self.event(Level.ERROR, text)
 
     def withdrawn(self) -> None:
         """An image that came in was dropped without another one in its place."""

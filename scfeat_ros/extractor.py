@@ -17,10 +17,9 @@ from scfeat_ros.acceleration import Network, choose
 from scfeat_ros.errors import OptionError, ScfeatError
 from scfeat_ros.features import Features
 from scfeat_ros.model.descriptors import Maps, Projection
-from scfeat_ros.model.sampling import sample_few
+from scfeat_ros.model.sampling import sample
 from scfeat_ros.model.scfeat import DESCRIPTOR_STRIDE, SCFeat, SCFeatOutput, load_model
 from scfeat_ros.native import descriptors as native_descriptors
-from scfeat_ros.native import keypoints as native_keypoints
 from scfeat_ros.native.awake import cores_awake
 from scfeat_ros.onnx_export import OnnxSCFeat
 from scfeat_ros.parameters import ExtractorOptions, validate
@@ -253,8 +252,8 @@ class Extractor:
         points, scores = selected
         compiled = self.network.compiled
         if self.options.descriptor_sampling == "bilinear":
-            sample = native_keypoints.sample if compiled else sample_few
-            sampled = sample(maps.bridged, points, DESCRIPTOR_STRIDE)
+            sampled = sample(maps.bridged[None].float(), points[None], DESCRIPTOR_STRIDE)
+            sampled = sampled[0].contiguous()
         else:
             projection, length = self._projection(), self.options.descriptor_dim
             describe = native_descriptors.describe if compiled else Projection.__call__

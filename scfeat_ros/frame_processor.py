@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
-import sys
 import time
 import traceback
 from dataclasses import dataclass, replace
@@ -17,6 +14,7 @@ from scfeat_ros.camera import Camera
 from scfeat_ros.decoded_image import DecodedImage, from_compressed
 from scfeat_ros.diagnostics import Level, Monitor, Problems
 from scfeat_ros.errors import InputError
+from scfeat_ros.memory import free_memory
 from scfeat_ros.messages import (
     encode_features,
     encode_image,
@@ -144,6 +142,10 @@ class FrameProcessor:
         try:
             image = self._decode(frame.message)
             decoded = time.perf_counter()
+            if image.note:
+                self._problems.tell("pixels", Level.WARN, f"of the image's pixels {image.note}")
+            else:
+                self._monitor.clear_condition("pixels")
             waited += self._warm_up(image.pixels.shape[1::-1])
             result = self._extract(image, frame.message.header)
             extracted = time.perf_counter()
@@ -151,11 +153,11 @@ class FrameProcessor:
             done = time.perf_counter()
             self._count(frame, result, image, waited, decoded - started, done - extracted, done)
         except InputError as error:
-            self._monitor.failed(Level.ERROR, str(error))
+            self._monitor.failed(str(error))
             self._problems.log(Level.ERROR, f"image left out: {error}")
         except Exception as error:
             text = f"{type(error).__name__}: {error}"
-            self._monitor.failed(Level.ERROR, text)
+            self._monitor.failed(text)
             # memory runs out without anybody's mistake; all else is one, and shows where
             detail = text if _is_out_of_memory(error) else f"\n{traceback.format_exc()}"
             self._problems.log(Level.ERROR, f"image left out: {detail}")
@@ -312,7 +314,6 @@ class FrameProcessor:
         height, width = image.pixels.shape[:2]
         facts = {
             "image size": f"{width}x{height}",
-            "pixels left out": image.note or "none",
             "keypoints": len(result.features),
             "matches": len(result.matches),
         }
@@ -321,18 +322,6 @@ class FrameProcessor:
             if result.reset not in ("first frame",):
                 self._problems.log(Level.WARN, f"tracks start anew: {result.reset}")
         self._monitor.served(seconds, facts, result.reset is not None)
-
-
-def free_memory() -> None:
-    """Give back what is no longer used: to the GPU's driver and to the operating system."""
-    gc.collect()
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    # glibc keeps freed blocks for later; elsewhere there is no such function
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def _is_out_of_memory(error: Exception) -> bool:

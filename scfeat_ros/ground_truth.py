@@ -63,11 +63,11 @@ class PoseTrack:
             (t0, p0, q0), (t1, p1, q1) = self._poses[after - 1], self._poses[after]
             if t1 - t0 <= _LONGEST_GAP:
                 weight = (stamp - t0) / (t1 - t0)
-                return Pose(_rotation(_slerp(q0, q1, weight)), (1 - weight) * p0 + weight * p1)
+                return Pose(rotation_of(_slerp(q0, q1, weight)), (1 - weight) * p0 + weight * p1)
             candidates = [self._poses[after - 1], self._poses[after]]
         for time, position, quaternion in candidates:
             if abs(time - stamp) <= _NEAREST:
-                return Pose(_rotation(quaternion), position)
+                return Pose(rotation_of(quaternion), position)
         return None
 
 
@@ -82,7 +82,7 @@ def _slerp(a: np.ndarray, b: np.ndarray, weight: float) -> np.ndarray:
     return (np.sin((1 - weight) * angle) * a + np.sin(weight * angle) * b) / np.sin(angle)
 
 
-def _rotation(quaternion: np.ndarray) -> np.ndarray:
+def rotation_of(quaternion: np.ndarray) -> np.ndarray:
     """(3, 3) rotation of a unit quaternion x, y, z, w."""
     x, y, z, w = quaternion
     return np.array(

@@ -12,8 +12,6 @@ from scfeat_ros.features import Features, Matches
 from scfeat_ros.native import library, matching
 from scfeat_ros.parameters import MatcherOptions
 
-PAPER_RATIO = 0.80
-"""Ratio-test threshold of the paper's reconstruction experiments (Sec. IV-D)."""
 BLOCK_ROWS = 512
 """Of the similarity matrix, at a time on the CPU: with 2,048 columns 4 MiB."""
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import gc
+import sys
 
 
 def keep_freed_memory(limit: int = 1 << 30) -> None:
@@ -23,3 +25,15 @@ def keep_freed_memory(limit: int = 1 << 30) -> None:
     mallopt(trim_threshold, limit)
     mallopt(mmap_max, 0)
     mallopt(arena_max, 1)
+
+
+def free_memory() -> None:
+    """Give back what is no longer used: to the GPU's driver and to the operating system."""
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    # glibc keeps freed blocks for later; elsewhere there is no such function
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

@@ -38,8 +38,9 @@ from sensor_msgs.msg import CameraInfo, CompressedImage, Image, PointCloud, Poin
 
 from scfeat_ros.diagnostics import Level, Monitor, Problems
 from scfeat_ros.errors import InputError, ScfeatError
-from scfeat_ros.frame_processor import Frame, FrameProcessor, free_memory
+from scfeat_ros.frame_processor import Frame, FrameProcessor
 from scfeat_ros.matched_subscription import MatchedSubscription
+from scfeat_ros.memory import free_memory
 from scfeat_ros.node_parameters import (
     ExtractorOptions,
     MatcherOptions,
@@ -338,7 +339,7 @@ class ExtractorNode(LifecycleNode):
         if self._processor is not None:
             self._processor.pause()
         self._monitor.set_facts(camera="none: not active")
-        for name in ("silence", "qos", "type", "camera", "tracks", "rgbd"):
+        for name in ("silence", "qos", "type", "pixels", "camera", "tracks", "rgbd"):
             self._monitor.clear_condition(name)
 
     @_telling_why

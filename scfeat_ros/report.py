@@ -271,8 +271,8 @@ def _latency(summary: dict[str, Any]) -> str:
     )
     return (
         "<section><h2>Latency by stage</h2><p>Median (bar) and 95th percentile (line) per frame. "
-        "decode, network (extract, match, track) and output run at the same time, so the "
-        f"slowest of the three sets the pace.</p>{chart}</section>"
+        "The stages overlap, and on a CPU two frames are extracted at the same time, so these "
+        f"add up to more than the time between frames.</p>{chart}</section>"
     )
 
 

@@ -113,7 +113,6 @@ class RunStatistics:
         self.latency = {stage: LatencyHistogram() for stage in STAGES}
         self.track_lengths = np.zeros(LONGEST_TRACK + 1, np.int64)
         self.heat: np.ndarray | None = None
-        self.image_size: tuple[int, int] | None = None
         self.first_stamp: int | None = None
         self.last_stamp: int | None = None
         self._alive = np.zeros(0, np.int32)
@@ -173,7 +172,6 @@ class RunStatistics:
     def _add_heat(self, result: FrameResult) -> None:
         width, height = result.features.image_size
         if self.heat is None:
-            self.image_size = (width, height)
             cell = max(width, height) / HEAT_CELLS
             shape = max(1, round(height / cell)), max(1, round(width / cell))
             self.heat = np.zeros(shape, np.int64)

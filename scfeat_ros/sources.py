@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -499,10 +499,16 @@ def list_images(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
-    files = [f for f in folder.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES and f.name[0] != "."]
+    files = image_files(folder.iterdir())
     if not files:
         raise InputError(f"{folder}: no images here ({', '.join(IMAGE_SUFFIXES)})")
-    return sorted(files, key=lambda f: _natural(f.name))
+    return files
+
+
+def image_files(paths: Iterable[Path]) -> list[Path]:
+    """Those that are images, but for hidden files, in natural order: img2 before img10."""
+    files = [p for p in paths if p.suffix.lower() in IMAGE_SUFFIXES and p.name[0] != "."]
+    return sorted(files, key=lambda path: _natural(str(path)))
 
 
 def _natural(name: str) -> list[str | int]:

@@ -46,7 +46,7 @@ def test_rates_and_latencies(monitor, clock):
 
 
 def test_an_event_is_told_once_however_short(monitor, clock):
-    monitor.failed(Level.ERROR, "broken image")
+    monitor.failed("broken image")
     monitor.event(Level.WARN, "half an image")
     monitor.event(Level.WARN, "half an image")
     report = monitor.report()
@@ -103,7 +103,7 @@ def test_the_log_does_not_repeat_itself(monitor, clock):
 
 def test_events_that_differ_in_numbers_alone_are_told_once(monitor):
     for number in range(30):
-        monitor.failed(Level.ERROR, f"image with {number} bytes cannot be decoded")
+        monitor.failed(f"image with {number} bytes cannot be decoded")
     monitor.event(Level.WARN, "another matter")
     report = monitor.report()
     assert report.message == "image with 29 bytes cannot be decoded (30 times); another matter"

@@ -67,23 +67,6 @@ def test_matching_accuracy_counts_the_threshold_itself():
     assert metrics.matching_accuracy([], [1, 2]).tolist() == [0, 0]
 
 
-def test_epipolar_error_of_a_sideways_camera_is_the_row_difference():
-    K = np.array([[500.0, 0, 320], [0, 500, 240], [0, 0, 1]])
-    F = metrics.fundamental_matrix(K, K, np.eye(3), np.array([1.0, 0, 0]))
-    first = np.array([[100.0, 50], [300, 200]])
-    second = np.array([[80.0, 53], [260, 200]])
-    assert metrics.epipolar_errors(F, first, second) == pytest.approx([3, 0], abs=1e-9)
-
-
-def test_relative_pose_maps_points_from_the_first_camera_to_the_second():
-    rng = np.random.default_rng(0)
-    R1, R2 = rotation([1, 2, 3], 20), rotation([0, 1, 0], -35)
-    t1, t2 = rng.normal(size=3), rng.normal(size=3)
-    X = rng.normal(size=3)
-    R, t = metrics.relative_pose(R1, t1, R2, t2)
-    assert R @ (R1 @ X + t1) + t == pytest.approx(R2 @ X + t2)
-
-
 @pytest.mark.parametrize("degrees", [0, 1e-6, 0.01, 45, 179])
 def test_angles(degrees):
     assert metrics.rotation_error(rotation([1, -2, 1], degrees), np.eye(3)) == pytest.approx(

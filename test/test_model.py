@@ -16,7 +16,7 @@ from scfeat_ros.model.descriptors import Maps, Projection
 from scfeat_ros.model.detector import Detector, peakiness
 from scfeat_ros.model.reliability import Reliability
 from scfeat_ros.model.resnet import ResNetEncoder
-from scfeat_ros.model.sampling import block_means, sample, sample_few, upsample
+from scfeat_ros.model.sampling import block_means, sample, sample_smooth, upsample
 from scfeat_ros.model.scfeat import CONFIGS, SCFeat, load_model, read_metadata, save_model
 
 
@@ -113,7 +113,6 @@ def test_sampling_agrees_with_upsampling_at_pixel_centres():
     maps = torch.rand(1, 3, 5, 6)
     points = torch.tensor([[[0.0, 0.0], [7.0, 3.0], [23.0, 19.0], [10.0, 11.0]]])
     values = sample(maps, points, stride=4)[0]
-    torch.testing.assert_close(sample_few(maps[0], points[0], stride=4), values)
     large = upsample(maps, 4)[0]
     for value, (x, y) in zip(values, points[0].long(), strict=True):
         torch.testing.assert_close(value, large[:, y, x])
@@ -191,9 +190,9 @@ def test_descriptors_change_little_where_the_cell_changes():
 def test_projection_starts_as_the_place_plus_its_surroundings():
     maps = Maps(torch.rand(6, 40, 56), torch.rand(8, 20, 28), torch.rand(9, 10, 14))
     points = torch.tensor([[30.0, 40.0]])
-    near = F.normalize(sample_few(maps.bridged, points, smooth=True), dim=1)
+    near = F.normalize(sample_smooth(maps.bridged, points), dim=1)
     around = F.normalize(block_means(block_means(maps.bridged, 4), 2), dim=0)
-    expected = near + sample_few(around, points, 32, smooth=True)
+    expected = near + sample_smooth(around, points, 32)
     fitted = Projection(6, 8, 9)
     torch.testing.assert_close(fitted(maps, points), expected)
     torch.nn.init.normal_(fitted.matrix)
@@ -201,7 +200,8 @@ def test_projection_starts_as_the_place_plus_its_surroundings():
 
 
 def test_no_points_give_no_samples():
-    assert sample_few(torch.rand(3, 5, 7), torch.zeros(0, 2)).shape == (0, 3)
+    assert sample_smooth(torch.rand(3, 5, 7), torch.zeros(0, 2)).shape == (0, 3)
+    assert sample(torch.rand(1, 3, 5, 7), torch.zeros(1, 0, 2)).shape == (1, 0, 3)
 
 
 def test_conv_block_is_upsampling_convolution_group_norm_elu():

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from scfeat_ros.errors import InputError
-from scfeat_training.evaluation.data import IMAGE_SUFFIXES, list_images
+from scfeat_ros.sources import IMAGE_SUFFIXES, image_files
 
 SCENE_FILE = "scene.npz"
 POINTS_FILE = "points.npz"
@@ -508,7 +508,7 @@ def read_photos(folder: str | Path) -> list[Path]:
     Raises:
         InputError: there is no such folder, or no image in it.
     """
-    found = list_images(Path(folder))
+    found = image_files(path for path in Path(folder).rglob("*") if path.is_file())
     if not found:
         raise InputError(f"{folder}: no photo in it ({', '.join(IMAGE_SUFFIXES)})")
     return found

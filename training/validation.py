@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from scfeat_ros.model.descriptors import Maps
-from scfeat_ros.model.sampling import sample_few
+from scfeat_ros.model.sampling import sample
 from scfeat_ros.model.scfeat import SCFeat
 from scfeat_ros.selection import is_local_maximum, subpixel_offsets
 from scfeat_training.datasets import (
@@ -105,17 +105,17 @@ class Validation:
             description = model.describe(batch)
             at_corners = [corners(image) for image in images]
             variants = [
-                ("corner", description.descriptors, at_corners, sample_few),
-                ("bridged", description.bridged, at_corners, sample_few),
+                ("corner", description.descriptors, at_corners, sample_image),
+                ("bridged", description.bridged, at_corners, sample_image),
             ]
             if detector:
                 scores = model.detect(batch, description)[:, 0].cpu()
                 own = [strongest(scores[i], keypoints) for i in range(2)]
                 each = [Maps(*maps) for maps in zip(*description.maps, strict=True)]
                 variants.append(("own", each, own, model.projection))
-            for name, maps, points, sample in variants:
+            for name, maps, points, describe in variants:
                 found = [
-                    F.normalize(sample(maps[i], points[i].to(device)), dim=1) for i in range(2)
+                    F.normalize(describe(maps[i], points[i].to(device)), dim=1) for i in range(2)
                 ]
                 first, second = mutual_matches(found[0].cpu(), found[1].cpu())
                 matched1 = points[0][first].double().numpy()
@@ -130,6 +130,11 @@ class Validation:
                 else:
                     note(f"{name}/line", share(error, NEAR))
         return {name: float(np.mean(values)) for name, values in figures.items()}
+
+
+def sample_image(feature_map: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
+    """Bilinear samples (N, C) of one image's (C, h, w) map at points (N, 2)."""
+    return sample(feature_map[None].float(), points[None])[0]
 
 
 def share(errors: np.ndarray, threshold: float) -> float:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from scfeat_ros.model.sampling import block_means, sample_few
+from scfeat_ros.model.sampling import block_means, sample_smooth
 
 BLOCKS = (4, 8, 16)
 """Sides of the blocks of cells of F_cn whose means show a keypoint's surroundings."""
@@ -94,12 +94,12 @@ class Projection(nn.Module):
         """
         matrix = self.matrix[: length or None]
         at_keypoint, *parts = matrix.split(self.channels, dim=1)
-        near = F.normalize(sample_few(maps.bridged, points, 4, smooth=True), dim=1)
+        near = F.normalize(sample_smooth(maps.bridged, points), dim=1)
         descriptors = F.linear(near, at_keypoint)
         for (means, stride), part in zip(_surroundings(maps), parts, strict=True):
             # projected before they are sampled: there are fewer cells than keypoints
             cells = F.linear(F.normalize(means.permute(1, 2, 0), dim=2), part)
-            descriptors += sample_few(cells.permute(2, 0, 1), points, stride, smooth=True)
+            descriptors += sample_smooth(cells.permute(2, 0, 1), points, stride)
         return descriptors
 
 

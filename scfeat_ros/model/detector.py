@@ -53,10 +53,10 @@ def instance_norm(channels: int) -> nn.GroupNorm:
 class ConvInstanceNorm(nn.Module):
     """CONV-I of Fig. 4 (c): convolution, InstanceNorm, PReLU."""
 
-    def __init__(self, inputs: int, outputs: int, kernel: int = 3) -> None:
+    def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
         # no bias: the normalization would take it away again
-        self.conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False)
+        self.conv = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
         self.norm = instance_norm(outputs)
         self.activation = nn.PReLU()
 

@@ -44,7 +44,7 @@ from scfeat_ros.model.cross_norm import CrossNorm
 from scfeat_ros.model.detector import ConvInstanceNorm
 from scfeat_ros.model.kernels import Norm
 from scfeat_ros.model.resnet import BasicBlock, Bottleneck
-from scfeat_ros.model.scfeat import SCFeat, SCFeatOutput
+from scfeat_ros.model.scfeat import SCFeat, SCFeatOutput, fold_batch_norms
 from scfeat_ros.native import kernels as native_kernels
 from scfeat_ros.native import library, matching
 from scfeat_ros.native.direct import DirectConv
@@ -206,13 +206,6 @@ class Stem(Conv):
         return F.max_pool2d(x, 3, stride=2, padding=1).relu_()
 
 
-def folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weight and bias of a convolution that is one and the batch normalization after it."""
-    scale = norm.weight / (norm.running_var + norm.eps).sqrt()
-    weight = conv.weight * scale[:, None, None, None]
-    return weight.detach(), (norm.bias - norm.running_mean * scale).detach()
-
-
 def taps(weight: torch.Tensor, dtype: torch.dtype) -> Conv:
     """The taps of a (C_out, C_in, k, k) weight, row by row, as one 1x1 convolution."""
     return Conv(weight.permute(2, 3, 0, 1).flatten(0, 2)[..., None, None], dtype=dtype)
@@ -234,21 +227,20 @@ def _bridge(bridge: CrossNorm) -> tuple[nn.Conv2d, Norm]:
     return spatial, Norm(scale, shift, len(scale))
 
 
-def fold(conv: nn.Conv2d, norm: nn.BatchNorm2d, dtype: torch.dtype) -> Conv:
-    """A convolution and the batch normalization after it, as one convolution."""
-    return Conv(*folded(conv, norm), conv.stride[0], dtype)
+def _conv(conv: nn.Conv2d, dtype: torch.dtype) -> Conv:
+    return Conv(conv.weight.detach(), conv.bias.detach(), conv.stride[0], dtype)
 
 
 class Block(nn.Module):
-    """A ResNet block with folded batch normalizations."""
+    """A ResNet block whose batch normalizations are folded."""
 
     def __init__(self, block: BasicBlock | Bottleneck, dtype: torch.dtype) -> None:
         super().__init__()
-        pairs = [(block.conv1, block.bn1), (block.conv2, block.bn2)]
+        convs = [block.conv1, block.conv2]
         if isinstance(block, Bottleneck):
-            pairs.append((block.conv3, block.bn3))
-        self.convs = nn.ModuleList(fold(conv, norm, dtype) for conv, norm in pairs)
-        self.shortcut = None if block.downsample is None else fold(*block.downsample, dtype)
+            convs.append(block.conv3)
+        self.convs = nn.ModuleList(_conv(conv, dtype) for conv in convs)
+        self.shortcut = None if block.downsample is None else _conv(block.downsample, dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         shortcut = x if self.shortcut is None else self.shortcut(x)
@@ -286,11 +278,13 @@ class FusedSCFeat(nn.Module):
         self.kernels: ModuleType = native_kernels if compiled else kernels
         self.dtype = dtype
         self.config = model.config
+        model = fold_batch_norms(model)
         backbone, detector = model.backbone, model.detector
         encoder = backbone.encoder
         self.register_buffer("mean", model.mean.detach().flatten().clone())
         self.register_buffer("deviation", model.deviation.detach().flatten().clone())
-        self.stem = Stem(*folded(encoder.conv1, encoder.bn1), dtype, compiled, shorts)
+        stem = encoder.conv1
+        self.stem = Stem(stem.weight.detach(), stem.bias.detach(), dtype, compiled, shorts)
         self.layers = nn.ModuleList(
             nn.Sequential(*(Block(block, dtype) for block in layer))
             for layer in (encoder.layer1, encoder.layer2, encoder.layer3)
@@ -383,7 +377,7 @@ class FusedSCFeat(nn.Module):
             x, self.kernels.statistics(x), self.norms[name], out=out
         )
 
-    def _detect(self, image: kernels.Image, maps: kernels.Maps) -> torch.Tensor:
+    def _detect(self, image: kernels.Image, maps: kernels.DetectorInput) -> torch.Tensor:
         """Score map from the normalized image, F_cn, F_0 (Eq. 7-13) and the reliability."""
         k = self.kernels
         left_peaks, left = k.weigh_by_peakiness(maps, self.dtype)

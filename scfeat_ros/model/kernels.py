@@ -31,7 +31,7 @@ class Norm(NamedTuple):
     groups: int
 
 
-class Maps(NamedTuple):
+class DetectorInput(NamedTuple):
     """What the detector reads."""
 
     bridged: torch.Tensor
@@ -177,7 +177,7 @@ def bridge(
     spatial: torch.nn.Conv2d,
     channel: Norm,
     reliability: Reliability,
-) -> Maps:
+) -> DetectorInput:
     """Cross normalization (Eq. 2-3) and the reliability.
 
     Args:
@@ -194,10 +194,12 @@ def bridge(
     pixels = descriptors.shape[2] * descriptors.shape[3]
     scale, shift = scale_and_shift(statistics(descriptors), channel, pixels)
     bridged = across + descriptors * scale[:, :, None, None] + shift[:, :, None, None]
-    return Maps(bridged, stem, reliability(bridged))
+    return DetectorInput(bridged, stem, reliability(bridged))
 
 
-def weigh_by_peakiness(maps: Maps | Image, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def weigh_by_peakiness(
+    maps: DetectorInput, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Peakiness (B, 1, h, w) in fp32, and the maps times it in the convolutions' type."""
     values = maps.values
     peaks = peakiness(values)
@@ -213,7 +215,8 @@ def image_branch(
     Returns:
         Peakiness (B, 1, H, W), the convolution of the image times it, and that one's statistics.
     """
-    peaks, weighted = weigh_by_peakiness(image, torch.float32)
+    peaks = peakiness(image.values)
+    weighted = (peaks * image.values).contiguous(memory_format=torch.channels_last)
     return peaks, *convolution(weighted, conv)
 
 

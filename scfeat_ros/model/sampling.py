@@ -33,38 +33,34 @@ def sample(feature_map: torch.Tensor, points: torch.Tensor, stride: int = 4) -> 
     return samples[..., 0].transpose(1, 2)
 
 
-def sample_few(
-    feature_map: torch.Tensor, points: torch.Tensor, stride: int = 4, smooth: bool = False
-) -> torch.Tensor:
-    """As `sample` for one image, in fp32, bilinear or smooth.
+def sample_smooth(feature_map: torch.Tensor, points: torch.Tensor, stride: int = 4) -> torch.Tensor:
+    """As `sample` for one image, in fp32, with a cubic B-spline's weights of the 4x4 cells about.
 
     Args:
         feature_map: (C, h, w) in any precision.
         points: (N, 2) float32.
         stride: image pixels per cell of the map.
-        smooth: weigh the 4x4 cells around a point by a cubic B-spline, in place of bilinear
-            weights of 2x2 cells.
 
     Returns:
         (N, C) float32.
     """
     _, height, width = feature_map.shape
     x, y = ((points + 0.5) / stride - 0.5).unbind(dim=1)
-    columns, horizontal = _cells(x, width, smooth)
-    rows, vertical = _cells(y, height, smooth)
+    columns, horizontal = _cells(x, width)
+    rows, vertical = _cells(y, height)
     places = (rows[:, :, None] * width + columns[:, None, :]).flatten(1)
     weights = (vertical[:, :, None] * horizontal[:, None, :]).flatten(1)
     cells = feature_map.permute(1, 2, 0).float().contiguous().flatten(0, 1)
     return F.embedding_bag(places, cells, per_sample_weights=weights, mode="sum")
 
 
-def _cells(position: torch.Tensor, size: int, smooth: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _cells(position: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(N, 4) cells about each position along an axis, and their weights; the border repeats."""
     cells = position.floor()[:, None] + torch.arange(-1, 3, device=position.device)
     distance = (cells - position[:, None]).abs()
     outer = (2 - distance).clamp_min(0)
     inner = (1 - distance).clamp_min(0)
-    weights = (outer**3 - 4 * inner**3) / 6 if smooth else inner
+    weights = (outer**3 - 4 * inner**3) / 6
     return cells.clamp(0, size - 1).long(), weights
 
 

@@ -267,12 +267,11 @@ def _read_config(path: Path) -> SCFeatConfig:
     return SCFeatConfig(**lists)
 
 
-def load_model(name_or_path: str | os.PathLike, device: str | torch.device = "cpu") -> SCFeat:
+def load_model(name_or_path: str | os.PathLike) -> SCFeat:
     """Read a network, in fp32 and evaluation mode.
 
     Args:
         name_or_path: an installed model's name or a .safetensors file.
-        device: where the network is put.
 
     Raises:
         ModelError: the file is missing, damaged or of another architecture; the message names
@@ -302,4 +301,4 @@ def load_model(name_or_path: str | os.PathLike, device: str | torch.device = "cp
     if unknown:
         raise ModelError(f"{path}: weight '{unknown[0]}' is not part of config '{config.name}'")
     model.load_state_dict(tensors)
-    return model.eval().to(device, memory_format=torch.channels_last)
+    return model.eval().to(memory_format=torch.channels_last)

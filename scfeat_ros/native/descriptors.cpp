@@ -162,17 +162,17 @@ void describe(const float *values, int height, int width, int channels, const T 
       for (int r = 0; r < rows; r++) {
         const float *point = points + 2 * (first + r);
         float *at_point = near.data() + r * channels;
-        Sum<float> sum;
-        sum.add(bridged.values, bridged.height, bridged.width, channels, STRIDE, true, point);
+        Sum<1> sum;
+        sum.add(bridged.values, bridged.height, bridged.width, channels, STRIDE, point);
         std::fill_n(at_point, channels, 0.0f);
         sum.to(at_point, channels);
         to_unit_norm(at_point, channels, at_point);
       }
       project(near.data(), rows, channels, transposed.get(), dim, out + first * dim);
       for (int r = 0; r < rows; r++) {
-        Sum<float, LEVELS> sum;
+        Sum<LEVELS> sum;
         for (const Level &level : levels)
-          sum.add(level.projected.get(), level.height, level.width, dim, level.stride, true,
+          sum.add(level.projected.get(), level.height, level.width, dim, level.stride,
                   points + 2 * (first + r));
         sum.to(out + (first + r) * dim, dim);
       }

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from scfeat_ros.model.kernels import Image, Maps, Norm
+from scfeat_ros.model.kernels import DetectorInput, Image, Norm
 from scfeat_ros.native.library import call, channels_last, empty_map
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def bridge(
     spatial: torch.nn.Conv2d,
     channel: Norm,
     reliability: Reliability,
-) -> Maps:
+) -> DetectorInput:
     descriptors, stem = channels_last(descriptors), channels_last(stem)
     _, channels, height, width = descriptors.shape
     bridged = empty_map(channels, height, width, torch.float32)
@@ -131,22 +131,16 @@ def bridge(
         *(spatial.weight, spatial.bias, channel.weight, channel.bias),
         *(reliability.weight, reliability.bias, bridged, maps_mean, factors, largest),
     )
-    return Maps(bridged, stem, factors, maps_mean, largest)
+    return DetectorInput(bridged, stem, factors, maps_mean, largest)
 
 
-def weigh_by_peakiness(maps: Maps | Image, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    if isinstance(maps, Image):
-        _, channels, height, width = maps.values.shape
-        peaks, weighted = _peaks_and_map(channels, height, width, dtype)
-        call(
-            "weigh_image_by_peakiness",
-            dtype,
-            *(maps.values, maps.largest, height, width, peaks, weighted),
-        )
-        return peaks, weighted
+def weigh_by_peakiness(
+    maps: DetectorInput, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
     _, channels, height, width = maps.bridged.shape
     stem = maps.stem.shape[1]
-    peaks, weighted = _peaks_and_map(channels + stem, height, width, dtype)
+    peaks = torch.empty(1, 1, height, width)
+    weighted = empty_map(channels + stem, height, width, dtype)
     call(
         "weigh_by_peakiness",
         dtype,
@@ -156,18 +150,18 @@ def weigh_by_peakiness(maps: Maps | Image, dtype: torch.dtype) -> tuple[torch.Te
     return peaks, weighted
 
 
-def _peaks_and_map(
-    channels: int, height: int, width: int, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.empty(1, 1, height, width), empty_map(channels, height, width, dtype)
-
-
 def image_branch(image: Image, conv: Conv) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    _, channels, height, width = image.values.shape
+    peaks = torch.empty(1, 1, height, width)
     if conv.weight.shape[0] != FEW:
-        peaks, weighted = weigh_by_peakiness(image, torch.float32)
+        weighted = empty_map(channels, height, width, torch.float32)
+        call(
+            "weigh_image_by_peakiness",
+            weighted.dtype,
+            *(image.values, image.largest, height, width, peaks, weighted),
+        )
         return peaks, *convolution(weighted, conv)
-    _, _, height, width = image.values.shape
-    peaks, out, totals = torch.empty(1, 1, height, width), _lines(height, width), _totals(FEW)
+    out, totals = _lines(height, width), _totals(FEW)
     call(
         "image_branch",
         None,

@@ -1,6 +1,6 @@
-// From the score map to keypoints, and samples of feature maps there.
+// From the score map to keypoints.
 //
-// selection.py and sampling.py say the same in OpenCV's and PyTorch's operators.
+// selection.py says the same in OpenCV's operators.
 
 #include <omp.h>
 
@@ -9,9 +9,7 @@
 #include <cstring>
 #include <vector>
 
-#include "bfloat16.h"
 #include "call.h"
-#include "cells.h"
 
 namespace {
 
@@ -31,19 +29,6 @@ bool any_neighbour(int y, int x, int radius, int height, int width, Test test) {
     for (int u = std::max(x - radius, 0); u <= std::min(x + radius, width - 1); u++)
       if (test(v, u)) return true;
   return false;
-}
-
-// Samples of a channels-last map whose pixels lie `pitch` apart: bilinear, or smooth.
-template <typename T>
-void sample(const T *map, int height, int width, int channels, long pitch, const float *points,
-            long count, int stride, bool smooth, float *out, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (long i = 0; i < count; i++) {
-    Sum<T> sum;
-    sum.add(map, height, width, pitch, stride, smooth, points + 2 * i);
-    std::fill_n(out + i * channels, channels, 0.0f);
-    sum.to(out + i * channels, channels);
-  }
 }
 
 struct Maximum {
@@ -150,4 +135,3 @@ void select(const float *scores, int height, int width, const uint8_t *image, lo
 }  // namespace
 
 EXPORT(select, select)
-EXPORT_TYPES(sample)

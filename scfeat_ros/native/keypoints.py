@@ -1,4 +1,4 @@
-"""Keypoints out of a score map, and samples of maps there, in C++."""
+"""Keypoints out of a score map, in C++."""
 
 from __future__ import annotations
 
@@ -32,28 +32,3 @@ def select(
         *(points, values, count),
     )
     return points[: count[0]], values[: count[0]]
-
-
-def sample(
-    feature_map: torch.Tensor, points: torch.Tensor, stride: int = 4, smooth: bool = False
-) -> torch.Tensor:
-    """As `sampling.sample_few`."""
-    feature_map, pitch = _pixels(feature_map)
-    channels, height, width = feature_map.shape
-    out = torch.empty((len(points), channels))
-    call(
-        "sample",
-        feature_map.dtype,
-        *(feature_map, height, width, channels, pitch),
-        *(points.contiguous(), len(points), stride, smooth, out),
-    )
-    return out
-
-
-def _pixels(feature_map: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """A (C, h, w) map whose channels lie beside each other, and how far apart its pixels lie."""
-    channels, _, width = feature_map.shape
-    pitch = feature_map.stride(2)
-    if feature_map.stride() == (1, pitch * width, pitch):
-        return feature_map, pitch
-    return feature_map.permute(1, 2, 0).contiguous().permute(2, 0, 1), channels

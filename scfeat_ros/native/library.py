@@ -160,7 +160,6 @@ ARGUMENTS = {
     "response_of_lines": "pnnpnppfppp",
     "score": "pppppppnnn",
     "select": "pnnpnpnfnnnppp",
-    "sample": "pnnnnpnnnp",
     "describe": "pnnnpnnnpnnnpnpnp",
     "l2_normalize": "pnn",
     **dict.fromkeys(("stem", "stem_shorts"), "pnnppfnpnp"),

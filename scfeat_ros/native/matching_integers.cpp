@@ -207,7 +207,8 @@ void nearest_by_integers(const float *a_values, int rows, const float *b_values,
   const Rounded left(a, limit, threads), other(b, limit, threads);
   const Products products{left, other.tiles(threads)};
   // five times the standard deviation of the difference of two
-  const int margin = int(1.5f * (left.norm + other.norm));
+  // (descriptors that are no numbers have no norm)
+  const int margin = int(std::min(1e6f, 1.5f * (left.norm + other.norm)));
   const bool second = row_second != nullptr;
   std::vector<Largest> of_columns(size_t(shares) * vectors);
 #pragma omp parallel for num_threads(threads) schedule(static)

@@ -19,10 +19,10 @@ import cv2
 import numpy as np
 
 from scfeat_ros import __version__
-from scfeat_ros.decoded_image import UnreadableImageError
+from scfeat_ros.decoded_image import UnreadableImageError, decode
 from scfeat_ros.errors import InputError
 from scfeat_ros.features import Features
-from scfeat_ros.images import decode
+from scfeat_ros.preprocessing import working_size
 from scfeat_ros.staging import staged_file
 from scfeat_training.evaluation.methods import Method
 
@@ -62,12 +62,9 @@ def read_image(path: Path) -> tuple[np.ndarray, str]:
 
 def shrink(image: np.ndarray, max_size: int) -> np.ndarray:
     """The image with its longer side at most `max_size` pixels; 0 leaves it as it is."""
-    height, width = image.shape[:2]
-    if not max_size or max(height, width) <= max_size:
-        return image
-    factor = max_size / max(height, width)
-    size = max(1, round(width * factor)), max(1, round(height * factor))
-    return cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+    size = image.shape[1::-1]
+    new = working_size(size, max_size)
+    return image if new == size else cv2.resize(image, new, interpolation=cv2.INTER_AREA)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -6,7 +6,6 @@ added to keypoints and principal points on the way in.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -205,11 +204,6 @@ def model_from_poses(
         pose = pycolmap.Rigid3d(np.column_stack([R[number - 1], t[number - 1]]))
         model.add_image_with_trivial_frame(image, pose)
     return model
-
-
-def all_pairs(names: list[str]) -> list[tuple[str, str]]:
-    """Every image with every other one."""
-    return list(itertools.combinations(names, 2))
 
 
 def read_pairs(file: Path) -> list[tuple[str, str]]:

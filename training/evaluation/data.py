@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from scfeat_ros.errors import InputError
-from scfeat_ros.sources import IMAGE_SUFFIXES
+from scfeat_ros.sources import image_files
 
 
 def require_folder(path: Path, layout: str) -> Path:
@@ -33,10 +33,8 @@ def require_folder(path: Path, layout: str) -> Path:
 
 
 def list_images(folder: Path) -> list[Path]:
-    """Image files below a folder, sorted by path."""
-    return sorted(
-        p for p in Path(folder).rglob("*") if p.is_file() and p.suffix.lower() in IMAGE_SUFFIXES
-    )
+    """Image files in a folder and below it, in natural order."""
+    return image_files(path for path in Path(folder).rglob("*") if path.is_file())
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.spatial import cKDTree
 
+from scfeat_training.geometry import rotation_angle
+
 MMA_THRESHOLDS = tuple(range(1, 11))
 """Pixel thresholds of the matching accuracy (Sec. IV-B)."""
 
@@ -124,52 +126,9 @@ def corner_error(estimated: np.ndarray | None, H: np.ndarray, size: tuple[int, i
     return float(error) if np.isfinite(error) else float("inf")
 
 
-def relative_pose(
-    R1: np.ndarray, t1: np.ndarray, R2: np.ndarray, t2: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Pose of the second camera relative to the first: x_2 = R x_1 + t."""
-    R = R2 @ R1.T
-    return R, t2 - R @ t1
-
-
-def skew(t: np.ndarray) -> np.ndarray:
-    """(3, 3) matrix of the cross product with t."""
-    return np.array([[0, -t[2], t[1]], [t[2], 0, -t[0]], [-t[1], t[0], 0]], np.float64)
-
-
-def fundamental_matrix(K1: np.ndarray, K2: np.ndarray, R: np.ndarray, t: np.ndarray) -> np.ndarray:
-    """(3, 3) F with x_2^T F x_1 = 0 from intrinsics and the relative pose."""
-    return np.linalg.inv(K2).T @ skew(t) @ R @ np.linalg.inv(K1)
-
-
-def epipolar_errors(F: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """(M,) distances in pixels from the epipolar lines, the larger of the two images' ones."""
-    if len(first) == 0:
-        return np.zeros(0)
-    ones = np.ones((len(first), 1))
-    first = np.concatenate([np.asarray(first, np.float64), ones], axis=1)
-    second = np.concatenate([np.asarray(second, np.float64), ones], axis=1)
-    lines_in_second, lines_in_first = first @ F.T, second @ F
-    algebraic = np.abs((second * lines_in_second).sum(axis=1))
-    lengths = np.minimum(
-        np.linalg.norm(lines_in_second[:, :2], axis=1),
-        np.linalg.norm(lines_in_first[:, :2], axis=1),
-    )
-    return algebraic / np.maximum(lengths, 1e-12)
-
-
 def rotation_error(R: np.ndarray, reference: np.ndarray) -> float:
     """Angle between two rotations, degrees."""
-    # atan2 of both halves stays exact for tiny angles, where arccos of the trace does not
-    difference = R.T @ reference
-    axis = np.array(
-        [
-            difference[2, 1] - difference[1, 2],
-            difference[0, 2] - difference[2, 0],
-            difference[1, 0] - difference[0, 1],
-        ]
-    )
-    return float(np.degrees(np.arctan2(np.linalg.norm(axis), np.trace(difference) - 1.0)))
+    return float(rotation_angle(R.T @ reference))
 
 
 def direction_error(t: np.ndarray, reference: np.ndarray) -> float:

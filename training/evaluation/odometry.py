@@ -24,8 +24,6 @@ from scfeat_training.evaluation.cache import Cache, CorruptImageError, read_imag
 from scfeat_training.evaluation.estimators import POSE_ESTIMATORS, check_estimators
 from scfeat_training.evaluation.methods import Method
 from scfeat_training.evaluation.metrics import (
-    epipolar_errors,
-    fundamental_matrix,
     homography_errors,
     track_lengths,
 )
@@ -38,6 +36,7 @@ from scfeat_training.evaluation.report import (
     progress_bar,
 )
 from scfeat_training.evaluation.sequences import Sequence, load_sequence
+from scfeat_training.geometry import fundamental_from_pose, symmetric_epipolar_distance
 
 DEFAULTS = {"max_keypoints": 1000}
 RESULT_VERSION = 1
@@ -115,9 +114,8 @@ def match_errors(
         return homography_errors(
             sequence.camera.K @ R @ np.linalg.inv(sequence.camera.K), first, second
         )
-    return epipolar_errors(
-        fundamental_matrix(sequence.camera.K, sequence.camera.K, R, t), first, second
-    )
+    F = fundamental_from_pose(sequence.camera.K, sequence.camera.K, R, t)
+    return symmetric_epipolar_distance(F, first, second)
 
 
 def evaluate_method(

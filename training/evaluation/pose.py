@@ -31,9 +31,6 @@ from scfeat_training.evaluation.methods import Method
 from scfeat_training.evaluation.metrics import (
     auc,
     direction_error,
-    epipolar_errors,
-    fundamental_matrix,
-    relative_pose,
     rotation_error,
 )
 from scfeat_training.evaluation.report import (
@@ -43,6 +40,11 @@ from scfeat_training.evaluation.report import (
     Table,
     draw,
     progress_bar,
+)
+from scfeat_training.geometry import (
+    fundamental_from_pose,
+    relative_pose,
+    symmetric_epipolar_distance,
 )
 
 DEFAULTS = {"max_keypoints": 2048}
@@ -154,8 +156,9 @@ def evaluate_pair(
     a, b = first.features, second.features
     indices = match(a, b).indices
     points_a, points_b = a.keypoints[indices[:, 0]], b.keypoints[indices[:, 1]]
-    F = fundamental_matrix(pair.K1, pair.K2, pair.R, pair.t)
-    right = int((epipolar_errors(F, points_a, points_b) <= args.precision_threshold).sum())
+    F = fundamental_from_pose(pair.K1, pair.K2, pair.R, pair.t)
+    distances = symmetric_epipolar_distance(F, points_a, points_b)
+    right = int((distances <= args.precision_threshold).sum())
     errors = {}
     for name in estimators:
         found = POSE_ESTIMATORS[name](points_a, points_b, pair.K1, pair.K2, args.threshold)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from scfeat_ros.errors import InputError
+from scfeat_ros.export import exhaustive_pairs
 from scfeat_training.evaluation import colmap
 from scfeat_training.evaluation.cache import Cache, CorruptImageError, read_image
 from scfeat_training.evaluation.data import (
@@ -206,7 +207,7 @@ def run(args: argparse.Namespace, methods: list[Method], cache: Cache) -> Report
         if not pairs:
             raise InputError(f"--pairs {args.pairs}: none of its pairs names two images of {root}")
     else:
-        pairs = colmap.all_pairs(names)
+        pairs = exhaustive_pairs(names)
     if args.paper_options:
         methods = [m.with_options(**PAPER_OPTIONS) for m in methods]
     results = {}

@@ -15,6 +15,7 @@ import yaml
 
 from scfeat_ros.camera import Camera
 from scfeat_ros.errors import InputError
+from scfeat_ros.ground_truth import rotation_of
 from scfeat_ros.sources import BagSource
 from scfeat_training.evaluation.data import is_scene, list_images, load_scene, require_folder
 
@@ -142,13 +143,8 @@ def invert(R: np.ndarray, t: np.ndarray) -> np.ndarray:
 
 def quaternion_pose(position: np.ndarray, xyzw: np.ndarray) -> np.ndarray:
     """(4, 4) matrix from a position and a quaternion in the order x, y, z, w."""
-    x, y, z, w = np.asarray(xyzw, np.float64) / np.linalg.norm(xyzw)
     pose = np.eye(4)
-    pose[:3, :3] = [
-        [1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)],
-        [2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w)],
-        [2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y)],
-    ]
+    pose[:3, :3] = rotation_of(np.asarray(xyzw, np.float64) / np.linalg.norm(xyzw))
     pose[:3, 3] = position
     return pose
 
