@@ -41,6 +41,8 @@ SCALING_SIZES = "320x240,640x480,960x720,1280x960,1920x1080"
 SCALING_TOP_K = "512,1024,2048,4096,8192"
 CPU_WORK = 1024, 64 << 20, 1
 """Rows of the matrices and bytes that the machine's peaks are measured with, and runs in a row."""
+MIN_SIDE = 32
+"""Of images, pixels."""
 GPU_WORK = 8192, 1 << 30, 10
 """The same on a GPU, to which a product of a CPU's size is no work."""
 OPENMP = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
@@ -105,6 +107,8 @@ class Case:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return the exit code."""
     arguments = _parser().parse_args(argv)
+    if arguments.rounds < 1 or min(arguments.warm_up, arguments.threads) < 0:
+        raise ValueError("--rounds must be at least 1, --warm-up and --threads not negative")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
         cv2.setNumThreads(arguments.threads)
@@ -189,6 +193,8 @@ def _size(text: str) -> tuple[int, int]:
         width, height = (int(part) for part in text.split("x"))
     except ValueError as error:
         raise ValueError(f"size '{text}' is not of the form WIDTHxHEIGHT") from error
+    if min(width, height) < MIN_SIDE:
+        raise ValueError(f"size '{text}': both sides must be at least {MIN_SIDE}")
     return width, height
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import logging
 import signal
 import sys
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from scfeat_ros import __version__
 from scfeat_ros.errors import ScfeatError
+from scfeat_ros.memory import is_out_of_memory
 from scfeat_ros.messages import DESCRIPTOR_TYPES
 from scfeat_ros.parameters import ExtractorOptions, MatcherOptions, add_arguments, from_arguments
 
@@ -43,21 +45,37 @@ _DELEGATED = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    arguments = argparse.Namespace()
     try:
         # a polite kill removes unfinished output, as Ctrl-C does
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         if argv and argv[0] in _DELEGATED:
             return _delegate(argv[0], argv[1:])
         arguments = _parser().parse_args(argv)
+        _log_to_stderr(getattr(arguments, "quiet", False))
         return arguments.run(arguments)
     except (ScfeatError, ValueError) as error:
         return _fail(str(error))
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        return _fail(f"{where}{error.strerror or error}")
+        where = error.filename or getattr(arguments, "output", None)
+        return _fail(f"{where}: {error.strerror or error}" if where else str(error))
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return _fail("out of memory: shrink the images with --max-size")
     except KeyboardInterrupt:
-        print("scfeat: interrupted, nothing was written", file=sys.stderr)
+        print("scfeat: interrupted; what was not complete is removed", file=sys.stderr)
         return INTERRUPTED
+
+
+def _log_to_stderr(quiet: bool) -> None:
+    """Tell what the package logs: which way the network runs, and why not in a faster one."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("scfeat: %(message)s"))
+    log = logging.getLogger("scfeat_ros")
+    log.handlers[:] = [handler]
+    log.setLevel(logging.WARNING if quiet else logging.INFO)
+    log.propagate = False
 
 
 def _fail(message: str) -> int:
@@ -423,8 +441,9 @@ def _process(arguments: argparse.Namespace, source: Source, passthrough: bool = 
 
 
 def _match(arguments: argparse.Namespace) -> int:
-    from scfeat_ros.image_pair import match_pair
+    from scfeat_ros.image_pair import check_picture, match_pair
 
+    check_picture(arguments.output, arguments.overwrite)  # before the network is loaded
     result = match_pair(
         arguments.first,
         arguments.second,
@@ -443,6 +462,8 @@ def _match(arguments: argparse.Namespace) -> int:
 
 def _export(arguments: argparse.Namespace) -> int:
     if arguments.onnx is not None:
+        if arguments.input or arguments.output:
+            raise ValueError("--onnx writes the network alone: leave FOLDER and -o out")
         from scfeat_ros.onnx_export import export_onnx
 
         precision = "fp32" if arguments.precision == "auto" else arguments.precision
@@ -452,6 +473,8 @@ def _export(arguments: argparse.Namespace) -> int:
         raise ValueError("give FOLDER and -o FILE for features, or --onnx FILE for the network")
     from scfeat_ros import export
 
+    colmap = export.ColmapOptions(arguments.camera_model, arguments.single_camera)
+    export.check_export(arguments.output, colmap, arguments.overwrite)  # before it is loaded
     if arguments.pairs is not None:
         choose_pairs = partial(export.read_pairs, arguments.pairs)
     elif arguments.sequential is not None:
@@ -464,7 +487,7 @@ def _export(arguments: argparse.Namespace) -> int:
         _load_extractor(arguments),
         choose_pairs,
         from_arguments(MatcherOptions, arguments),
-        export.ColmapOptions(arguments.camera_model, arguments.single_camera),
+        colmap,
         arguments.overwrite,
         progress=False if arguments.quiet else None,
     )
@@ -472,6 +495,8 @@ def _export(arguments: argparse.Namespace) -> int:
         f"{result.images} images, {result.keypoints} keypoints, {result.pairs} pairs, "
         f"{result.matches} matches"
     )
+    for reason in result.left_out:
+        print(f"left out: {reason}")
     for file in result.files:
         print(file)
-    return OK
+    return DAMAGED if result.left_out else OK

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import threading
 import time
 from collections import deque
@@ -12,6 +11,8 @@ from enum import IntEnum
 from typing import Any
 
 import numpy as np
+
+from scfeat_ros.errors import without_numbers
 
 RATE_WINDOW = 5.0
 """Rates are counted over this many seconds."""
@@ -200,8 +201,8 @@ class Monitor:
             level = max((level for level, _ in problems), default=Level.OK)
             texts: dict[str, tuple[str, int]] = {}
             for _, text in sorted(problems, key=lambda problem: -problem[0]):
-                _, times = texts.get(_kind(text), ("", 0))
-                texts[_kind(text)] = text, times + 1
+                _, times = texts.get(without_numbers(text), ("", 0))
+                texts[without_numbers(text)] = text, times + 1
             message = "; ".join(
                 text if times == 1 else f"{text} ({times} times)" for text, times in texts.values()
             )
@@ -232,7 +233,7 @@ class Problems:
 
     def log(self, level: Level, text: str) -> None:
         """Log a text, unless one of its kind was logged in the last `LOG_AGAIN` seconds."""
-        now, kind = self._clock(), _kind(text)
+        now, kind = self._clock(), without_numbers(text)
         if now - self._logged.get(kind, -LOG_AGAIN) < LOG_AGAIN:
             return
         if len(self._logged) >= MOST_LOGGED:
@@ -242,8 +243,3 @@ class Problems:
             self._logger.error(text)
         else:
             self._logger.warning(text)
-
-
-def _kind(text: str) -> str:
-    """A text without its numbers, which differ from frame to frame where the matter is the same."""
-    return re.sub(r"0x[0-9a-f]+|\d[\d.]*", "#", text)

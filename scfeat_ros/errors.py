@@ -1,5 +1,10 @@
 """Errors that a user can mend; the command line prints them as one line."""
 
+from __future__ import annotations
+
+import os
+import re
+
 
 class ScfeatError(Exception):
     """Base of the errors below; the message names what is wrong and the remedy."""
@@ -19,3 +24,13 @@ class OutputExistsError(ScfeatError):
 
 class OptionError(ScfeatError, ValueError):
     """An option outside its range, or one that does not go with the others."""
+
+
+def without_numbers(text: str) -> str:
+    """A message without its numbers, by which messages of the same matter may differ."""
+    return re.sub(r"0x[0-9a-f]+|\d[\d.]*", "#", text)
+
+
+def printable(path: str | os.PathLike) -> str:
+    """A path as text that can be written as UTF-8, whatever bytes its name is made of."""
+    return os.fsencode(path).decode("utf-8", "replace")

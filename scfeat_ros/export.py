@@ -6,6 +6,7 @@ as hloc keeps them; COLMAP counts from the corner of that pixel, so 0.5 is added
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import sys
 import zipfile
@@ -13,18 +14,19 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from scfeat_ros.errors import InputError, ScfeatError
+from scfeat_ros.errors import InputError, ScfeatError, printable
 from scfeat_ros.extractor import Extractor
 from scfeat_ros.features import Features, Matches
 from scfeat_ros.images import read_file
 from scfeat_ros.matcher import match_with
 from scfeat_ros.parameters import MatcherOptions
 from scfeat_ros.sources import list_images
-from scfeat_ros.staging import staged_file
+from scfeat_ros.staging import check_file, staged_file
 
 FORMATS = (".npz", ".h5", ".db")
 MatchedPairs = Iterable[tuple[str, str, Matches]]
@@ -39,6 +41,8 @@ class ExportResult:
     keypoints: int
     pairs: int
     matches: int
+    left_out: list[str]
+    """What is wrong with the images that could not be read."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ def read_pairs(path: Path, names: list[str]) -> list[tuple[str, str]]:
         InputError: the file cannot be read, or a line has no two names of images in the folder.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from error
     known, pairs = set(names), {}
@@ -96,6 +100,8 @@ def read_pairs(path: Path, names: list[str]) -> list[tuple[str, str]]:
                 raise InputError(f"{path}, line {number}: there is no image '{word}' in the folder")
         # a pair counts once, whichever comes first
         pairs.setdefault(frozenset(words), (words[0], words[1]))
+    if not pairs:
+        raise InputError(f"{path}: there is no pair in it")
     return list(pairs.values())
 
 
@@ -122,51 +128,85 @@ def export(
         overwrite: whether files that are there may be replaced.
         progress: whether to show progress bars, None for "on a terminal".
 
+    Images that cannot be read are left out.
+
     Raises:
-        InputError: the folder has no images, one of them cannot be read, or the ending of
+        InputError: the folder has no images, none of them can be read, or the ending of
             `output` is unknown.
         OutputExistsError: an output file is there.
-        ScfeatError: the library for that format is not installed.
+        ScfeatError: the library for that format is not installed, or cannot write the file.
     """
-    matching = matching or MatcherOptions()
-    if output.suffix not in FORMATS:
-        raise InputError(f"{output}: the name must end with one of {', '.join(FORMATS)}")
+    matching, colmap = matching or MatcherOptions(), colmap or ColmapOptions()
+    check_export(output, colmap, overwrite)
     files = list_images(folder)
     names = [file.name for file in files]
-    blank = next((name for name in names if len(name.split()) > 1), None)
-    if blank and output.suffix != ".npz":
-        raise InputError(
-            f"{folder / blank}: rename this image, the lists of pairs of hloc and COLMAP cannot "
-            "hold a name with a blank in it"
-        )
+    for name in names:
+        if printable(name) != name:
+            raise InputError(f"{folder / printable(name)}: rename this image, its name is no UTF-8")
+        if len(name.split()) > 1 and output.suffix != ".npz":
+            raise InputError(
+                f"{folder / name}: rename this image, the lists of pairs of hloc and COLMAP cannot "
+                "hold a name with a blank in it"
+            )
     pairs = choose_pairs(names)
     disable = None if progress is None else not progress
     with ExitStack() as stack:
-        targets = [output]
-        if output.suffix == ".h5":
-            targets += [
-                output.with_name(f"{output.stem}-matches.h5"),
-                output.with_name(f"{output.stem}-pairs.txt"),
-            ]
+        targets = _targets(output)
         partial = [stack.enter_context(staged_file(target, overwrite)) for target in targets]
-        features = {
-            file.name: extractor(read_file(file))
-            for file in tqdm(files, "features", unit=" images", disable=disable, file=sys.stderr)
-        }
+        features: dict[str, Features] = {}
+        left_out = []
+        for file in tqdm(files, "features", unit=" images", disable=disable, file=sys.stderr):
+            try:
+                features[file.name] = extractor(read_file(file))
+            except InputError as error:
+                left_out.append(str(error))
+        if not features:
+            raise InputError(f"{folder}: not a single image can be read ({left_out[0]})")
+        pairs = [pair for pair in pairs if features.keys() >= set(pair)]
         counter = _Counter(_matched(features, pairs, matching, extractor, disable))
         if output.suffix == ".npz":
             _write_npz(partial[0], features, counter)
         elif output.suffix == ".h5":
             _write_h5(*partial, features, counter)
         else:
-            _write_colmap(partial[0], features, counter, folder, colmap or ColmapOptions())
+            _write_colmap(partial[0], features, counter, folder, colmap)
     return ExportResult(
         files=targets,
-        images=len(files),
+        images=len(features),
         keypoints=sum(len(f) for f in features.values()),
         pairs=len(pairs),
         matches=counter.matches,
+        left_out=left_out,
     )
+
+
+def check_export(output: Path, colmap: ColmapOptions, overwrite: bool) -> None:
+    """Whether the files can be written; see `export`."""
+    if output.suffix not in FORMATS:
+        raise InputError(f"{output}: the name must end with one of {', '.join(FORMATS)}")
+    for target in _targets(output):
+        check_file(target, overwrite)
+    if output.suffix == ".h5":
+        _import("h5py")
+    elif output.suffix == ".db" and not hasattr(
+        _import("pycolmap").CameraModelId, colmap.camera_model
+    ):
+        raise InputError(f"--camera-model {colmap.camera_model}: COLMAP has no such model")
+
+
+def _targets(output: Path) -> list[Path]:
+    """The files of an export."""
+    if output.suffix != ".h5":
+        return [output]
+    beside = ("-matches.h5", "-pairs.txt")
+    return [output, *(output.with_name(f"{output.stem}{ending}") for ending in beside)]
+
+
+def _import(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ScfeatError(f"this format needs {name}: pip install {name}") from error
 
 
 class _Counter:
@@ -229,10 +269,7 @@ def _write_h5(
     """hloc's layout: descriptors are (D, N); matches0 gives for every keypoint of the first
     image its match in the second or -1, and matching_scores0 its similarity.
     """
-    try:
-        import h5py
-    except ImportError as error:
-        raise ScfeatError("the .h5 format needs h5py: pip install h5py") from error
+    h5py = _import("h5py")
     with h5py.File(features_path, "w", libver="latest") as file:
         for name, f in features.items():
             group = file.create_group(name)
@@ -266,12 +303,7 @@ def _write_colmap(
     options: ColmapOptions,
 ) -> None:
     """Cameras, images, keypoints, matches and verified two-view geometries for COLMAP's mapper."""
-    try:
-        import pycolmap
-    except ImportError as error:
-        raise ScfeatError("the .db format needs pycolmap: pip install pycolmap") from error
-    if not hasattr(pycolmap.CameraModelId, options.camera_model):
-        raise InputError(f"--camera-model {options.camera_model}: COLMAP has no such model")
+    pycolmap = _import("pycolmap")
     pycolmap.logging.minloglevel = pycolmap.logging.Level.ERROR.value
     with pycolmap.Database.open(database_path):
         pass  # make the file, which import_images expects to be there
@@ -292,7 +324,10 @@ def _write_colmap(
             ids = {image.name: image.image_id for image in database.read_all_images()}
             missing = [name for name in features if name not in ids]
             if missing:
-                raise InputError(f"{folder / missing[0]}: COLMAP cannot read this image")
+                raise InputError(
+                    f"{folder / missing[0]}: COLMAP cannot take this image"
+                    + (" (is it of another size?)" if options.single_camera else "")
+                )
             for name, f in features.items():
                 database.write_keypoints(ids[name], f.keypoints + np.float32(0.5))
             for first, second, matches in pairs:

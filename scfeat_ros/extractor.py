@@ -49,8 +49,10 @@ def select_device(device: str | torch.device) -> torch.device:
         chosen = torch.device(device)
     except RuntimeError as error:
         raise ScfeatError(f"device '{device}': unknown; use auto, cpu, cuda or cuda:N") from error
-    if chosen.type != "cuda":
+    if chosen.type == "cpu":
         return chosen
+    if chosen.type != "cuda":
+        raise ScfeatError(f"device '{device}': only auto, cpu, cuda and cuda:N are possible")
     if not torch.cuda.is_available():
         raise ScfeatError(
             f"device '{device}' was asked for, but this PyTorch ({torch.__version__}) finds no "

@@ -14,7 +14,7 @@ from scfeat_ros.camera import Camera
 from scfeat_ros.decoded_image import DecodedImage, from_compressed
 from scfeat_ros.diagnostics import Level, Monitor, Problems
 from scfeat_ros.errors import InputError
-from scfeat_ros.memory import free_memory
+from scfeat_ros.memory import free_memory, is_out_of_memory
 from scfeat_ros.messages import (
     encode_features,
     encode_image,
@@ -159,7 +159,7 @@ class FrameProcessor:
             text = f"{type(error).__name__}: {error}"
             self._monitor.failed(text)
             # memory runs out without anybody's mistake; all else is one, and shows where
-            detail = text if _is_out_of_memory(error) else f"\n{traceback.format_exc()}"
+            detail = text if is_out_of_memory(error) else f"\n{traceback.format_exc()}"
             self._problems.log(Level.ERROR, f"image left out: {detail}")
         finally:
             self._previous_done = time.perf_counter()
@@ -175,7 +175,7 @@ class FrameProcessor:
         try:
             return self.front_end.process(image.pixels, stamp, header.frame_id, image.mask)
         except Exception as error:
-            if not _is_out_of_memory(error) or self._out_of_memory:
+            if not is_out_of_memory(error) or self._out_of_memory:
                 raise
             text = self._shrink(size)
         # outside of the handler, which would keep the failed attempt's tensors alive
@@ -192,7 +192,7 @@ class FrameProcessor:
         try:
             self.front_end.extractor.warm_up(size)
         except Exception as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             return 0.0  # the image itself will show it
         seconds = time.perf_counter() - started
@@ -322,13 +322,3 @@ class FrameProcessor:
             if result.reset not in ("first frame",):
                 self._problems.log(Level.WARN, f"tracks start anew: {result.reset}")
         self._monitor.served(seconds, facts, result.reset is not None)
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """Whether PyTorch (CUDA or CPU), numpy or OpenCV could not get memory."""
-    text = str(error).lower()
-    phrases = (
-        *("out of memory", "can't allocate memory", "not enough memory", "insufficient memory"),
-        *("alloc_failed", "unable to find an engine"),  # cuBLAS's and cuDNN's words for it
-    )
-    return isinstance(error, MemoryError) or any(phrase in text for phrase in phrases)

@@ -14,7 +14,14 @@ from scfeat_ros.images import read_file
 from scfeat_ros.matcher import epipolar_inliers, match_with
 from scfeat_ros.overlay import draw_matches
 from scfeat_ros.parameters import MatcherOptions
-from scfeat_ros.staging import staged_file
+from scfeat_ros.staging import check_file, staged_file
+
+
+def check_picture(output: Path, overwrite: bool) -> None:
+    """Whether the picture can be written; see `match_pair`."""
+    if output.suffix.lower() not in (".png", ".jpg", ".jpeg"):
+        raise InputError(f"{output}: the picture's name must end with .png or .jpg")
+    check_file(output, overwrite)
 
 
 @dataclass(frozen=True)
@@ -41,11 +48,13 @@ def match_pair(
         inlier_threshold: largest distance from the epipolar line, pixels.
 
     Raises:
-        InputError: an image cannot be read, or the output is no .png or .jpg.
+        InputError: an image cannot be read, the output is no .png or .jpg, or the threshold is
+            not positive.
         OutputExistsError: the output is there.
     """
-    if output.suffix.lower() not in (".png", ".jpg", ".jpeg"):
-        raise InputError(f"{output}: the picture's name must end with .png or .jpg")
+    check_picture(output, overwrite)
+    if not 0 < inlier_threshold < np.inf:
+        raise InputError(f"--inlier-threshold must be positive, got {inlier_threshold}")
     with staged_file(output, overwrite) as partial:
         images = [read_file(first), read_file(second)]
         features = [extractor(image) for image in images]
@@ -56,6 +65,9 @@ def match_pair(
             inlier_threshold,
         )
         picture = draw_matches(*images, *features, matches, inliers)
-        data = cv2.imencode(output.suffix.lower(), np.ascontiguousarray(picture[..., ::-1]))[1]
+        done, data = cv2.imencode(output.suffix.lower(), np.ascontiguousarray(picture[..., ::-1]))
+        if not done:
+            height, width = picture.shape[:2]
+            raise InputError(f"{output}: no such file holds {width}x{height} pixels; give a .png")
         partial.write_bytes(data.tobytes())
     return PairResult((len(features[0]), len(features[1])), len(matches), int(inliers.sum()))

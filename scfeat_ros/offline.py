@@ -151,6 +151,7 @@ def run(
             "name": model_name or extractor.model.config.name,
             "architecture": extractor.model.config.name,
             "descriptor_dim": extractor.descriptor_dim,
+            "network": str(extractor.network),
             "device": str(extractor.device),
         }
         return writer.finish(seconds, model, settings)
@@ -348,6 +349,11 @@ class _Writer:
                 "of the images, and a camera that moves"
             )
         figures = self.statistics.summary()
+        if figures["keypoints_per_frame"] and not figures["keypoints_per_frame"]["mean"]:
+            account.warn(
+                "no keypoint was found in any frame: are the images blank, or is --max-size, "
+                "--border, --score-threshold or --mask too strict?"
+            )
         summary = {
             "version": __version__,
             "input": self.source.description,
@@ -369,7 +375,7 @@ class _Writer:
         }
         page = self.folder / REPORT
         page.parent.mkdir()
-        title = f"SCFeat on {Path(self.source.description['path']).name}"
+        title = f"SCFeat on {Path(self.source.description['path']).resolve().name}"
         page.write_text(
             render(title, summary, self.statistics, self._samples.chosen()), encoding="utf-8"
         )

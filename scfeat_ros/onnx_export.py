@@ -96,6 +96,7 @@ def export_onnx(
 
 
 def _import(name: str) -> object:
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # nothing is reported to anybody
     try:
         return __import__(name)
     except ImportError as error:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import os
 import sys
 from collections import Counter
@@ -19,6 +20,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
+from scfeat_ros.cli import DAMAGED, OK
 from scfeat_ros.errors import InputError, ScfeatError
 from scfeat_ros.staging import SUMMARY
 
@@ -107,6 +109,8 @@ def _collect(ray: object, arguments: argparse.Namespace, outputs: dict) -> list[
             path = jobs[done]
             try:
                 results[path] = ray.get(done)._replace(input=path)
+            except ray.exceptions.RayTaskError as error:  # not tried again
+                results[path] = JobResult(path, 1, f"{path}: {str(error).splitlines()[-1]}")
             except ray.exceptions.RayError as error:
                 first = str(error).strip().splitlines()[0]
                 text = f"{path}: given up after {MAX_RETRIES + 1} attempts ({first})"
@@ -122,7 +126,8 @@ def _process_one(arguments: argparse.Namespace) -> JobResult:
     (path,) = arguments.input
     # a task whose worker was lost after its last step has nothing left to do
     if (arguments.output / SUMMARY).is_file() and not arguments.overwrite:
-        return JobResult(path, 0, skipped=True)
+        done = json.loads((arguments.output / SUMMARY).read_text(encoding="utf-8"))
+        return JobResult(path, DAMAGED if done["damaged"] else OK, skipped=True)
     try:
         # what the command prints is for one input alone
         with open(os.devnull, "w") as nowhere:

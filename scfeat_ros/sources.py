@@ -16,16 +16,18 @@ import numpy as np
 from scfeat_ros.bags import CAMERA_INFO, BagReader, UnreadableMessageError
 from scfeat_ros.camera import Camera
 from scfeat_ros.decoded_image import UnknownEncodingError, UnreadableImageError
-from scfeat_ros.errors import InputError
+from scfeat_ros.errors import InputError, printable, without_numbers
 from scfeat_ros.ground_truth import DEFAULT_TOPIC, POSE_TYPES, Pose, PoseTrack
 from scfeat_ros.images import from_message, read_file
 from scfeat_ros.messages import stamp_to_nanoseconds
 from scfeat_ros.recovery import Damage, RawMessage
-from scfeat_ros.video import VIDEO_SUFFIXES, count_frames, read_video, require_av
+from scfeat_ros.video import VIDEO_SUFFIXES, count_frames, missing_frames, read_video, require_av
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".pgm", ".ppm")
 _GIVE_UP_AFTER = 3  # images of an unknown encoding, where none could be read
 _PATIENCE = 20  # images that wait for a later CameraInfo or pose
+_FOREVER = 1e9
+"""Seconds that no recording lasts."""
 
 
 @dataclass
@@ -72,6 +74,12 @@ class Account:
     def warn(self, text: str) -> None:
         if text not in self.warnings:
             self.warnings.append(text)
+
+    def skip(self, reason: str) -> None:
+        """Count a frame that cannot be used; reasons that differ in numbers alone are one."""
+        kind = without_numbers(reason)
+        same = (known for known in self.skipped if without_numbers(known) == kind)
+        self.skipped[next(same, reason)] += 1
 
     @property
     def is_damaged(self) -> bool:
@@ -141,8 +149,11 @@ class BagSource:
     ) -> None:
         if every < 1:
             raise InputError(f"--every must be at least 1, got {every}")
-        if start < 0 or (duration is not None and duration <= 0):
-            raise InputError("--start must not be negative and --duration must be positive")
+        if not (0 <= start < _FOREVER and (duration is None or 0 < duration < _FOREVER)):
+            raise InputError(
+                "--start must not be negative and --duration must be positive, in seconds, got "
+                f"{start} and {duration}"
+            )
         self.reader = BagReader(path)
         self.account = Account(damage=self.reader.damage)
         self.every, self.start, self.duration = every, start, duration
@@ -157,7 +168,7 @@ class BagSource:
             self.close()
             raise
         self.description = {
-            "path": str(path),
+            "path": printable(path),
             "image_topic": self.topic,
             "camera_info_topic": self.camera_info,
             "rectified": rectified,
@@ -190,11 +201,13 @@ class BagSource:
             raise InputError(
                 f"{self.reader.path}: topic {asked} {problem}; image topics: {listing or 'none'}"
             )
+        lost = f" ({self.reader.damage.places[0]})" if self.reader.damage else ""
+        if not self.reader.topics:
+            raise InputError(f"{self.reader.path}: no topic can be read of this bag{lost}")
         if not images:
-            others = ", ".join(self.reader.topics) or "none"
-            lost = f"; {self.reader.damage.places[0]}" if self.reader.damage else ""
+            others = ", ".join(self.reader.topics)
             raise InputError(
-                f"{self.reader.path}: the bag has no image topic (topics: {others}){lost}"
+                f"{self.reader.path}: the bag has no image topic, its topics are {others}{lost}"
             )
         if len(images) > 1:
             raise InputError(
@@ -297,7 +310,7 @@ class BagSource:
             return self.reader.decode(message)
         except UnreadableMessageError as error:
             if message.topic == self.topic:
-                self.account.skipped["message cannot be decoded"] += 1
+                self.account.skip("message cannot be decoded")
             else:
                 self.account.damage.add(str(error), len(message.data), 1)
             return None
@@ -319,12 +332,12 @@ class BagSource:
             image = from_message(waiting.content)
         except UnknownEncodingError as error:
             # a name that occurs once in a while is damage
-            self.account.skipped[str(error)] += 1
+            self.account.skip(str(error))
             if not self._decoded and self.account.skipped.total() >= _GIVE_UP_AFTER:
                 raise InputError(f"{self.topic}: {error}") from error
             return
-        except UnreadableImageError:
-            self.account.skipped["image cannot be decoded"] += 1
+        except UnreadableImageError as error:
+            self.account.skip(str(error))
             return
         self._decoded = True
         if image.mask is not None:
@@ -393,14 +406,14 @@ class FolderSource:
     """
 
     def __init__(self, path: Path, rate: float = 10.0, every: int = 1) -> None:
-        if not 0 < rate < 1e9:
-            raise InputError(f"--rate must be positive, got {rate}")
+        if not 1e-6 < rate < 1e9:
+            raise InputError(f"--rate must lie between 1e-6 and 1e9 Hz, got {rate}")
         if every < 1:
             raise InputError(f"--every must be at least 1, got {every}")
         self.files = list_images(path)[::every]
         self.rate = rate
         self.account = Account()
-        self.description = {"path": str(path), "rate_hz": rate, "every": every}
+        self.description = {"path": printable(path), "rate_hz": rate, "every": every}
 
     def __len__(self) -> int:
         return len(self.files)
@@ -414,12 +427,13 @@ class FolderSource:
             try:
                 image = read_file(file)
             except InputError as error:
-                self.account.skipped["image cannot be decoded"] += 1
+                self.account.skip("image cannot be decoded")
                 self.account.damage.add(str(error), file.stat().st_size if file.exists() else 0, 1)
                 continue
             stamp = round(index / self.rate * 1e9)
             seconds = time.perf_counter() - began
-            yield Frame(image, stamp, "camera", stamp, file.name, decode_seconds=seconds)
+            name = printable(file.name)
+            yield Frame(image, stamp, "camera", stamp, name, decode_seconds=seconds)
 
 
 class VideoSource:
@@ -442,7 +456,7 @@ class VideoSource:
             raise InputError(f"{path}: no such file or folder")
         self.path, self.every = path, every
         self.account = Account()
-        self.description = {"path": str(path), "every": every}
+        self.description = {"path": printable(path), "every": every}
 
     def __len__(self) -> int:
         return -(-(count_frames(self.path) or 0) // self.every)
@@ -456,7 +470,7 @@ class VideoSource:
         while True:
             began = time.perf_counter()
             try:
-                image, stamp = next(decoded)
+                image, stamp, damaged = next(decoded)
             except StopIteration:
                 break
             except InputError as error:
@@ -464,16 +478,20 @@ class VideoSource:
                     raise
                 self.account.damage.add(str(error))
                 break
+            if damaged:
+                self.account.damage.add(
+                    f"{self.path}: the frame at {stamp * 1e-9:.2f} s is damaged"
+                )
             if index % self.every == 0:
                 seconds = time.perf_counter() - began
                 name = f"{stamp * 1e-9:.2f} s"
                 yield Frame(image, stamp, "camera", stamp, name, decode_seconds=seconds)
             index += 1
-        expected = count_frames(self.path)
-        if expected and index < expected:
-            missing = expected - index
+        missing = missing_frames(self.path, index)
+        if missing:
             self.account.damage.add(
-                f"{self.path}: {missing} of {expected} frames are missing", lost_messages=missing
+                f"{self.path}: {missing} of {index + missing} frames are missing",
+                lost_messages=missing,
             )
 
 
@@ -507,7 +525,11 @@ def list_images(folder: Path) -> list[Path]:
 
 def image_files(paths: Iterable[Path]) -> list[Path]:
     """Those that are images, but for hidden files, in natural order: img2 before img10."""
-    files = [p for p in paths if p.suffix.lower() in IMAGE_SUFFIXES and p.name[0] != "."]
+    files = [
+        path
+        for path in paths
+        if path.suffix.lower() in IMAGE_SUFFIXES and path.name[0] != "." and not path.is_dir()
+    ]
     return sorted(files, key=lambda path: _natural(str(path)))
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 import os
+import platform
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +21,8 @@ SUMMARY = "summary.json"
 def staged_folder(path: Path, overwrite: bool) -> Iterator[Path]:
     """A folder to write into that gets its name when the block ends without an error.
 
-    What a killed run has left is removed by the next one to the same name.
+    Every process has a partial folder of its own, so two runs to the same name do not meet: the
+    second to end finds the output there. What a killed run has left is removed by the next one.
 
     Args:
         path: the final name.
@@ -28,13 +32,13 @@ def staged_folder(path: Path, overwrite: bool) -> Iterator[Path]:
         OutputExistsError: it exists; with `overwrite`, only if it is no output of this tool.
         InputError: its parent cannot be written to.
     """
-    path = Path(path).absolute()
+    path = Path(path).resolve()
     check_output(path, overwrite)
-    partial = path.with_name(f".{path.name}.scfeat-partial")
+    partial = _partial(path.name, path.parent)
     replaced = path.with_name(f".{path.name}.scfeat-replaced")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
+        _remove_stale(path.name, path.parent)
         partial.mkdir()
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror}") from error
@@ -56,35 +60,68 @@ def staged_file(path: Path, overwrite: bool) -> Iterator[Path]:
 
     The ending stays the same, for libraries that go by it. Raises as `staged_folder`.
     """
-    path = Path(path).absolute()
-    if path.is_dir():
-        raise InputError(f"{path}: this is a folder, the output is a file")
-    if path.exists() and not overwrite:
-        raise OutputExistsError(f"{path} exists already; give another name or --overwrite")
-    partial = path.with_name(f".{path.stem}.scfeat-partial{path.suffix}")
+    path = Path(path).resolve()
+    check_file(path, overwrite)
+    partial = _partial(path.stem, path.parent, path.suffix)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.unlink(missing_ok=True)
+        _remove_stale(path.stem, path.parent)
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror}") from error
     try:
         yield partial
         os.replace(partial, path)
     finally:
-        partial.unlink(missing_ok=True)
+        for file in path.parent.glob(f"{glob.escape(partial.name)}*"):  # SQLite has files beside
+            file.unlink(missing_ok=True)
+
+
+def _partial(name: str, folder: Path, suffix: str = "") -> Path:
+    return folder / f".{name}.scfeat-partial.{platform.node()}.{os.getpid()}{suffix}"
+
+
+def _remove_stale(name: str, folder: Path) -> None:
+    """Remove what processes of this machine have left that are no more."""
+    known = re.compile(re.escape(f".{name}.scfeat-partial.{platform.node()}.") + r"(\d+)")
+    for path in folder.iterdir():
+        found = known.match(path.name)
+        if found is None or _is_running(int(found.group(1))):
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # somebody else's
+        return True
+    return process != os.getpid()
+
+
+def check_file(path: Path, overwrite: bool) -> None:
+    """See `staged_file`."""
+    if path.is_dir():
+        raise InputError(f"{path}: this is a folder, the output is a file")
+    if path.exists() and not overwrite:
+        raise OutputExistsError(f"{path} exists already; give another name or --overwrite")
 
 
 def check_output(path: Path, overwrite: bool) -> None:
     """See `staged_folder`."""
     if not path.exists():
         return
-    if not overwrite:
+    if not overwrite and path.is_dir():
         raise OutputExistsError(f"{path} exists already; give another name or --overwrite")
     # never delete what somebody else has put there
     if not path.is_dir() or (any(path.iterdir()) and not (path / SUMMARY).is_file()):
         raise OutputExistsError(
-            f"{path} exists and is no earlier output (it has no {SUMMARY}), so --overwrite does "
-            "not replace it; give another name"
+            f"{path} exists and is no earlier output (a folder with a {SUMMARY}), so --overwrite "
+            "does not replace it; give another name"
         )
 
 
@@ -95,5 +132,7 @@ def check_apart(output: Path, source: Path) -> None:
         InputError: one lies in the other.
     """
     output, source = Path(output).resolve(), Path(source).resolve()
+    if (source.parent / "metadata.yaml").is_file():
+        source = source.parent  # a file of a rosbag2 folder
     if output == source or output.is_relative_to(source) or source.is_relative_to(output):
         raise InputError(f"the output {output} and the input {source} lie in one another")

@@ -18,6 +18,7 @@ except ImportError:
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".avi", ".mov", ".webm", ".m4v", ".mpg", ".mpeg")
 _TICKS = 1000  # ticks of the time base per second
 _LONGEST_FRAME = 1.0
+_LARGEST_SIDE = 16384  # of H.264, pixels
 _CODECS = ("libx264", "mpeg4")
 
 
@@ -36,13 +37,15 @@ class VideoWriter:
 
     Args:
         path: the file.
-        size: (width, height) of the first frame; others are scaled to it.
+        size: (width, height) of the first frame, shrunk where H.264 takes none so large; others
+            are scaled to it.
     """
 
     def __init__(self, path: Path, size: tuple[int, int]) -> None:
         require_av()
+        factor = min(1.0, _LARGEST_SIDE / max(size))
         # 4:2:0 needs even sides
-        self._size = tuple(max(2, side - side % 2) for side in size)
+        self._size = tuple(max(2, 2 * (int(side * factor) // 2)) for side in size)
         codec = next(name for name in _CODECS if name in av.codecs_available)
         # the index in front lets a browser start before it has all of the file
         self._container = av.open(str(path), "w", options={"movflags": "faststart"})
@@ -79,8 +82,8 @@ class VideoWriter:
         self._container.close()
 
 
-def read_video(path: Path) -> Iterator[tuple[np.ndarray, int]]:
-    """Frames of a video as (H, W, 3) uint8 RGB with their time in nanoseconds.
+def read_video(path: Path) -> Iterator[tuple[np.ndarray, int, bool]]:
+    """Frames of a video: (H, W, 3) uint8 RGB, time in nanoseconds, and whether it is damaged.
 
     Raises:
         InputError: the file is no video that can be read; what could be decoded comes first.
@@ -96,7 +99,7 @@ def read_video(path: Path) -> Iterator[tuple[np.ndarray, int]]:
             rate = float(stream.average_rate or 30)
             for index, frame in enumerate(container.decode(stream)):
                 seconds = frame.time if frame.time is not None else index / rate
-                yield frame.to_ndarray(format="rgb24"), round(seconds * 1e9)
+                yield frame.to_ndarray(format="rgb24"), round(seconds * 1e9), frame.is_corrupt
     except av.FFmpegError as error:
         raise InputError(f"{path}: cannot be read as a video: {error.strerror}") from error
 
@@ -109,3 +112,22 @@ def count_frames(path: Path) -> int | None:
             return (container.streams.video[0].frames if container.streams.video else 0) or None
     except av.FFmpegError:
         return None
+
+
+def missing_frames(path: Path, found: int) -> int:
+    """How many more frames than were found a video has, as the file states it, 0 if it does not.
+
+    Where it states its duration alone, a difference of less than a tenth says nothing: frames may
+    come at any times.
+    """
+    try:
+        with av.open(str(path)) as container:
+            (stream, *_) = container.streams.video
+            if stream.frames:
+                return max(0, stream.frames - found)
+            if not container.duration or not stream.average_rate:
+                return 0
+            expected = round(container.duration / av.time_base * float(stream.average_rate))
+    except (av.FFmpegError, ValueError):
+        return 0
+    return expected - found if found < 0.9 * expected else 0

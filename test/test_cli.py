@@ -31,12 +31,12 @@ def run(*arguments):
 
 
 def one_line(capsys):
-    """The single line on stderr."""
+    """The single line of an error on stderr; before it stands at most which network runs."""
     captured = capsys.readouterr()
-    lines = captured.err.strip().splitlines()
-    assert len(lines) == 1, captured.err
-    assert lines[0].startswith("scfeat: error: ")
-    return lines[0]
+    *others, line = captured.err.strip().splitlines()
+    assert all(other.startswith("scfeat: the network runs in") for other in others), captured.err
+    assert line.startswith("scfeat: error: ")
+    return line
 
 
 def test_version(capsys):
@@ -105,11 +105,14 @@ def test_a_damaged_bag_has_an_exit_code_of_its_own(tmp_path, images, network, ca
         (["--topic", "/nowhere"], "/nowhere is not in the bag"),
         (["--every", "0"], "--every"),
         (["--start", "-1"], "--start"),
+        (["--start", "nan"], "--start must not be negative"),
+        (["--duration", "inf"], "--duration must be positive"),
         (["--start", "1000"], "is the time range empty"),
         (["--max-keypoints", "0"], "max_keypoints must lie between 1"),
         (["--ratio", "2"], "ratio must lie between"),
         (["--weights", "nothing.safetensors"], "nothing.safetensors"),
         (["--device", "abacus"], "device 'abacus'"),
+        (["--device", "meta"], "device 'meta': only auto, cpu, cuda"),
         (["--mask", "nothing.png"], "nothing.png: cannot be read"),
     ],
 )
@@ -180,6 +183,62 @@ def test_export(tmp_path, images, network, capsys):
     with np.load(tmp_path / "p.npz") as data:
         assert "matches/0.png/2.png/indices" in data
         assert "matches/0.png/1.png/indices" not in data
+
+
+def test_export_leaves_images_out_that_cannot_be_read(tmp_path, images, network, capsys):
+    folder = tmp_path / "images"
+    (folder / "folder.png").mkdir(parents=True)
+    for index, image in enumerate(images[:3]):
+        cv2.imwrite(str(folder / f"{index}.png"), image)
+    (folder / "1.png").write_bytes(b"no picture")
+    assert run("export", folder, "-o", tmp_path / "out.npz", *network) == DAMAGED
+    printed = capsys.readouterr().out
+    assert "2 images" in printed and "1 pairs" in printed
+    assert "left out: " in printed and "1.png" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["-o", "out.npz", "--onnx", "n.onnx"], "leave FOLDER and -o out"),
+        (["-o", "out.txt"], "must end with one of .npz"),
+        (["-o", "out.db", "--camera-model", "LENS"], "COLMAP has no such model"),
+    ],
+)
+def test_export_is_refused_before_the_network_is_loaded(
+    tmp_path, monkeypatch, capsys, arguments, text
+):
+    if ".db" in arguments[1]:
+        pytest.importorskip("pycolmap")
+    monkeypatch.chdir(tmp_path)
+    assert run("export", tmp_path, *arguments, "--weights", "nothing.safetensors") == ERROR
+    assert text in one_line(capsys)
+
+
+def test_a_name_that_is_no_utf_8(tmp_path, images, network, capsys):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for name in (b"0.png", b"caf\xe9.png"):
+        (folder / os.fsdecode(name)).write_bytes(cv2.imencode(".png", images[0])[1].tobytes())
+    assert run("images", folder, "-o", tmp_path / "out", *network) == OK
+    assert "caf\ufffd.png" in (tmp_path / "out" / "report" / "index.html").read_text("utf-8")
+    assert run("export", folder, "-o", tmp_path / "out.npz", *network) == ERROR
+    assert "rename this image, its name is no UTF-8" in one_line(capsys)
+
+
+def test_the_output_does_not_go_into_the_bag(camera_bag, network, capsys):
+    file = sample_bags.storage_file(camera_bag)
+    assert run("bag", file, "-o", camera_bag / "out", *network) == ERROR
+    assert "lie in one another" in one_line(capsys)
+
+
+@pytest.mark.parametrize("threshold", ["0", "-1", "nan", "inf"])
+def test_an_impossible_inlier_threshold(tmp_path, images, network, capsys, threshold):
+    cv2.imwrite(str(tmp_path / "a.png"), images[0])
+    pair = [tmp_path / "a.png"] * 2
+    flag = f"--inlier-threshold={threshold}"
+    assert run("match", *pair, "-o", tmp_path / "m.png", *network, flag) == ERROR
+    assert "--inlier-threshold must be positive" in one_line(capsys)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

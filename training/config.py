@@ -127,6 +127,8 @@ def make_config(values: dict[str, Any], where: str) -> TrainConfig:
     config = TrainConfig(**values)
     if config.stage not in STAGES:
         raise InputError(f"{where}: stage '{config.stage}' is none of {', '.join(STAGES)}")
+    if config.steps < 1 or min(config.threads, config.workers) < 0:
+        raise InputError(f"{where}: steps must be at least 1, threads and workers not negative")
     if config.schedule not in ("constant", "cosine"):
         raise InputError(f"{where}: schedule '{config.schedule}' is neither constant nor cosine")
     if len(config.size) != 2 or any(side % 16 or side <= 0 for side in config.size):

@@ -508,7 +508,7 @@ def read_photos(folder: str | Path) -> list[Path]:
     Raises:
         InputError: there is no such folder, or no image in it.
     """
-    found = image_files(path for path in Path(folder).rglob("*") if path.is_file())
+    found = image_files(Path(folder).rglob("*"))
     if not found:
         raise InputError(f"{folder}: no photo in it ({', '.join(IMAGE_SUFFIXES)})")
     return found

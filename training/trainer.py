@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from scfeat_ros.acceleration import has_bfloat16
 from scfeat_ros.errors import InputError, ScfeatError
+from scfeat_ros.extractor import select_device
 from scfeat_ros.memory import keep_freed_memory
 from scfeat_training.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
 from scfeat_training.config import TrainConfig
@@ -74,6 +75,9 @@ class Trainer:
         skip_bad: go on without unreadable images and wrong cameras.
         device: torch device; "auto" is CUDA where there is one.
         command: the command line, for the record.
+
+    Attributes:
+        signal: number of the signal that ended the training, None where none did.
 
     With torchrun's environment variables set, the process joins the group and takes its share
     of each batch; the first process alone writes.
@@ -152,7 +156,7 @@ class Trainer:
             }
         )
         self._autocast = self.device.type == "cuda" and has_bfloat16(self.device)
-        self._interrupted = False
+        self.signal: int | None = None
         self._skipped_in_a_row = 0
 
     def _note_bad(self, line: str) -> None:
@@ -237,7 +241,7 @@ class Trainer:
             while self.step < end:
                 late = time_limit is not None and time.monotonic() - started > 60 * time_limit
                 # all processes leave the loop together
-                if self._any(torch.tensor(late or self._interrupted)):
+                if self._any(torch.tensor(late or self.signal is not None)):
                     break
                 batch = _to_device(next(batches), self.device)
                 means.add(self._one_step(batch, log))
@@ -271,7 +275,7 @@ class Trainer:
         return self.step
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self._interrupted = True
+        self.signal = number
 
     def _forward(self, *inputs: torch.Tensor) -> Any:
         """The network's maps, on a GPU by convolutions in bf16; losses are of fp32 alone."""
@@ -381,11 +385,9 @@ class _Log:
 
 
 def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    if name in ("auto", "cuda") and torch.cuda.is_available():
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    device = select_device(name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device

@@ -292,6 +292,8 @@ def load_model(name_or_path: str | os.PathLike) -> SCFeat:
         given, needed = tensors[key].shape, value.shape
         if key == "projection.matrix":
             needed = (*given[:1], *needed[1:])  # descriptors may be of any length
+        if not tensors[key].isfinite().all():
+            raise ModelError(f"{path}: weight '{key}' is not finite: its training has diverged")
         if given != needed:
             raise ModelError(
                 f"{path}: weight '{key}' has shape {tuple(given)}, "

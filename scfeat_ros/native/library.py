@@ -66,11 +66,14 @@ def load() -> ctypes.CDLL:
     """
     if sys.platform == "win32":
         raise CompilerError("the compiled kernels need Linux or macOS")
-    candidates = [os.environ.get("CXX", ""), "g++", "clang++", "c++"]
-    compiler = next((c for c in candidates if c and shutil.which(shlex.split(c)[0])), None)
+    try:
+        candidates = [shlex.split(os.environ.get("CXX", "")), ["g++"], ["clang++"], ["c++"]]
+    except ValueError as error:
+        raise CompilerError(f"CXX cannot be read: {error}") from error
+    compiler = next((words for words in candidates if words and shutil.which(words[0])), None)
     if compiler is None:
         raise CompilerError("no C++ compiler was found (install g++, or set CXX)")
-    command = [*shlex.split(compiler), *FLAGS.split()]
+    command = [*compiler, *FLAGS.split()]
     version = subprocess.run([*command[:1], "--version"], capture_output=True, text=True)
     key = ([file.read_text() for file in (*SOURCES, *HEADERS)], command, version.stdout, _cpu())
     name = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
@@ -95,6 +98,7 @@ def _cpu() -> str:
 
 def _compile(command: list[str], library: Path) -> None:
     started = time.perf_counter()
+    LOG.info("compiling kernels for this CPU, once; it takes some 15 s")
     try:
         library.parent.mkdir(parents=True, exist_ok=True)
         # beside the final name and renamed: two processes may be compiling at once
@@ -127,8 +131,9 @@ def _run(command: list[str]) -> None:
     except (OSError, subprocess.TimeoutExpired) as error:
         raise CompilerError(f"{command[0]} failed: {error}") from error
     if result.returncode != 0:
-        first = (result.stderr.strip() or "no message").splitlines()[0]
-        raise CompilerError(f"{command[0]} failed: {first}")
+        lines = result.stderr.strip().splitlines() or ["no message"]
+        cause = next((line for line in lines if "error" in line or "fatal" in line), lines[-1])
+        raise CompilerError(f"{command[0]} failed: {cause.strip()}")
 
 
 @functools.cache

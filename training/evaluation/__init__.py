@@ -73,11 +73,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _main(arguments)
     except (ScfeatError, ValueError) as error:
         print(f"scfeat evaluate: error: {error}", file=sys.stderr)
-        return 2
+        return 1
     except OSError as error:
         reason = f"{error.filename}: {error.strerror}" if error.filename else error
         print(f"scfeat evaluate: error: {reason}", file=sys.stderr)
-        return 2
+        return 1
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)
         return 130
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(argv: list[str]) -> int:
     for package in ("matplotlib", "scipy"):
         if importlib.util.find_spec(package) is None:
-            raise InputError(f"{package} is not installed: pip install 'scfeat_ros[evaluate]'")
+            raise InputError(f"{package} is not installed: pip install '.[evaluate]'")
     task = next((a for a in argv if not a.startswith("-")), None)
     args = build_parser(task).parse_args(argv)
     if args.max_keypoints < 1 or args.max_size < 0:

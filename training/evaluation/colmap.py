@@ -36,7 +36,7 @@ def require_pycolmap() -> None:
     if pycolmap is None or int(pycolmap.__version__.split(".")[0]) < 4:
         raise InputError(
             "this task needs pycolmap 4 or newer: pip install 'pycolmap>=4' "
-            "(or pip install 'scfeat_ros[evaluate]')"
+            "(or pip install '.[evaluate]')"
         )
     # COLMAP reports every registered image; keep the terminal for the table
     pycolmap.logging.minloglevel = pycolmap.logging.Level.WARNING.value

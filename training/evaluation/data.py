@@ -34,7 +34,7 @@ def require_folder(path: Path, layout: str) -> Path:
 
 def list_images(folder: Path) -> list[Path]:
     """Image files in a folder and below it, in natural order."""
-    return image_files(path for path in Path(folder).rglob("*") if path.is_file())
+    return image_files(Path(folder).rglob("*"))
 
 
 @dataclass(frozen=True)
