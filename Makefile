@@ -13,7 +13,7 @@ DEMO := demo
 # The environment for the node: the Python, numpy and OpenCV that ROS and cv_bridge were built with
 ROS_PYTHON ?= /usr/bin/python3
 ROS_VENV := .venv-ros
-HAS_ROS := $(if $(ROS_DISTRO),$(shell $(ROS_PYTHON) -c 'import rclpy' 2>/dev/null && echo yes))
+HAS_ROS := $(shell $(ROS_PYTHON) -c 'import rclpy' 2>/dev/null && echo yes)
 
 # $(call install_torch,DIRECTORY OF PIP)
 define install_torch

@@ -21,7 +21,7 @@ from scfeat_ros.ground_truth import DEFAULT_TOPIC, POSE_TYPES, Pose, PoseTrack
 from scfeat_ros.images import from_message, read_file
 from scfeat_ros.messages import stamp_to_nanoseconds
 from scfeat_ros.recovery import Damage, RawMessage
-from scfeat_ros.video import VIDEO_SUFFIXES, count_frames, missing_frames, read_video, require_av
+from scfeat_ros.video import VIDEO_SUFFIXES, count_frames, read_video, require_av, stated_duration
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".pgm", ".ppm")
 _GIVE_UP_AFTER = 3  # images of an unknown encoding, where none could be read
@@ -487,12 +487,24 @@ class VideoSource:
                 name = f"{stamp * 1e-9:.2f} s"
                 yield Frame(image, stamp, "camera", stamp, name, decode_seconds=seconds)
             index += 1
-        missing = missing_frames(self.path, index)
-        if missing:
-            self.account.damage.add(
-                f"{self.path}: {missing} of {index + missing} frames are missing",
-                lost_messages=missing,
-            )
+        if index:
+            self._compare_length(index, stamp * 1e-9)
+
+    def _compare_length(self, frames: int, end: float) -> None:
+        """Note what is missing: by the number of frames, or, where there is none, by the duration.
+
+        Args:
+            frames: that were found.
+            end: time of the last one, seconds.
+        """
+        expected, duration = count_frames(self.path), stated_duration(self.path)
+        if expected:
+            missing = expected - frames
+            if missing > 0:
+                text = f"{self.path}: {missing} of {expected} frames are missing"
+                self.account.damage.add(text, lost_messages=missing)
+        elif duration and duration - end > max(0.1 * duration, 3 * end / frames):
+            self.account.damage.add(f"{self.path}: ends after {end:.2f} s of {duration:.2f} s")
 
 
 def open_images(path: Path, rate: float = 10.0, every: int = 1) -> FolderSource | VideoSource:

@@ -114,20 +114,10 @@ def count_frames(path: Path) -> int | None:
         return None
 
 
-def missing_frames(path: Path, found: int) -> int:
-    """How many more frames than were found a video has, as the file states it, 0 if it does not.
-
-    Where it states its duration alone, a difference of less than a tenth says nothing: frames may
-    come at any times.
-    """
+def stated_duration(path: Path) -> float | None:
+    """Length of a video in seconds as the file states it, None where it does not."""
     try:
         with av.open(str(path)) as container:
-            (stream, *_) = container.streams.video
-            if stream.frames:
-                return max(0, stream.frames - found)
-            if not container.duration or not stream.average_rate:
-                return 0
-            expected = round(container.duration / av.time_base * float(stream.average_rate))
-    except (av.FFmpegError, ValueError):
-        return 0
-    return expected - found if found < 0.9 * expected else 0
+            return container.duration / av.time_base if container.duration else None
+    except av.FFmpegError:
+        return None

@@ -28,6 +28,7 @@ from scfeat_ros.messages import decode_features, decode_matches, feature_array, 
 from scfeat_ros.offline import OutputOptions
 from scfeat_ros.parameters import MatcherOptions
 from scfeat_ros.sources import BagSource, open_images
+from scfeat_ros.video import VideoWriter
 
 COUNT = 6
 
@@ -452,6 +453,24 @@ def test_a_video(tmp_path, images, tiny_extractor):
     assert summary["frames"] == 3 and not summary["damaged"]
     stamps = [stamp_of(m) for _, m in read_output(tmp_path / "second")["/extractor/features"]]
     np.testing.assert_allclose(stamps, [0, 2e8, 4e8], atol=1e6)
+
+
+@pytest.mark.parametrize(
+    ("ending", "told"), [(".mp4", "of 20 frames are missing"), (".mkv", "s of 1.90 s")]
+)
+def test_a_video_that_is_cut_off_says_so(tmp_path, ending, told):
+    path = tmp_path / f"video{ending}"
+    writer = VideoWriter(path, (160, 120))
+    noise = np.random.default_rng(0).integers(0, 256, (120, 160, 3), np.uint8)
+    for index in range(20):
+        writer.write(np.roll(noise, 3 * index, axis=1), index * 100_000_000)
+    writer.close()
+    source = open_images(path)
+    assert len(list(source.frames())) == 20 and not source.account.is_damaged
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    source = open_images(path)
+    assert 0 < len(list(source.frames())) < 20
+    assert told in source.account.damage.places[-1]
 
 
 @pytest.mark.parametrize("name", ["nothing", "empty", "text.mp4", "text.txt", "one.png"])
