@@ -13,6 +13,7 @@ import argparse
 import copy
 import json
 import os
+import socket
 import sys
 from collections import Counter
 from pathlib import Path
@@ -24,6 +25,8 @@ from scfeat_ros.cli import DAMAGED, OK
 from scfeat_ros.errors import InputError, ScfeatError
 from scfeat_ros.staging import SUMMARY
 
+CONNECT_TIMEOUT = 5.0
+"""Seconds."""
 MAX_RETRIES = 3
 """Times that a task is started again after its worker was lost."""
 
@@ -71,9 +74,14 @@ def run(arguments: argparse.Namespace) -> list[JobResult]:
 def _connect(ray: object, address: str) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anybody
     start = {"include_dashboard": False} if address == "local" else {}
+    host, _, port = address.rpartition(":")
     try:
+        if port.isdigit():  # Ray itself would go on trying for minutes
+            socket.create_connection(
+                (host.removeprefix("ray://"), int(port)), CONNECT_TIMEOUT
+            ).close()
         ray.init(address=address, log_to_driver=False, logging_level="warning", **start)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, OverflowError) as error:
         first = str(error).splitlines()[0]
         raise ScfeatError(f"--ray {address}: no cluster was reached ({first})") from error
 

@@ -82,6 +82,8 @@ def _complete_network(
     run: str | Path, output: str | Path, overwrite: bool
 ) -> tuple[SCFeat, dict[str, Any]]:
     """A network that may be written to `output`, and how it was made."""
+    if Path(output).suffix != ".safetensors":
+        raise InputError(f"{output}: the name must end with .safetensors")
     if Path(output).exists() and not overwrite:
         raise OutputExistsError(f"{output}: exists already; use --overwrite")
     model, provenance = load_network(run)

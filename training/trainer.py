@@ -125,6 +125,8 @@ class Trainer:
             self.stage.start(earlier, str(init))
         elif state is None and self.stage.needs_earlier:
             raise InputError(f"{config.stage}: give the network to learn from by --init")
+        elif state is None and config.stage != "warmup" and self.rank == 0:
+            print(f"{config.stage}: from random weights, without --init", file=sys.stderr)
         self.step = 0
         self.ema = Ema(self.model, config.ema)
         groups = self.stage.parameter_groups()

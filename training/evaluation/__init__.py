@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -91,6 +92,10 @@ def _main(argv: list[str]) -> int:
     args = build_parser(task).parse_args(argv)
     if args.max_keypoints < 1 or args.max_size < 0:
         raise InputError("--max-keypoints must be at least 1 and --max-size at least 0")
+    for name in ("threshold", "precision_threshold", "max_pairs"):
+        value = getattr(args, name, 1)
+        if not 0 <= value < math.inf or (value == 0 and name != "max_pairs"):
+            raise InputError(f"--{name.replace('_', '-')} must be positive, got {value}")
     from scfeat_training.evaluation.cache import Cache
     from scfeat_training.evaluation.methods import create_methods, load_adapter
     from scfeat_training.evaluation.report import write_report
