@@ -259,6 +259,9 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
         ".db (COLMAP)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the files")
+    parser.add_argument(
+        "--recursive", action="store_true", help="images in folders of FOLDER too, by their paths"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     pairs = parser.add_argument_group("pairs").add_mutually_exclusive_group()
     pairs.add_argument(
@@ -490,6 +493,7 @@ def _export(arguments: argparse.Namespace) -> int:
         colmap,
         arguments.overwrite,
         progress=False if arguments.quiet else None,
+        recursive=arguments.recursive,
     )
     print(
         f"{result.images} images, {result.keypoints} keypoints, {result.pairs} pairs, "

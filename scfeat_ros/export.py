@@ -114,11 +114,12 @@ def export(
     colmap: ColmapOptions | None = None,
     overwrite: bool = False,
     progress: bool | None = None,
+    recursive: bool = False,
 ) -> ExportResult:
     """Extract and match all images of a folder and write them by the ending of `output`.
 
     Args:
-        folder: with images; folders in it are not entered.
+        folder: with images.
         output: .npz; .h5 (features; matches go beside it to NAME-matches.h5 and the pairs to
             NAME-pairs.txt); .db (COLMAP).
         extractor: of features; they stay in memory until all pairs are matched.
@@ -127,6 +128,7 @@ def export(
         colmap: for .db, None for the defaults.
         overwrite: whether files that are there may be replaced.
         progress: whether to show progress bars, None for "on a terminal".
+        recursive: whether to enter folders in the folder; names are then relative paths.
 
     Images that cannot be read are left out.
 
@@ -138,8 +140,8 @@ def export(
     """
     matching, colmap = matching or MatcherOptions(), colmap or ColmapOptions()
     check_export(output, colmap, overwrite)
-    files = list_images(folder)
-    names = [file.name for file in files]
+    files = {f.relative_to(folder).as_posix(): f for f in list_images(folder, recursive)}
+    names = list(files)
     for name in names:
         if printable(name) != name:
             raise InputError(f"{folder / printable(name)}: rename this image, its name is no UTF-8")
@@ -155,9 +157,10 @@ def export(
         partial = [stack.enter_context(staged_file(target, overwrite)) for target in targets]
         features: dict[str, Features] = {}
         left_out = []
-        for file in tqdm(files, "features", unit=" images", disable=disable, file=sys.stderr):
+        bar = tqdm(files.items(), "features", unit=" images", disable=disable, file=sys.stderr)
+        for name, file in bar:
             try:
-                features[file.name] = extractor(read_file(file))
+                features[name] = extractor(read_file(file))
             except InputError as error:
                 left_out.append(str(error))
         if not features:
@@ -289,7 +292,8 @@ def _write_h5(
             scores = np.zeros(count, np.float16)
             indices[matches.indices[:, 0]] = matches.indices[:, 1]
             scores[matches.indices[:, 0]] = matches.similarity
-            group = file.create_group(f"{first}/{second}")
+            # a name of two groups, so without the slashes of folders
+            group = file.create_group("/".join(n.replace("/", "-") for n in (first, second)))
             group.create_dataset("matches0", data=indices)
             group.create_dataset("matching_scores0", data=scores)
             listing.write(f"{first} {second}\n")

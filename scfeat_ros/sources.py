@@ -521,15 +521,15 @@ def open_images(path: Path, rate: float = 10.0, every: int = 1) -> FolderSource 
     return VideoSource(path, every)
 
 
-def list_images(folder: Path) -> list[Path]:
-    """The image files of a folder (not of folders in it) in natural order.
+def list_images(folder: Path, recursive: bool = False) -> list[Path]:
+    """The image files of a folder, and of folders in it if `recursive`, in natural order.
 
     Raises:
         InputError: the folder is not there or has no images.
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder")
-    files = image_files(folder.iterdir())
+    files = image_files(folder.rglob("*") if recursive else folder.iterdir())
     if not files:
         raise InputError(f"{folder}: no images here ({', '.join(IMAGE_SUFFIXES)})")
     return files

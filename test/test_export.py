@@ -137,6 +137,31 @@ def test_colmap(tmp_path, folder, expected, tiny_extractor):
         assert 10 < len(geometry.inlier_matches) <= len(matches)
 
 
+@pytest.mark.parametrize("ending", [".npz", ".h5", ".db"])
+def test_images_in_folders_are_known_by_their_paths(tmp_path, folder, tiny_extractor, ending):
+    root = tmp_path / "cameras"
+    for name in NAMES[:2]:
+        (root / name[:2]).mkdir(parents=True)
+        (root / name[:2] / "0.png").write_bytes((folder / name).read_bytes())
+    output = tmp_path / f"out{ending}"
+    with pytest.raises(InputError, match="no images here"):
+        export(root, output, tiny_extractor, progress=False)
+    result = export(root, output, tiny_extractor, progress=False, recursive=True)
+    assert result.images == 2 and result.matches > 10
+    if ending == ".npz":
+        with np.load(output) as data:
+            assert "matches/a1/0.png/a2/0.png/indices" in data
+    elif ending == ".h5":
+        with h5py.File(output) as features, h5py.File(result.files[1]) as matches:
+            assert "a1/0.png/keypoints" in features
+            assert "a1-0.png/a2-0.png/matches0" in matches
+        assert result.files[2].read_text() == "a1/0.png a2/0.png\n"
+    else:
+        with pycolmap.Database.open(output) as database:
+            names = {image.name for image in database.read_all_images()}
+        assert names == {"a1/0.png", "a2/0.png"}
+
+
 def test_matcher_options_count(tmp_path, folder, tiny_extractor):
     loose = export(folder, tmp_path / "loose.npz", tiny_extractor, progress=False)
     for name, options in (
