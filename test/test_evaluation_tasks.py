@@ -180,6 +180,23 @@ def test_pairs_of_an_overlap_range(tmp_path):
     assert row(result)["pairs"] == 2
 
 
+def test_a_scene_may_lack_pairs_with_their_overlap(tmp_path, capsys):
+    scene = World(cameras=4, points=200).write_scene(tmp_path / "scene")
+    file = scene / "scene.npz"
+    with np.load(file) as data:
+        arrays = dict(data)
+    del arrays["overlap"]
+    np.savez(file, **arrays)
+    arguments = ["odometry", "--data", str(scene), "--methods", "orb", "-o", str(tmp_path / "bad")]
+    for reason in (f"{file}: lacks the array(s) overlap", f"{file}: unreadable"):
+        assert main(arguments) == 1
+        assert reason in capsys.readouterr().err
+        file.write_bytes(file.read_bytes()[:1000])
+    del arrays["pairs"]
+    np.savez(file, **arrays)
+    check_odometry(evaluate("odometry", scene, tmp_path / "out"), 4)
+
+
 def check_odometry(result, frames):
     values, path = row(result), row(result, 1)
     assert values["inlier share"] == 1

@@ -1,6 +1,7 @@
-"""Scenes to train on: images with intrinsics and poses, read from three layouts.
+"""Scenes to train and evaluate on: images with intrinsics and poses, read from three layouts.
 
-    scene.npz      a folder with images/, scene.npz and optionally points.npz
+    scene.npz      a folder with images/, scene.npz and optionally points.npz; the evaluation takes
+                   this one alone
     COLMAP         a folder with images/ and a sparse model, text or binary: sparse/0, sparse,
                    sparse/manhattan/0 (MegaDepth), colmap/sparse/0, or beside the images folder;
                    cameras without lens distortion
@@ -25,6 +26,7 @@ from scfeat_ros.sources import IMAGE_SUFFIXES, image_files
 
 SCENE_FILE = "scene.npz"
 POINTS_FILE = "points.npz"
+NO_PAIRS = {"pairs": np.zeros((0, 2)), "overlap": np.zeros(0)}
 COLMAP_MODELS = ("sparse/0", "sparse", "sparse/manhattan/0", "colmap/sparse/0", ".")
 CAPS_CAMERAS = "aligned/img_cam.txt"
 CAPS_DEPTH = (4.0, 400.0)  # the range that CAPS takes for all of its MegaDepth
@@ -43,6 +45,7 @@ SCENE_WEIGHTS = {"liberty": 0.2}  # approximate poses
 class Scene:
     """Images of one place with intrinsics and poses.
 
+    names: N files relative to the folder `images`; `paths` are the two joined.
     K (N, 3, 3), R (N, 3, 3), t (N, 3): float64, world to camera, x_cam = R X + t.
     size_wh (N, 2): int, pixels. pairs (M, 2): int, covisible images; overlap (M,) in [0, 1].
     tracks: for each image the sorted ids (n,) of the 3D points that it sees and where, (n, 2)
@@ -51,7 +54,8 @@ class Scene:
     """
 
     name: str
-    paths: list[Path]
+    images: Path
+    names: list[str]
     K: np.ndarray
     R: np.ndarray
     t: np.ndarray
@@ -63,11 +67,12 @@ class Scene:
     weight: float = 1.0
 
     def __post_init__(self) -> None:
-        if len(self.depth_range) != len(self.paths):
-            self.depth_range = np.tile(UNKNOWN_DEPTH, (len(self.paths), 1))
+        self.paths = [self.images / name for name in self.names]
+        if len(self.depth_range) != len(self):
+            self.depth_range = np.tile(UNKNOWN_DEPTH, (len(self), 1))
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.names)
 
     def subset(self, keep: Sequence[int] | np.ndarray) -> Scene:
         """The scene with the images of the given indices only, in that order."""
@@ -78,7 +83,7 @@ class Scene:
         inside = (pairs >= 0).all(1)
         return replace(
             self,
-            paths=[self.paths[i] for i in keep],
+            names=[self.names[i] for i in keep],
             K=self.K[keep],
             R=self.R[keep],
             t=self.t[keep],
@@ -110,49 +115,58 @@ def check_camera(where: str, K: np.ndarray, R: np.ndarray, t: np.ndarray) -> str
     return None
 
 
+def is_scene(folder: Path) -> bool:
+    """Whether a folder holds scene.npz."""
+    return (folder / SCENE_FILE).is_file()
+
+
+def read_scene_file(folder: Path, need_pairs: bool = False) -> Scene:
+    """Read scene.npz of a folder alone: no image is looked for, no camera checked, no point read.
+
+    It holds names (N,), K (N, 3, 3), R (N, 3, 3), t (N, 3), size_wh (N, 2), pairs (M, 2) and
+    overlap (M,); see `Scene`. Without `need_pairs` the last two may both be left out.
+
+    Raises:
+        InputError: the file cannot be read, lacks an array, or holds one of a wrong shape or
+            pairs of images that are not there; the message names file and array.
+    """
+    file = folder / SCENE_FILE
+    keys = ("names", "K", "R", "t", "size_wh", "pairs", "overlap")
+    data = _read_npz(file, keys, None if need_pairs else NO_PAIRS)
+    count = len(data["names"])
+    pairs = data["pairs"].astype(int).reshape(-1, 2)
+    shapes = {"K": (count, 3, 3), "R": (count, 3, 3), "t": (count, 3), "size_wh": (count, 2)}
+    for key, shape in {**shapes, "overlap": (len(pairs),)}.items():
+        if data[key].shape != shape:
+            raise InputError(f"{file}: {key} has shape {data[key].shape}, want {shape}")
+    if len(pairs) and not (0 <= pairs.min() and pairs.max() < count):
+        raise InputError(f"{file}: pairs name images beyond the {count} there are")
+    return Scene(
+        name=folder.name,
+        images=folder / "images",
+        names=[str(name) for name in data["names"]],
+        **{key: data[key].astype(np.float64) for key in ("K", "R", "t", "overlap")},
+        size_wh=data["size_wh"].astype(int),
+        pairs=pairs,
+    )
+
+
 def read_scene(
     folder: str | Path, skip_bad: bool = False, on_bad: Callable[[str], None] = lambda line: None
 ) -> Scene:
     """Read images/, scene.npz and (where there is one) points.npz of a folder.
 
     An image that is missing or whose camera is wrong raises InputError; with skip_bad it is left
-    out and `on_bad` gets the line. scene.npz holds names, K, R, t, size_wh, pairs, overlap;
-    points.npz holds xyz, obs_image, obs_point, obs_xy.
+    out and `on_bad` gets the line. points.npz holds xyz, obs_image, obs_point, obs_xy.
     """
     folder = Path(folder)
-    data = _read_npz(folder / SCENE_FILE, ("names", "K", "R", "t", "size_wh", "pairs", "overlap"))
-    K, R, t = (data[key].astype(np.float64) for key in ("K", "R", "t"))
-    paths = [folder / "images" / str(name) for name in data["names"]]
-    count = len(paths)
-    for key, shape in (("K", (3, 3)), ("R", (3, 3)), ("t", (3,)), ("size_wh", (2,))):
-        if data[key].shape != (count, *shape):
-            raise InputError(
-                f"{folder / SCENE_FILE}: {key} has shape {data[key].shape}, want {(count, *shape)}"
-            )
-    pairs = data["pairs"].astype(int).reshape(-1, 2)
-    if len(pairs) and not (0 <= pairs.min() and pairs.max() < count):
-        raise InputError(f"{folder / SCENE_FILE}: pairs name images beyond the {count} there are")
-
-    tracks = None
-    depth_range = np.tile(UNKNOWN_DEPTH, (count, 1))
+    scene = read_scene_file(folder, need_pairs=True)
+    scene.weight = SCENE_WEIGHTS.get(scene.name, 1.0)
     if (folder / POINTS_FILE).exists():
         points = _read_npz(folder / POINTS_FILE, ("xyz", "obs_image", "obs_point", "obs_xy"))
-        tracks = _tracks(points["obs_image"], points["obs_point"], points["obs_xy"], count)
-        depth_range = _depth_ranges(points["xyz"], tracks, R, t)
-
-    scene = Scene(
-        name=folder.name,
-        paths=paths,
-        K=K,
-        R=R,
-        t=t,
-        size_wh=data["size_wh"].astype(int),
-        pairs=pairs,
-        overlap=data["overlap"].astype(float),
-        tracks=tracks,
-        depth_range=depth_range,
-        weight=SCENE_WEIGHTS.get(folder.name, 1.0),
-    )
+        observations = points["obs_image"], points["obs_point"], points["obs_xy"]
+        scene.tracks = _tracks(*observations, len(scene))
+        scene.depth_range = _depth_ranges(points["xyz"], scene.tracks, scene.R, scene.t)
     return without_bad_images(scene, skip_bad, on_bad)
 
 
@@ -217,7 +231,7 @@ def _scene_readers(root: Path) -> list[tuple[Reader, Path]]:
     found: list[tuple[Reader, Path]] = []
     children = sorted(child for child in root.iterdir() if child.is_dir())
     for folder in (root, *children):
-        if (folder / SCENE_FILE).is_file():
+        if is_scene(folder):
             found.append((read_scene, folder))
         elif (folder / "images").is_dir() and colmap_model(folder) is not None:
             found.append((read_colmap, folder))
@@ -274,15 +288,14 @@ def read_colmap(
     )
     if not images:
         raise InputError(f"{model}: no image of the model has a pose")
-    paths, K, R, t, sizes, observations = [], [], [], [], [], []
+    names, K, R, t, sizes, observations = [], [], [], [], [], []
     good = []
     for number, image in enumerate(images):
         camera = reconstruction.cameras[image.camera_id]
-        path = folder / "images" / image.name
         if not camera.is_undistorted():
             line = (
-                f"{path}: its camera model {camera.model_name} distorts; run colmap "
-                "image_undistorter and give the result"
+                f"{folder / 'images' / image.name}: its camera model {camera.model_name} distorts; "
+                "run colmap image_undistorter and give the result"
             )
             if not skip_bad:
                 raise InputError(line)
@@ -297,7 +310,7 @@ def read_colmap(
         seen = image.get_observation_points2D()
         ids = np.array([point.point3D_id for point in seen], dtype=np.int64)
         xy = np.array([point.xy for point in seen], dtype=float).reshape(-1, 2) - HALF_PIXEL
-        paths.append(path)
+        names.append(image.name)
         K.append(matrix)
         R.append(matrix34[:, :3])
         t.append(matrix34[:, 3])
@@ -310,12 +323,13 @@ def read_colmap(
     xyz = np.array([reconstruction.points3D[i].xyz for i in point_ids]).reshape(-1, 3)
     where, ids, xy = (np.concatenate(column) for column in zip(*observations, strict=True))
     points = np.searchsorted(point_ids, ids)
-    tracks = _tracks(where, points, xy, len(paths))
+    tracks = _tracks(where, points, xy, len(names))
     R, t = np.array(R), np.array(t)
     pairs, overlap = _covisible([ids for ids, _ in tracks])
     scene = Scene(
         name=folder.name,
-        paths=paths,
+        images=folder / "images",
+        names=names,
         K=np.array(K),
         R=R,
         t=t,
@@ -453,7 +467,8 @@ def read_caps(
         pairs.append(sorted(index[word] for word in words))
     scene = Scene(
         name="_".join(folder.parts[-3:-1]),
-        paths=[folder / "images" / name for name in names],
+        images=folder / "images",
+        names=names,
         K=K,
         R=table[:, 6:15].reshape(-1, 3, 3),
         t=table[:, 15:18],
@@ -514,17 +529,21 @@ def read_photos(folder: str | Path) -> list[Path]:
     return found
 
 
-def _read_npz(path: Path, keys: tuple[str, ...]) -> dict[str, np.ndarray]:
+def _read_npz(
+    path: Path, keys: tuple[str, ...], optional: dict[str, np.ndarray] | None = None
+) -> dict[str, np.ndarray]:
+    """Arrays of a file; those of `optional` stand in where the file has none of them."""
     try:
         with np.load(path, allow_pickle=False) as data:
-            missing = [key for key in keys if key not in data]
-            if missing:
-                raise InputError(f"{path}: lacks the array(s) {', '.join(missing)}")
-            return {key: data[key] for key in keys}
-    except InputError:
-        raise
+            arrays = {key: data[key] for key in keys if key in data}
     except Exception as error:  # numpy, zipfile and pickle each raise their own
         raise InputError(f"{path}: unreadable ({error}); make it again") from error
+    if optional is not None and optional.keys().isdisjoint(arrays):
+        arrays |= optional
+    missing = [key for key in keys if key not in arrays]
+    if missing:
+        raise InputError(f"{path}: lacks the array(s) {', '.join(missing)}")
+    return arrays
 
 
 def _tracks(

@@ -1,9 +1,4 @@
-"""What the tasks read: scenes, pairs files, homography sequences, image folders.
-
-The scene format is a folder with `images/` and `scene.npz`: names (N,), K (N, 3, 3), R (N, 3, 3)
-and t (N, 3), world to camera, size_wh (N, 2), pairs (M, 2) and overlap (M,), the share of common
-3D points.
-"""
+"""What the tasks read besides scenes: folders of them, pairs files, homographies, image folders."""
 
 from __future__ import annotations
 
@@ -14,6 +9,7 @@ import numpy as np
 
 from scfeat_ros.errors import InputError
 from scfeat_ros.sources import image_files
+from scfeat_training.scenes import is_scene
 
 
 def require_folder(path: Path, layout: str) -> Path:
@@ -35,61 +31,6 @@ def require_folder(path: Path, layout: str) -> Path:
 def list_images(folder: Path) -> list[Path]:
     """Image files in a folder and below it, in natural order."""
     return image_files(Path(folder).rglob("*"))
-
-
-@dataclass(frozen=True)
-class Scene:
-    """Posed images; see the module's text. Arrays as stored, `pairs` and `overlap` may be empty."""
-
-    folder: Path
-    names: list[str]
-    K: np.ndarray
-    R: np.ndarray
-    t: np.ndarray
-    size_wh: np.ndarray
-    pairs: np.ndarray
-    overlap: np.ndarray
-
-    def path(self, index: int) -> Path:
-        """Image file of an image."""
-        return self.folder / "images" / self.names[index]
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-
-def is_scene(folder: Path) -> bool:
-    """Whether a folder holds a scene."""
-    return (Path(folder) / "scene.npz").is_file()
-
-
-def load_scene(folder: Path) -> Scene:
-    """Read a scene.
-
-    Raises:
-        InputError: scene.npz is unreadable or lacks a key.
-    """
-    folder = Path(folder)
-    file = folder / "scene.npz"
-    try:
-        with np.load(file) as data:
-            count = len(data["names"])
-            has_pairs = "pairs" in data.files
-            scene = Scene(
-                folder,
-                [str(name) for name in data["names"]],
-                np.asarray(data["K"], np.float64).reshape(count, 3, 3),
-                np.asarray(data["R"], np.float64).reshape(count, 3, 3),
-                np.asarray(data["t"], np.float64).reshape(count, 3),
-                np.asarray(data["size_wh"], np.int64).reshape(count, 2),
-                np.asarray(data["pairs"] if has_pairs else np.zeros((0, 2)), np.int64),
-                np.asarray(data["overlap"] if has_pairs else np.zeros(0), np.float64),
-            )
-    except KeyError as error:
-        raise InputError(f"{file}: {error.args[0]}") from error
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"{file}: cannot be read ({error})") from error
-    return scene
 
 
 def find_scenes(folder: Path) -> list[Path]:

@@ -29,7 +29,7 @@ from scfeat_ros.matcher import match
 from scfeat_training.evaluation import colmap
 from scfeat_training.evaluation.cache import Cache, CorruptImageError, read_image
 from scfeat_training.evaluation.colmap import pycolmap
-from scfeat_training.evaluation.data import is_scene, load_scene, require_folder
+from scfeat_training.evaluation.data import require_folder
 from scfeat_training.evaluation.methods import Method
 from scfeat_training.evaluation.metrics import rotation_error
 from scfeat_training.evaluation.report import (
@@ -41,6 +41,7 @@ from scfeat_training.evaluation.report import (
     progress_bar,
 )
 from scfeat_training.evaluation.sequences import quaternion_pose
+from scfeat_training.scenes import is_scene, read_scene_file
 
 DEFAULTS = {"max_keypoints": 20_000}
 THRESHOLDS = ((0.25, 2.0), (0.5, 5.0), (5.0, 10.0))
@@ -190,7 +191,7 @@ def scene_to_hloc(folder: Path, output: Path, every: int = 4) -> Layout:
     Raises:
         InputError: the scene has too few images, or no pairs.
     """
-    scene = load_scene(folder)
+    scene = read_scene_file(folder)
     queries = list(range(every - 1, len(scene), every))
     references = [i for i in range(len(scene)) if i not in set(queries)]
     if len(references) < 3 or not queries or not len(scene.pairs):
@@ -198,14 +199,14 @@ def scene_to_hloc(folder: Path, output: Path, every: int = 4) -> Layout:
     shutil.rmtree(output, ignore_errors=True)
     images = output / "images"
     images.mkdir(parents=True)
-    for name in scene.names:
+    names = scene.names
+    for name, path in zip(names, scene.paths, strict=True):
         (images / name).parent.mkdir(parents=True, exist_ok=True)
-        if (scene.folder / "images" / name).is_file():
-            shutil.copyfile(scene.folder / "images" / name, images / name)
+        if path.is_file():
+            shutil.copyfile(path, images / name)
     overlap = np.zeros((len(scene), len(scene)))
     for (i, j), value in zip(scene.pairs, scene.overlap, strict=True):
         overlap[i, j] = overlap[j, i] = value
-    names = scene.names
     model = colmap.model_from_poses(
         [names[i] for i in references],
         scene.K[references],

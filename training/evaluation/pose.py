@@ -20,9 +20,7 @@ from scfeat_ros.matcher import match
 from scfeat_training.evaluation.cache import Cache
 from scfeat_training.evaluation.data import (
     PosedPair,
-    Scene,
     find_scenes,
-    load_scene,
     parse_pairs_file,
     require_folder,
 )
@@ -46,6 +44,7 @@ from scfeat_training.geometry import (
     relative_pose,
     symmetric_epipolar_distance,
 )
+from scfeat_training.scenes import Scene, read_scene_file
 
 DEFAULTS = {"max_keypoints": 2048}
 AUC_THRESHOLDS = (5, 10, 20)
@@ -112,7 +111,7 @@ def scene_pairs(scene: Scene, overlap: tuple[float, float], max_pairs: int = 0) 
     pairs = []
     for i, j in scene.pairs[chosen]:
         R, t = relative_pose(scene.R[i], scene.t[i], scene.R[j], scene.t[j])
-        pairs.append(PosedPair(scene.path(i), scene.path(j), scene.K[i], scene.K[j], R, t))
+        pairs.append(PosedPair(scene.paths[i], scene.paths[j], scene.K[i], scene.K[j], R, t))
     return pairs
 
 
@@ -127,7 +126,7 @@ def _groups(args: argparse.Namespace) -> tuple[dict[str, list[PosedPair]], list[
     scenes = find_scenes(data)
     if scenes:
         groups = {
-            folder.name: scene_pairs(load_scene(folder), args.overlap, args.max_pairs)
+            folder.name: scene_pairs(read_scene_file(folder), args.overlap, args.max_pairs)
             for folder in scenes
         }
         groups = {name: pairs for name, pairs in groups.items() if pairs}

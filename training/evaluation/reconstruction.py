@@ -19,13 +19,7 @@ from scfeat_ros.errors import InputError
 from scfeat_ros.export import exhaustive_pairs
 from scfeat_training.evaluation import colmap
 from scfeat_training.evaluation.cache import Cache, CorruptImageError, read_image
-from scfeat_training.evaluation.data import (
-    Scene,
-    is_scene,
-    list_images,
-    load_scene,
-    require_folder,
-)
+from scfeat_training.evaluation.data import list_images, require_folder
 from scfeat_training.evaluation.methods import PAPER_OPTIONS, Method
 from scfeat_training.evaluation.metrics import rotation_error, similarity_transform
 from scfeat_training.evaluation.report import (
@@ -36,6 +30,7 @@ from scfeat_training.evaluation.report import (
     draw,
     progress_bar,
 )
+from scfeat_training.scenes import Scene, is_scene, read_scene_file
 
 DEFAULTS = {"max_keypoints": 20_000}
 RESULT_VERSION = 1
@@ -173,7 +168,7 @@ def pose_errors(
 def run(args: argparse.Namespace, methods: list[Method], cache: Cache) -> Report:
     """Reconstruct the images with every method."""
     root = image_root(args.data)
-    scene = load_scene(args.data) if is_scene(args.data) else None
+    scene = read_scene_file(args.data) if is_scene(args.data) else None
     fix_intrinsics = scene is not None and not args.self_calibrate
     skipped: list[str] = []
     images, cameras, digests = [], {}, []

@@ -17,7 +17,8 @@ from scfeat_ros.camera import Camera
 from scfeat_ros.errors import InputError
 from scfeat_ros.ground_truth import rotation_of
 from scfeat_ros.sources import BagSource
-from scfeat_training.evaluation.data import is_scene, list_images, load_scene, require_folder
+from scfeat_training.evaluation.data import list_images, require_folder
+from scfeat_training.scenes import is_scene, read_scene_file
 
 LAYOUT = (
     "a scene (images/ and scene.npz), a KITTI sequence (image_0/ or image_2/, calib.txt, "
@@ -176,12 +177,11 @@ def attach_poses(sequence: Sequence, pose_stamps: np.ndarray, poses: np.ndarray)
 
 
 def _load_scene_sequence(folder: Path, camera: Camera | None) -> Sequence:
-    scene = load_scene(folder)
+    scene = read_scene_file(folder)
     if np.abs(scene.K - scene.K[0]).max() > 1e-6:
         raise InputError(f"{folder}: the images have different intrinsics, so this is no sequence")
     poses = np.stack([invert(R, t) for R, t in zip(scene.R, scene.t, strict=True)])
-    frames = [scene.path(i) for i in range(len(scene))]
-    return Sequence(folder.name, frames, camera or Camera(scene.K[0]), poses)
+    return Sequence(folder.name, scene.paths, camera or Camera(scene.K[0]), poses)
 
 
 def _load_bag(
