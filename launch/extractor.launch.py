@@ -23,7 +23,7 @@ ARGUMENTS = {
     ),
     "camera_info": ("", "CameraInfo topic; empty for camera_info beside the image topic"),
     "image_transport": ("", "raw or compressed; empty for what params_file says"),
-    "weights": ("", "installed model or .safetensors file; empty for what params_file says"),
+    "weights": ("", "installed model, .safetensors or .onnx file; empty for what params_file says"),
     "device": ("", "auto, cpu, cuda, cuda:1 ...; empty for what params_file says"),
     "params_file": (str(SHARE / "config" / "extractor.yaml"), "parameters of the node"),
     "overlay": (
@@ -78,6 +78,7 @@ def _actions(context: LaunchContext) -> list[LaunchDescriptionEntity]:
     for name in ("weights", "device", "image_transport"):
         if values[name]:
             parameters[name] = values[name]
+    clock = {name: value for name, value in parameters.items() if name == "use_sim_time"}
     namespaces = [
         "/".join(part for part in (values["namespace"], camera) if part) for camera in cameras
     ] or [values["namespace"]]
@@ -107,7 +108,7 @@ def _actions(context: LaunchContext) -> list[LaunchDescriptionEntity]:
                     values["rviz_frame"],
                 ],
                 remappings=[("image_raw", image), ("camera_info", camera_info)],
-                parameters=[{"use_sim_time": parameters.get("use_sim_time", False)}],
+                parameters=[values["params_file"], clock],
             )
         )
     return nodes

@@ -15,7 +15,7 @@ ARGUMENTS = {
     "bag": (None, "rosbag2 folder, .mcap, .db3 or ROS 1 .bag file"),
     "output": (None, "folder to make"),
     "topic": ("", "image topic; empty for the only one"),
-    "weights": ("scfeat-s", "installed model or .safetensors file"),
+    "weights": ("scfeat-s", "installed model, .safetensors or .onnx file"),
     "device": ("auto", "auto, cpu, cuda, cuda:1 ..."),
     "video": ("false", "true writes a video with keypoints and tracks"),
     "options": ("", "more options of `scfeat bag`, as on the command line"),

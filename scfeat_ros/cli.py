@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import logging
 import signal
@@ -26,10 +27,11 @@ if TYPE_CHECKING:
     from scfeat_ros.sources import Source
 
 OK, ERROR, USAGE, DAMAGED, INTERRUPTED = 0, 1, 2, 3, 130
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 _EXIT_CODES = """exit codes:
   0    all is well
-  1    an error that you can mend; the line on stderr says how
+  1    an error that you can mend; the last line on stderr says how
   2    a wrong command line
   3    done, but the input is damaged: something of it was lost or skipped
   130  interrupted (Ctrl-C); 143 terminated"""
@@ -46,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     arguments = argparse.Namespace()
+    log = logging.getLogger("scfeat_ros")
+    before = log.handlers[:], log.level, log.propagate
     try:
         # a polite kill removes unfinished output, as Ctrl-C does
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
@@ -57,15 +61,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ScfeatError, ValueError) as error:
         return _fail(str(error))
     except OSError as error:
-        where = error.filename or getattr(arguments, "output", None)
+        where = error.filename
+        if where is None and error.errno in _NO_SPACE:
+            where = getattr(arguments, "output", None)
         return _fail(f"{where}: {error.strerror or error}" if where else str(error))
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        return _fail("out of memory: shrink the images with --max-size")
     except KeyboardInterrupt:
         print("scfeat: interrupted; what was not complete is removed", file=sys.stderr)
         return INTERRUPTED
+    except Exception as error:
+        if not (is_out_of_memory(error) and hasattr(arguments, "max_size")):
+            raise
+        return _fail("out of memory: shrink the images with --max-size")
+    finally:
+        log.handlers[:], log.level, log.propagate = before
 
 
 def _log_to_stderr(quiet: bool) -> None:
@@ -262,7 +270,9 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--recursive", action="store_true", help="images in folders of FOLDER too, by their paths"
     )
-    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    parser.add_argument(
+        "--quiet", action="store_true", help="no progress bars, and on stderr only what is wrong"
+    )
     pairs = parser.add_argument_group("pairs").add_mutually_exclusive_group()
     pairs.add_argument(
         "--pairs",
@@ -322,7 +332,9 @@ def _add_output(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         help="of the descriptors in the output bag (default: %(default)s)",
     )
     group.add_argument("--overwrite", action="store_true", help="replace an earlier output")
-    group.add_argument("--quiet", action="store_true", help="no progress bar")
+    group.add_argument(
+        "--quiet", action="store_true", help="no progress bar, and on stderr only what is wrong"
+    )
     parser.add_argument(
         "--ray",
         metavar="ADDRESS",

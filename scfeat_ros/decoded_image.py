@@ -15,6 +15,7 @@ _LARGEST = 1e300
 
 
 _DECODE_FLAGS = cv2.IMREAD_UNCHANGED | cv2.IMREAD_IGNORE_ORIENTATION
+_JPEG_END = np.array([0xFF, 0xD9], np.uint8)
 _BAYER = {  # OpenCV names a pattern by its second row
     "bayer_rggb": cv2.COLOR_BayerBG2RGB,
     "bayer_bggr": cv2.COLOR_BayerRG2RGB,
@@ -94,12 +95,12 @@ def from_compressed(message: Any) -> DecodedImage:
             f"compressed image of format '{message.format}': compressedDepth is no picture; use "
             "the raw depth images, or the camera's"
         )
-    pixels = decode(np.frombuffer(message.data, np.uint8), f"'{message.format}' image")
+    pixels = _decoded(np.frombuffer(message.data, np.uint8), f"'{message.format}' image")
     # image_transport leaves a sensor's mosaic as it is
     pattern = _BAYER.get(message.format[:10])
     if pattern is not None and pixels.ndim == 2:
         pixels = cv2.cvtColor(pixels, pattern)
-    return DecodedImage(pixels)
+    return to_8_bit(pixels)
 
 
 def decode(data: np.ndarray, name: str) -> np.ndarray:
@@ -111,21 +112,38 @@ def decode(data: np.ndarray, name: str) -> np.ndarray:
 
     Returns:
         (H, W) uint8 for a grey image, else (H, W, 3) uint8 RGB; a rotation in Exif is ignored,
-        pixels stay where the sensor has them.
+        pixels stay where the sensor has them. Other numbers are scaled by `to_8_bit`.
 
     Raises:
         UnreadableImageError: no image, or a damaged one.
     """
-    if data[:2].tobytes() == b"\xff\xd8" and b"\xff\xd9" not in data[-4096:].tobytes():
-        # OpenCV would give a picture that is grey from there on
-        raise UnreadableImageError(f"{name} is cut off after {len(data)} bytes")
+    return to_8_bit(_decoded(data, name)).pixels
+
+
+def _decoded(data: np.ndarray, name: str) -> np.ndarray:
+    """(H, W) grey or (H, W, 3) RGB, of the numbers that are in the file; see `decode`."""
+    size, is_open = len(data), _lacks_end(data)
+    if is_open:
+        data = np.append(data, _JPEG_END)
     try:
-        image = cv2.imdecode(data, _DECODE_FLAGS) if len(data) else None
+        image = cv2.imdecode(data, _DECODE_FLAGS) if size else None
     except cv2.error as error:
         raise UnreadableImageError(f"{name} cannot be decoded: {error}") from error
-    if image is None or image.dtype not in (np.uint8, np.uint16):
-        raise UnreadableImageError(f"{name} cannot be decoded ({len(data)} bytes)")
+    if image is None:
+        raise UnreadableImageError(f"{name} cannot be decoded ({size} bytes)")
+    if is_open and (image[-1] == image[-1, :1]).all():  # flat, as all that is missing
+        raise UnreadableImageError(f"{name} is cut off after {size} bytes")
     if image.ndim == 3:
         code = cv2.COLOR_BGR2RGB if image.shape[2] == 3 else cv2.COLOR_BGRA2RGB
         image = cv2.cvtColor(image, code)
-    return to_8_bit(image).pixels
+    return image
+
+
+def _lacks_end(data: np.ndarray) -> bool:
+    """Whether a JPEG is without its end's mark: it is cut off, or a camera leaves the mark out.
+
+    Some fill up with zeros behind it.
+    """
+    if data[:2].tobytes() != b"\xff\xd8":
+        return False
+    return _JPEG_END.tobytes() not in data.tobytes().rstrip(b"\0")[-4096:]

@@ -78,7 +78,7 @@ def _connect(ray: object, address: str) -> None:
     try:
         if port.isdigit():  # Ray itself would go on trying for minutes
             socket.create_connection(
-                (host.removeprefix("ray://"), int(port)), CONNECT_TIMEOUT
+                (host.removeprefix("ray://").strip("[]"), int(port)), CONNECT_TIMEOUT
             ).close()
         ray.init(address=address, log_to_driver=False, logging_level="warning", **start)
     except (OSError, ValueError, RuntimeError, OverflowError) as error:

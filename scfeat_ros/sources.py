@@ -491,7 +491,7 @@ class VideoSource:
             self._compare_length(index, stamp * 1e-9)
 
     def _compare_length(self, frames: int, end: float) -> None:
-        """Note what is missing: by the number of frames, or, where there is none, by the duration.
+        """Note what is missing, by the number of frames or, where that is not known, the duration.
 
         Args:
             frames: that were found.
@@ -503,8 +503,10 @@ class VideoSource:
             if missing > 0:
                 text = f"{self.path}: {missing} of {expected} frames are missing"
                 self.account.damage.add(text, lost_messages=missing)
-        elif duration and duration - end > max(0.1 * duration, 3 * end / frames):
-            self.account.damage.add(f"{self.path}: ends after {end:.2f} s of {duration:.2f} s")
+        elif frames > 1 and duration and duration - end > max(0.1 * duration, 3 * end / frames):
+            # (or the last frame is to be seen for long)
+            text = f"{self.path} ends after {end:.2f} s of {duration:.2f} s: is it cut off?"
+            self.account.warn(text)
 
 
 def open_images(path: Path, rate: float = 10.0, every: int = 1) -> FolderSource | VideoSource:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import glob
 import os
 import platform
-import re
 import shutil
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +20,7 @@ SUMMARY = "summary.json"
 def staged_folder(path: Path, overwrite: bool) -> Iterator[Path]:
     """A folder to write into that gets its name when the block ends without an error.
 
-    Every process has a partial folder of its own, so two runs to the same name do not meet: the
+    Every process has a partial folder of its own, so two of them to the same name do not meet: the
     second to end finds the output there. What a killed run has left is removed by the next one.
 
     Args:
@@ -34,11 +33,12 @@ def staged_folder(path: Path, overwrite: bool) -> Iterator[Path]:
     """
     path = Path(path).resolve()
     check_output(path, overwrite)
-    partial = _partial(path.name, path.parent)
+    partial = path.with_name(_partial(path.name))
     replaced = path.with_name(f".{path.name}.scfeat-replaced")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_stale(path.name, path.parent)
+        _remove_stale(path.parent, path.name)
+        _remove(partial)  # of an earlier process with this one's number
         partial.mkdir()
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror}") from error
@@ -62,45 +62,60 @@ def staged_file(path: Path, overwrite: bool) -> Iterator[Path]:
     """
     path = Path(path).resolve()
     check_file(path, overwrite)
-    partial = _partial(path.stem, path.parent, path.suffix)
+    partial = path.with_name(_partial(path.stem, path.suffix))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_stale(path.stem, path.parent)
+        _remove_stale(path.parent, path.stem, path.suffix)
+        _remove(partial)
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror}") from error
     try:
         yield partial
         os.replace(partial, path)
     finally:
-        for file in path.parent.glob(f"{glob.escape(partial.name)}*"):  # SQLite has files beside
-            file.unlink(missing_ok=True)
+        _remove(partial)
 
 
-def _partial(name: str, folder: Path, suffix: str = "") -> Path:
-    return folder / f".{name}.scfeat-partial.{platform.node()}.{os.getpid()}{suffix}"
+def _partial(name: str, suffix: str = "") -> str:
+    """Name of this process's partial output."""
+    return f"{_prefix(name)}{os.getpid()}{suffix}"
 
 
-def _remove_stale(name: str, folder: Path) -> None:
+def _prefix(name: str) -> str:
+    machine = zlib.crc32(platform.node().encode())
+    return f".{name}.scfeat-partial-{machine:08x}-"
+
+
+def _remove_stale(folder: Path, name: str, suffix: str = "") -> None:
     """Remove what processes of this machine have left that are no more."""
-    known = re.compile(re.escape(f".{name}.scfeat-partial.{platform.node()}.") + r"(\d+)")
-    for path in folder.iterdir():
-        found = known.match(path.name)
-        if found is None or _is_running(int(found.group(1))):
-            continue
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+    prefix = _prefix(name)
+    with os.scandir(folder) as entries:
+        names = [entry.name for entry in entries if entry.name.startswith(prefix)]
+    for found in names:
+        process = found.removeprefix(prefix).removesuffix(suffix)
+        if process.isdigit() and not _is_running(int(process)):
+            _remove(folder / found)
 
 
 def _is_running(process: int) -> bool:
+    if os.name == "nt":
+        return True  # there is no harmless way to ask
     try:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
     except OSError:  # somebody else's
         return True
-    return process != os.getpid()
+    return True
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder, or a file and what SQLite has beside it."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+        return
+    for beside in ("", "-wal", "-shm", "-journal"):
+        path.with_name(path.name + beside).unlink(missing_ok=True)
 
 
 def check_file(path: Path, overwrite: bool) -> None:

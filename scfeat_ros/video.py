@@ -118,6 +118,10 @@ def stated_duration(path: Path) -> float | None:
     """Length of a video in seconds as the file states it, None where it does not."""
     try:
         with av.open(str(path)) as container:
-            return container.duration / av.time_base if container.duration else None
-    except av.FFmpegError:
+            (stream, *_) = container.streams.video
+            if stream.duration and stream.time_base:
+                return float(stream.duration * stream.time_base)
+            alone = len(container.streams) == 1  # else it may be that of the sound
+            return container.duration / av.time_base if container.duration and alone else None
+    except (av.FFmpegError, ValueError):
         return None

@@ -67,6 +67,16 @@ def test_matching_accuracy_counts_the_threshold_itself():
     assert metrics.matching_accuracy([], [1, 2]).tolist() == [0, 0]
 
 
+def test_motion_errors_with_and_without_a_translation():
+    K = np.array([[500.0, 0, 320], [0, 500, 240], [0, 0, 1]])
+    first, second = np.array([[100.0, 50], [300, 200]]), np.array([[80.0, 53], [260, 200]])
+    R = np.eye(3)
+    sideways = metrics.motion_errors(K, K, R, np.array([1.0, 0, 0]), first, second)
+    assert sideways == pytest.approx([3, 0], abs=1e-9)
+    still = metrics.motion_errors(K, K, R, np.zeros(3), first, second)
+    assert still == pytest.approx([np.hypot(20, 3), 40])
+
+
 @pytest.mark.parametrize("degrees", [0, 1e-6, 0.01, 45, 179])
 def test_angles(degrees):
     assert metrics.rotation_error(rotation([1, -2, 1], degrees), np.eye(3)) == pytest.approx(

@@ -167,11 +167,33 @@ def test_a_compressed_mosaic_becomes_colour(pattern):
 @pytest.mark.parametrize("ending", [".png", ".jpg"])
 @pytest.mark.parametrize("keep", [0.0, 0.1, 0.9], ids=str)
 def test_a_cut_off_compressed_image_is_unreadable(ending, keep):
-    noise = np.random.default_rng(0).integers(0, 256, (60, 80), np.uint8)
+    noise = np.random.default_rng(0).integers(0, 256, (240, 320), np.uint8)
     message = compressed_message(noise, ending=ending)
     message.data = message.data[: int(keep * len(message.data))]
     with pytest.raises(UnreadableImageError):
         from_message(message)
+
+
+def test_a_jpeg_without_its_end_mark_or_with_zeros_behind_is_read():
+    """As some cameras' drivers give them."""
+    expected = from_message(compressed_message(RGB, ending=".jpg")).pixels
+    message = compressed_message(RGB, ending=".jpg")
+    message.data = np.concatenate([message.data, np.zeros(10_000, np.uint8)])
+    np.testing.assert_array_equal(from_message(message).pixels, expected)
+    message = compressed_message(RGB, ending=".jpg")
+    assert message.data[-2:].tobytes() == b"\xff\xd9"
+    message.data = message.data[:-2]
+    np.testing.assert_array_equal(from_message(message).pixels, expected)
+
+
+def test_a_compressed_floating_point_image_is_stretched_and_masked():
+    pixels = np.arange(12, dtype=np.float32).reshape(3, 4)
+    pixels[0, 0] = np.nan
+    message = compressed_message(GREY)
+    message.data = cv2.imencode(".tiff", pixels)[1].reshape(-1)
+    image = from_message(message)
+    assert image.pixels[0, 1] == 0 and image.pixels[2, 3] == 255
+    assert not image.mask[0, 0] and image.mask.sum() == 11
 
 
 def test_a_compressed_depth_image_is_no_picture():

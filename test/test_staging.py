@@ -1,30 +1,41 @@
 """Outputs that get their name when they are complete."""
 
-import os
-import platform
 import subprocess
 import sys
 
 import pytest
 
+from scfeat_ros import staging
 from scfeat_ros.errors import OutputExistsError
 from scfeat_ros.staging import SUMMARY, staged_file, staged_folder
 
+PROGRAM = """
+import sys
+from pathlib import Path
+from scfeat_ros import staging
+make = getattr(staging, sys.argv[1])
+with make(Path(sys.argv[2]), False) as partial:
+    (partial / "file" if make is staging.staged_folder else partial).write_text("first")
+    print("in", flush=True)
+    sys.stdin.read()
+"""
 
-def test_two_runs_to_one_name_do_not_meet(tmp_path):
-    """The second to end is refused, and what the first has written stays."""
-    program = (
-        "import sys; from pathlib import Path; from scfeat_ros.staging import staged_folder\n"
-        "with staged_folder(Path(sys.argv[1]), False) as folder:\n"
-        "    (folder / 'file').write_text('first'); print('in'); sys.stdin.read()"
-    )
-    other = subprocess.Popen(
-        [sys.executable, "-c", program, str(tmp_path / "out")],
+
+def begin(kind, path):
+    """Another process in the middle of writing an output; it goes on when its input ends."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, kind, str(path)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
     )
-    assert other.stdout.readline() == "in\n"
+    assert process.stdout.readline() == "in\n"
+    return process
+
+
+def test_two_runs_to_one_name_do_not_meet(tmp_path):
+    """The second to end is refused, and what the first has written stays."""
+    other = begin("staged_folder", tmp_path / "out")
     with pytest.raises(OutputExistsError), staged_folder(tmp_path / "out", False) as folder:
         (folder / "file").write_text("second")
         other.communicate()
@@ -33,19 +44,34 @@ def test_two_runs_to_one_name_do_not_meet(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_what_a_killed_run_left_is_removed_and_that_of_other_machines_is_not(tmp_path):
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    ended.wait()
-    for host, process in ((platform.node(), ended.pid), ("elsewhere", ended.pid)):
-        (tmp_path / f".out.scfeat-partial.{host}.{process}").mkdir()
-        (tmp_path / f".out.scfeat-partial.{host}.{process}.npz").touch()
-    running = f".out.scfeat-partial.{platform.node()}.{os.getppid()}"
-    (tmp_path / running).mkdir()
-    with staged_folder(tmp_path / "out", False) as folder:
-        (folder / SUMMARY).touch()
-    left = f".out.scfeat-partial.elsewhere.{ended.pid}"
-    names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"out", running, left, f"{left}.npz"}
+@pytest.mark.parametrize(("kind", "name"), [("staged_folder", "out"), ("staged_file", "out.npz")])
+def test_what_a_killed_run_left_is_removed_by_the_next_on_this_machine(
+    tmp_path, monkeypatch, kind, name
+):
+    def write():
+        with getattr(staging, kind)(tmp_path / name, True) as partial:
+            (partial / SUMMARY if kind == "staged_folder" else partial).write_text("mine")
+        return len(list(tmp_path.iterdir())) - 1  # beside the output
+
+    other = begin(kind, tmp_path / name)
+    assert write() == 1  # still in work
+    other.kill()
+    other.communicate()
+    with monkeypatch.context() as patch:
+        patch.setattr(staging.platform, "node", lambda: "another machine")
+        assert write() == 1
+    assert write() == 0
+
+
+def test_outputs_of_one_process_do_not_meet_either(tmp_path):
+    with (
+        staged_file(tmp_path / "a.json", False) as first,
+        staged_file(tmp_path / "a.npz", False) as second,
+        staged_file(tmp_path / "a", False) as third,
+    ):
+        for partial in (first, second, third):
+            partial.write_text(partial.suffix)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "a.json", "a.npz"]
 
 
 def test_files_beside_an_unfinished_file_go_with_it(tmp_path):

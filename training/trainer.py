@@ -387,9 +387,9 @@ class _Log:
 
 
 def _device(name: str) -> torch.device:
-    if name in ("auto", "cuda") and torch.cuda.is_available():
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     device = select_device(name)
+    if device.type == "cuda" and device.index is None:
+        device = select_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device

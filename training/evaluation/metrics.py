@@ -11,7 +11,11 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.spatial import cKDTree
 
-from scfeat_training.geometry import rotation_angle
+from scfeat_training.geometry import (
+    fundamental_from_pose,
+    rotation_angle,
+    symmetric_epipolar_distance,
+)
 
 MMA_THRESHOLDS = tuple(range(1, 11))
 """Pixel thresholds of the matching accuracy (Sec. IV-B)."""
@@ -124,6 +128,24 @@ def corner_error(estimated: np.ndarray | None, H: np.ndarray, size: tuple[int, i
     difference = project_homography(estimated, corners) - project_homography(H, corners)
     error = np.linalg.norm(difference, axis=1).mean()
     return float(error) if np.isfinite(error) else float("inf")
+
+
+def motion_errors(
+    K1: np.ndarray,
+    K2: np.ndarray,
+    R: np.ndarray,
+    t: np.ndarray,
+    first: np.ndarray,
+    second: np.ndarray,
+) -> np.ndarray:
+    """(M,) distances of matches from what the relative pose x2 = R x1 + t allows, pixels.
+
+    From the epipolar lines, the larger of the two images' ones. Without a translation there is no
+    epipolar line: then from the rotated point.
+    """
+    if np.linalg.norm(t) < 1e-9:
+        return homography_errors(K2 @ R @ np.linalg.inv(K1), first, second)
+    return symmetric_epipolar_distance(fundamental_from_pose(K1, K2, R, t), first, second)
 
 
 def rotation_error(R: np.ndarray, reference: np.ndarray) -> float:

@@ -23,10 +23,7 @@ from scfeat_ros.matcher import match
 from scfeat_training.evaluation.cache import Cache, CorruptImageError, read_image
 from scfeat_training.evaluation.estimators import POSE_ESTIMATORS, check_estimators
 from scfeat_training.evaluation.methods import Method
-from scfeat_training.evaluation.metrics import (
-    homography_errors,
-    track_lengths,
-)
+from scfeat_training.evaluation.metrics import motion_errors, track_lengths
 from scfeat_training.evaluation.report import (
     COLOURS,
     Figure,
@@ -36,7 +33,6 @@ from scfeat_training.evaluation.report import (
     progress_bar,
 )
 from scfeat_training.evaluation.sequences import Sequence, load_sequence
-from scfeat_training.geometry import fundamental_from_pose, symmetric_epipolar_distance
 
 DEFAULTS = {"max_keypoints": 1000}
 RESULT_VERSION = 1
@@ -104,18 +100,10 @@ def check_data(args: argparse.Namespace) -> None:
 def match_errors(
     sequence: Sequence, step: int, first: np.ndarray, second: np.ndarray
 ) -> np.ndarray:
-    """(M,) distances of matches from what the true motion from frame `step` on allows, pixels.
-
-    Without a translation there is no epipolar line: then the distance to the rotated point.
-    """
+    """(M,) distances of matches from what the true motion from frame `step` on allows, pixels."""
     motion = np.linalg.inv(sequence.poses[step + 1]) @ sequence.poses[step]
-    R, t = motion[:3, :3], motion[:3, 3]
-    if np.linalg.norm(t) < 1e-9:
-        return homography_errors(
-            sequence.camera.K @ R @ np.linalg.inv(sequence.camera.K), first, second
-        )
-    F = fundamental_from_pose(sequence.camera.K, sequence.camera.K, R, t)
-    return symmetric_epipolar_distance(F, first, second)
+    K = sequence.camera.K
+    return motion_errors(K, K, motion[:3, :3], motion[:3, 3], first, second)
 
 
 def evaluate_method(

@@ -29,6 +29,7 @@ from scfeat_training.evaluation.methods import Method
 from scfeat_training.evaluation.metrics import (
     auc,
     direction_error,
+    motion_errors,
     rotation_error,
 )
 from scfeat_training.evaluation.report import (
@@ -39,11 +40,7 @@ from scfeat_training.evaluation.report import (
     draw,
     progress_bar,
 )
-from scfeat_training.geometry import (
-    fundamental_from_pose,
-    relative_pose,
-    symmetric_epipolar_distance,
-)
+from scfeat_training.geometry import relative_pose
 from scfeat_training.scenes import Scene, read_scene_file
 
 DEFAULTS = {"max_keypoints": 2048}
@@ -155,8 +152,7 @@ def evaluate_pair(
     a, b = first.features, second.features
     indices = match(a, b).indices
     points_a, points_b = a.keypoints[indices[:, 0]], b.keypoints[indices[:, 1]]
-    F = fundamental_from_pose(pair.K1, pair.K2, pair.R, pair.t)
-    distances = symmetric_epipolar_distance(F, points_a, points_b)
+    distances = motion_errors(pair.K1, pair.K2, pair.R, pair.t, points_a, points_b)
     right = int((distances <= args.precision_threshold).sum())
     errors = {}
     for name in estimators:
