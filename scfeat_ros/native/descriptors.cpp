@@ -6,11 +6,11 @@
 
 #include <algorithm>
 #include <cmath>
+#include <memory>
 #include <vector>
 
 #include "bfloat16.h"
 #include "call.h"
-#include "cells.h"
 #include "lanes.h"
 
 namespace {
@@ -32,6 +32,61 @@ struct Map {
   const T *at(int row, int column) const {
     return values + (long(row) * width + column) * channels;
   }
+};
+
+// The four cells about a position along an axis, and the weights of a cubic B-spline. The border
+// repeats.
+struct Cells {
+  int at[4];
+  float weight[4];
+
+  Cells(float position, int size) {
+    const float first = std::floor(position) - 1;
+    for (int k = 0; k < 4; k++) {
+      const float distance = std::fabs(first + k - position);
+      const float outer = std::max(2 - distance, 0.0f), inner = std::max(1 - distance, 0.0f);
+      weight[k] = (outer * outer * outer - 4 * inner * inner * inner) / 6;
+      at[k] = std::clamp(int(first) + k, 0, size - 1);
+    }
+  }
+};
+
+// The weighted sum of cells of up to `MAPS` maps.
+template <int MAPS>
+class Sum {
+ public:
+  // The cells of a map about a point of the image (x, y); `stride` pixels per cell.
+  void add(Map<float> map, int stride, const float *point) {
+    const Cells columns((point[0] + 0.5f) / stride - 0.5f, map.width);
+    const Cells rows((point[1] + 0.5f) / stride - 0.5f, map.height);
+    for (int r = 0; r < 4; r++)
+      for (int c = 0; c < 4; c++) {
+        weight[count] = rows.weight[r] * columns.weight[c];
+        cell[count] = map.at(rows.at[r], columns.at[c]);
+        count += weight[count] != 0;
+      }
+  }
+
+  // Adds it to `to`.
+  void to(float *to, int channels) const {
+    constexpr int AT_ONCE = 4;  // vectors of channels
+    int k = 0;
+    for (; k + AT_ONCE * LANES <= channels; k += AT_ONCE * LANES) {
+      Lanes sum[AT_ONCE];
+      for (int v = 0; v < AT_ONCE; v++) sum[v] = load<Lanes>(to + k + v * LANES);
+      for (int n = 0; n < count; n++)
+        for (int v = 0; v < AT_ONCE; v++)
+          sum[v] += weight[n] * load<Lanes>(cell[n] + k + v * LANES);
+      for (int v = 0; v < AT_ONCE; v++) store(to + k + v * LANES, sum[v]);
+    }
+    for (; k < channels; k++)
+      for (int n = 0; n < count; n++) to[k] += weight[n] * cell[n][k];
+  }
+
+ private:
+  int count = 0;
+  const float *cell[16 * MAPS + 1];
+  float weight[16 * MAPS + 1];
 };
 
 // Means of blocks of a map's cells, (height, width, channels), and these projected, (height, width,
@@ -163,7 +218,7 @@ void describe(const float *values, int height, int width, int channels, const T 
         const float *point = points + 2 * (first + r);
         float *at_point = near.data() + r * channels;
         Sum<1> sum;
-        sum.add(bridged.values, bridged.height, bridged.width, channels, STRIDE, point);
+        sum.add(bridged, STRIDE, point);
         std::fill_n(at_point, channels, 0.0f);
         sum.to(at_point, channels);
         to_unit_norm(at_point, channels, at_point);
@@ -172,7 +227,7 @@ void describe(const float *values, int height, int width, int channels, const T 
       for (int r = 0; r < rows; r++) {
         Sum<LEVELS> sum;
         for (const Level &level : levels)
-          sum.add(level.projected.get(), level.height, level.width, dim, level.stride,
+          sum.add({level.projected.get(), level.height, level.width, dim}, level.stride,
                   points + 2 * (first + r));
         sum.to(out + (first + r) * dim, dim);
       }

@@ -167,7 +167,7 @@ ARGUMENTS = {
     "select": "pnnpnpnfnnnppp",
     "describe": "pnnnpnnnpnnnpnpnp",
     "l2_normalize": "pnn",
-    **dict.fromkeys(("stem", "stem_shorts"), "pnnppfnpnp"),
+    **dict.fromkeys(("stem", "stem_shorts"), "pnnppfpnp"),
     **dict.fromkeys(("winograd", "winograd_shorts"), "ppnnnnppfnppnp"),
     "direct": "pnnnpnnnppnp",
     **dict.fromkeys(("nearest", "nearest_by_tiles", "nearest_by_integers"), "pnpnnppppp"),

@@ -8,6 +8,7 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <memory>
 #include <vector>
 
 #include "winograd.h"
@@ -19,15 +20,6 @@ constexpr int CHANNELS = 12;  // of a cell: three planes of two rows of two pixe
 constexpr int BEFORE = 2;     // cells left of and above its own that a result depends on
 constexpr int BLOCK = 24;     // tiles, a multiple of ROWS
 constexpr int KEPT = 2 * TILE;  // rows of results
-
-// Back to a tile's rows or columns: A^T m.
-inline void transform_output(const Lanes m[PATCH], Lanes out[TILE]) {
-  const Lanes sum = m[1] + m[2], difference = m[1] - m[2];
-  const Lanes sum2 = m[3] + m[4], difference2 = m[3] - m[4];
-  out[0] = m[0] + sum + sum2;
-  out[1] = difference + 2.0f * difference2;
-  out[2] = sum + 4.0f * sum2 + m[5];
-}
 
 // One image's way through the stem, by one thread.
 template <typename Kind, typename T>
@@ -124,26 +116,12 @@ class Stem {
 
   // Tile `n` of the block to the results at a row and column.
   void from_places(int n, int row, int column) {
-    const int inside = std::min(TILE, across - column);
-    const float *from = products.get() + long(n) * outputs;
-    for (int c = 0; c < outputs; c += LANES) {
-      Lanes half[PATCH][TILE];
-      for (int j = 0; j < PATCH; j++) {
-        Lanes m[PATCH];
-        for (int i = 0; i < PATCH; i++)
-          m[i] = load<Lanes>(from + (i * PATCH + j) * products_pitch() + c);
-        transform_output(m, half[j]);
-      }
-      for (int i = 0; i < TILE; i++) {
-        Lanes m[PATCH], y[TILE];
-        for (int j = 0; j < PATCH; j++) m[j] = half[j][i];
-        transform_output(m, y);
-        for (int j = 0; j < inside; j++) {
-          const Lanes value = y[j] * scales[n] + load<Lanes>(bias + c);
-          write_lanes(result(row + i, column + j) + c, value > 0.0f ? value : Lanes{});
-        }
-      }
-    }
+    const auto write = [=](int i, int j, int c, Lanes value) {
+      value += load<Lanes>(bias + c);
+      write_lanes(result(row + i, column + j) + c, value > 0.0f ? value : Lanes{});
+    };
+    ::from_places<TILE>(products.get() + long(n) * outputs, outputs, scales[n], products_pitch(),
+                        TILE, std::min(TILE, across - column), write);
   }
 
   // None is below zero, so that numbers of bf16 are in the order of their bits.
@@ -170,9 +148,8 @@ class Stem {
 // T: of the result.
 template <typename T, typename Kind>
 void stem(const float *planes, int height, int width, const typename Kind::Number *values,
-          const float *scales, float largest, int columns, const float *bias, int outputs, T *out,
-          int threads) {
-  const Weights<Kind> weights{values, scales, largest, columns};
+          const float *scales, float largest, const float *bias, int outputs, T *out, int threads) {
+  const Weights<Kind> weights{values, scales, largest};
   const int pooled = (height / 2 + 1) / 2;
 #pragma omp parallel num_threads(threads)
   {

@@ -10,7 +10,6 @@
 #include <omp.h>
 
 #include <algorithm>
-#include <vector>
 
 #include "after.h"
 #include "winograd.h"
@@ -18,20 +17,6 @@
 namespace {
 
 constexpr int TILE = 4;
-
-// Columns of results that a panel of weights holds.
-inline int columns(int outputs) { return outputs % (2 * LANES) ? LANES : 2 * LANES; }
-
-// And back to a tile's rows or columns: A^T m.
-inline void transform_output(const Lanes m[PATCH], Lanes out[TILE]) {
-  const Lanes sum = m[1] + m[2], difference = m[1] - m[2];
-  const Lanes sum2 = m[3] + m[4], difference2 = m[3] - m[4];
-  out[0] = m[0] + sum + sum2;
-  out[1] = difference + 2.0f * difference2;
-  out[2] = sum + 4.0f * sum2;
-  out[3] = difference + 8.0f * difference2 + m[5];
-}
-
 constexpr int BLOCK = 48;  // tiles, a multiple of ROWS
 
 struct Map {
@@ -41,10 +26,9 @@ struct Map {
   long tiles() const { return long(across()) * ((height + TILE - 1) / TILE); }
   long at(int row, int column) const { return (long(row) * width + column) * channels; }
 
-  // Of a block of transformed tiles: numbers from one place to the next (not a power of two, which
-  // the cache would hold badly), and where a tile's values at a place lie.
+  // From one place of a block of transformed tiles to the next: not a power of two, which the cache
+  // would hold badly.
   long pitch() const { return long(BLOCK) * channels + 16; }
-  long in_block(int place, int tile) const { return place * pitch() + long(tile) * channels; }
 };
 
 // The patch of a tile; rows that reach over the map's edge are made in `space`, with zeros there.
@@ -90,7 +74,7 @@ struct Input {
         scales[n] = std::max(scales[n], Kind::scale(beside, more));
       }
       const float factor = largest / scales[n];
-      auto *to = out + all().in_block(0, n);
+      auto *to = out + long(n) * all().channels;
       to_places<Kind>(patch, channels, factor, all().pitch(), to);
       if (more) to_places<Kind>(beside, more, factor, all().pitch(), to + channels);
     }
@@ -99,30 +83,19 @@ struct Input {
 
 // A block and its tiles' scales -> tiles `first` to `first + count` of a map.
 template <typename T>
-void from_places(const float *products, const float *scales, Map map, long first, int count,
-                 After<T> after, T *out) {
+void from_block(const float *products, const float *scales, Map map, long first, int count,
+                After<T> after, T *out) {
   for (int n = 0; n < count; n++) {
     const int top = int((first + n) / map.across()) * TILE;
     const int left = int((first + n) % map.across()) * TILE;
     const int rows = std::min(TILE, map.height - top), columns = std::min(TILE, map.width - left);
-    for (int c = 0; c < map.channels; c += LANES) {
-      Lanes half[PATCH][TILE];
-      for (int j = 0; j < PATCH; j++) {
-        Lanes m[PATCH];
-        for (int i = 0; i < PATCH; i++)
-          m[i] = load<Lanes>(products + map.in_block(i * PATCH + j, n) + c);
-        transform_output(m, half[j]);
-      }
-      for (int i = 0; i < rows; i++) {
-        Lanes m[PATCH], y[TILE];
-        for (int j = 0; j < PATCH; j++) m[j] = half[j][i];
-        transform_output(m, y);
-        for (int j = 0; j < columns; j++) {
-          const long place = map.at(top + i, left + j) + c;
-          write_lanes(out + place, after(y[j] * scales[n], c, place));
-        }
-      }
-    }
+    // by value: what lies in memory would be read again after every result
+    const auto write = [=](int i, int j, int c, Lanes value) {
+      const long place = map.at(top + i, left + j) + c;
+      write_lanes(out + place, after(value, c, place));
+    };
+    from_places<TILE>(products + long(n) * map.channels, map.channels, scales[n], map.pitch(), rows,
+                      columns, write);
   }
 }
 
@@ -133,7 +106,7 @@ void winograd(const T *x, const T *beside, int height, int width, int inputs, in
               const typename Kind::Number *values, const float *weight_scales, float largest,
               int outputs, const float *bias, const T *plus, bool relu, T *out, int threads) {
   const Input<T> input{x, beside, height, width, inputs, more};
-  const Weights<Kind> weights{values, weight_scales, largest, columns(outputs)};
+  const Weights<Kind> weights{values, weight_scales, largest};
   const After<T> after{bias, plus, relu};
   const Map from = input.all(), to{height, width, outputs};
   const long tiles = from.tiles();
@@ -151,7 +124,7 @@ void winograd(const T *x, const T *beside, int height, int width, int inputs, in
                                     scales);
       multiply_places(places.get(), from.pitch(), count, from.channels, weights, to.channels,
                       products.get(), to.pitch());
-      from_places(products.get(), scales, to, first, count, after, out);
+      from_block(products.get(), scales, to, first, count, after, out);
     }
   }
 }
@@ -160,7 +133,7 @@ void winograd(const T *x, const T *beside, int height, int width, int inputs, in
 
 extern "C" {
 
-int winograd_columns(int outputs) { return columns(outputs); }
+int winograd_columns(int outputs) { return panel_columns(outputs); }
 
 // Whether it is faster with products of integers of 16 bits than with those of floats.
 int has_shorts() {

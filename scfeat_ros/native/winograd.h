@@ -1,4 +1,4 @@
-// What convolutions by minimal filtering share: the transform of their input, the matrix product.
+// What convolutions by minimal filtering share: the transforms, the matrix product.
 //
 // F(m x m, r x r) with m + r - 1 = 6 (Lavin and Gray, arXiv 1509.09308): a patch of 6x6 values gives
 // a tile of m x m results. Their transforms have 36 places, and at each place, over many tiles, there
@@ -6,6 +6,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdint>
 
 #include "bfloat16.h"
 #include "call.h"
@@ -26,6 +27,18 @@ inline void transform_input(const Lanes d[PATCH], Lanes out[PATCH]) {
   out[3] = near + far;
   out[4] = near - far;
   out[5] = 4.0f * d[1] - 5.0f * d[3] + d[5];
+}
+
+// And back to a tile's rows or columns: A^T m.
+template <int TILE>
+inline void transform_output(const Lanes m[PATCH], Lanes out[TILE]) {
+  const Lanes sum = m[1] + m[2], difference = m[1] - m[2];
+  const Lanes sum2 = m[3] + m[4], difference2 = m[3] - m[4];
+  out[0] = m[0] + sum + sum2;
+  out[1] = difference + 2.0f * difference2;
+  out[2] = sum + 4.0f * sum2;
+  if constexpr (TILE == 4) out[3] = difference + 8.0f * difference2;
+  out[TILE - 1] += m[5];
 }
 
 // What a tile's results depend on: rows of PATCH pixels, whose channels lie beside each other.
@@ -135,6 +148,27 @@ void to_places(const Patch<T> &patch, int channels, float factor, long pitch,
   }
 }
 
+// And back, from the products of a tile: calls use(row, column, channel, lanes) for the results in
+// its first rows and columns.
+template <int TILE, typename Use>
+void from_places(const float *products, int channels, float scale, long pitch, int rows,
+                 int columns, Use use) {
+  for (int c = 0; c < channels; c += LANES) {
+    Lanes half[PATCH][TILE];
+    for (int j = 0; j < PATCH; j++) {
+      Lanes m[PATCH];
+      for (int i = 0; i < PATCH; i++) m[i] = load<Lanes>(products + (i * PATCH + j) * pitch + c);
+      transform_output<TILE>(m, half[j]);
+    }
+    for (int i = 0; i < rows; i++) {
+      Lanes m[PATCH], y[TILE];
+      for (int j = 0; j < PATCH; j++) m[j] = half[j][i];
+      transform_output<TILE>(m, y);
+      for (int j = 0; j < columns; j++) use(i, j, c, y[j] * scale);
+    }
+  }
+}
+
 // Register blocks of the matrix product: ROWS tiles by VECTORS of their results. What is left of the
 // tiles is taken by REST at a time.
 constexpr int ROWS = LANES == 16 ? 12 : REGISTERS == 32 ? 8 : 6;
@@ -175,6 +209,9 @@ void multiply(const typename Kind::Number *a, int count, int inputs,
                                       out + long(row) * outputs, outputs);
 }
 
+// Columns of results that a panel of weights holds.
+inline int panel_columns(int outputs) { return outputs % (2 * LANES) ? LANES : 2 * LANES; }
+
 // Transformed weights: (36, panels, inputs / PAIR, columns, PAIR). Where numbers are rounded: the
 // scale of each place and output, (36, outputs), and the largest number that a patch may have.
 template <typename Kind>
@@ -182,7 +219,6 @@ struct Weights {
   const typename Kind::Number *values;
   const float *scales;
   float largest;
-  int columns;
 };
 
 // The products of a block of tiles at all places.
@@ -193,9 +229,10 @@ struct Weights {
 template <typename Kind>
 void multiply_places(const typename Kind::Number *places, long pitch_in, int count, int inputs,
                      Weights<Kind> weights, int outputs, float *products, long pitch_out) {
-  const auto product = weights.columns == LANES ? multiply<Kind, 1> : multiply<Kind, 2>;
+  const int columns = panel_columns(outputs);
+  const auto product = columns == LANES ? multiply<Kind, 1> : multiply<Kind, 2>;
   for (int place = 0; place < PATCH * PATCH; place++)
-    for (int column = 0; column < outputs; column += weights.columns) {
+    for (int column = 0; column < outputs; column += columns) {
       const long before = long(place) * outputs + column;
       product(places + place * pitch_in, count, inputs, weights.values + before * inputs,
               weights.scales ? weights.scales + before : nullptr,

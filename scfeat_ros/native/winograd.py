@@ -196,11 +196,10 @@ class WinogradStem(NamedTuple):
         """(1, 3, H, W) fp32 -> (1, C_out, H / 4, W / 4); H and W multiples of 4."""
         image = image.contiguous()
         _, _, height, width = image.shape
-        columns = self.weights.values.shape[3]
         out = empty_map(len(self.bias), height // 4, width // 4, self.dtype)
         call(
             "stem_shorts" if self.weights.shorts else "stem",
             self.dtype,
-            *(image, height, width, *self.weights, columns, self.bias, len(self.bias), out),
+            *(image, height, width, *self.weights, self.bias, len(self.bias), out),
         )
         return out
