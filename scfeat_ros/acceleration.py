@@ -134,9 +134,10 @@ def _ways(device: torch.device, precision: str, fast: bool) -> list[tuple[str, b
         precisions = [precision]
     elif device.type == "cuda":
         precisions = ["bf16" if has_bfloat16(device) else "fp16"]
-    elif device.type == "cpu" and fast:
-        # (the plain network in bf16 moves more than 2 % of the keypoints)
-        precisions = ["bf16"] * has_bfloat16(device) + ["int16"] * has_shorts()
+    elif device.type == "cpu":
+        # (PyTorch's own convolutions in bf16 were timed on x86 alone)
+        gains = has_bfloat16(device) and (fast or platform.machine() == "x86_64")
+        precisions = ["bf16"] * gains + ["int16"] * (fast and has_shorts())
     else:
         precisions = []
     ways = [(p, True) for p in dict.fromkeys([*precisions, "fp32"])] if fast else []

@@ -114,8 +114,10 @@ class Detector(nn.Module):
         maps = torch.cat([bridged, stem], dim=1)
         left_peaks, right_peaks = peakiness(maps), peakiness(image)
         left = self.layer0_left(left_peaks * maps)
-        right = self.layer0_right(right_peaks * image)
-        hidden = convolve_upsampled(self.layer1_left, left, 4) + self.layer1_right(right)
-        hidden = self.layer1_activation(self.layer1_norm(hidden))
-        response = F.softplus(self.layer2_norm(self.layer2(hidden)))
+        # at the image's resolution rounding moves keypoints, so these layers stay in fp32
+        with torch.autocast(image.device.type, enabled=False):
+            right = self.layer0_right(right_peaks * image)
+            hidden = convolve_upsampled(self.layer1_left, left.float(), 4)
+            hidden = self.layer1_activation(self.layer1_norm(hidden + self.layer1_right(right)))
+            response = F.softplus(self.layer2_norm(self.layer2(hidden)))
         return upsample(left_peaks * self.reliability(bridged), 4) * right_peaks * response

@@ -356,7 +356,7 @@ def test_without_camera_info_diagnostics_say_so(rig, node_parameters):
     rig.connect(camera_info=False)
     values = rig.settle()
     assert values["camera"] == "no camera_info on /camera_info yet: no bearings"
-    assert values["network"] == "fp32, plain"
+    assert values["network"].endswith(", plain")
 
 
 def test_rectified_images_have_the_bearings_of_p(rig, node_parameters):
