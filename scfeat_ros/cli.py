@@ -175,6 +175,13 @@ def _add_bag(commands: argparse._SubParsersAction) -> None:
         help="pose of the camera's optical frame in the world, PoseStamped or Odometry: the "
         "share of right matches is measured against it (default: /ground_truth/pose if there)",
     )
+    _add_range(group)
+    _add_network(parser)
+    parser.set_defaults(run=_bag)
+
+
+def _add_range(group: argparse._ArgumentGroup) -> None:
+    """Flags for a part of the input."""
     group.add_argument("--every", type=int, default=1, metavar="N", help="use every N-th image")
     group.add_argument(
         "--start", type=float, default=0.0, metavar="SECONDS", help="leave out the first seconds"
@@ -182,8 +189,6 @@ def _add_bag(commands: argparse._SubParsersAction) -> None:
     group.add_argument(
         "--duration", type=float, metavar="SECONDS", help="process only so many seconds"
     )
-    _add_network(parser)
-    parser.set_defaults(run=_bag)
 
 
 def _add_images(commands: argparse._SubParsersAction) -> None:
@@ -202,7 +207,7 @@ def _add_images(commands: argparse._SubParsersAction) -> None:
     )
     _add_output(parser)
     group = parser.add_argument_group("input")
-    group.add_argument("--every", type=int, default=1, metavar="N", help="use every N-th image")
+    _add_range(group)
     group.add_argument(
         "--rate",
         type=float,
@@ -403,7 +408,13 @@ def _images(arguments: argparse.Namespace) -> int:
         return _on_ray(arguments)
     from scfeat_ros.sources import open_images
 
-    source = open_images(_only_input(arguments), arguments.rate, arguments.every)
+    source = open_images(
+        _only_input(arguments),
+        arguments.rate,
+        arguments.every,
+        arguments.start,
+        arguments.duration,
+    )
     return _process(arguments, source)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections import Counter, deque
@@ -149,11 +150,7 @@ class BagSource:
     ) -> None:
         if every < 1:
             raise InputError(f"--every must be at least 1, got {every}")
-        if not (0 <= start < _FOREVER and (duration is None or 0 < duration < _FOREVER)):
-            raise InputError(
-                "--start must not be negative and --duration must be positive, in seconds, got "
-                f"{start} and {duration}"
-            )
+        _time_range(start, duration)  # for its checks
         self.reader = BagReader(path)
         self.account = Account(damage=self.reader.damage)
         self.every, self.start, self.duration = every, start, duration
@@ -400,20 +397,35 @@ class FolderSource:
         path: the folder.
         rate: frames per second that the stamps go by.
         every: use every n-th image.
+        start, duration: use only images of these seconds, None for all to the end.
 
     Raises:
         InputError: the folder is not there or has no images.
     """
 
-    def __init__(self, path: Path, rate: float = 10.0, every: int = 1) -> None:
+    def __init__(
+        self,
+        path: Path,
+        rate: float = 10.0,
+        every: int = 1,
+        start: float = 0.0,
+        duration: float | None = None,
+    ) -> None:
         if not 1e-6 < rate < 1e9:
             raise InputError(f"--rate must lie between 1e-6 and 1e9 Hz, got {rate}")
         if every < 1:
             raise InputError(f"--every must be at least 1, got {every}")
-        self.files = list_images(path)[::every]
-        self.rate = rate
+        first, stop = _time_range(start, duration)
+        stamped = [(round(i / rate * 1e9), file) for i, file in enumerate(list_images(path))]
+        self.files = [(stamp, file) for stamp, file in stamped if first <= stamp < stop][::every]
         self.account = Account()
-        self.description = {"path": printable(path), "rate_hz": rate, "every": every}
+        self.description = {
+            "path": printable(path),
+            "rate_hz": rate,
+            "every": every,
+            "start_s": start,
+            "duration_s": duration,
+        }
 
     def __len__(self) -> int:
         return len(self.files)
@@ -422,7 +434,7 @@ class FolderSource:
         pass
 
     def frames(self) -> Iterator[Frame]:
-        for index, file in enumerate(self.files):
+        for stamp, file in self.files:
             began = time.perf_counter()
             try:
                 image = read_file(file)
@@ -430,7 +442,6 @@ class FolderSource:
                 self.account.skip("image cannot be decoded")
                 self.account.damage.add(str(error), file.stat().st_size if file.exists() else 0, 1)
                 continue
-            stamp = round(index / self.rate * 1e9)
             seconds = time.perf_counter() - began
             name = printable(file.name)
             yield Frame(image, stamp, "camera", stamp, name, decode_seconds=seconds)
@@ -442,23 +453,34 @@ class VideoSource:
     Args:
         path: the file.
         every: use every n-th frame.
+        start, duration: use only frames of these seconds, None for all to the end.
 
     Raises:
         InputError: the file is not there.
         ScfeatError: PyAV is not installed.
     """
 
-    def __init__(self, path: Path, every: int = 1) -> None:
+    def __init__(
+        self, path: Path, every: int = 1, start: float = 0.0, duration: float | None = None
+    ) -> None:
         require_av()
+        self._time_range = _time_range(start, duration)
         if every < 1:
             raise InputError(f"--every must be at least 1, got {every}")
         if not path.is_file():
             raise InputError(f"{path}: no such file or folder")
         self.path, self.every = path, every
         self.account = Account()
-        self.description = {"path": printable(path), "every": every}
+        self.description = {
+            "path": printable(path),
+            "every": every,
+            "start_s": start,
+            "duration_s": duration,
+        }
 
     def __len__(self) -> int:
+        if self._time_range != (0, math.inf):
+            return 0
         return -(-(count_frames(self.path) or 0) // self.every)
 
     def close(self) -> None:
@@ -466,7 +488,8 @@ class VideoSource:
 
     def frames(self) -> Iterator[Frame]:
         decoded = read_video(self.path)
-        index = 0
+        start, stop = self._time_range
+        index = used = 0
         while True:
             began = time.perf_counter()
             try:
@@ -478,15 +501,20 @@ class VideoSource:
                     raise
                 self.account.damage.add(str(error))
                 break
+            if stamp >= stop:
+                return
+            index += 1
+            if stamp < start:
+                continue
             if damaged:
                 self.account.damage.add(
                     f"{self.path}: the frame at {stamp * 1e-9:.2f} s is damaged"
                 )
-            if index % self.every == 0:
+            if used % self.every == 0:
                 seconds = time.perf_counter() - began
                 name = f"{stamp * 1e-9:.2f} s"
                 yield Frame(image, stamp, "camera", stamp, name, decode_seconds=seconds)
-            index += 1
+            used += 1
         if index:
             self._compare_length(index, stamp * 1e-9)
 
@@ -509,10 +537,31 @@ class VideoSource:
             self.account.warn(text)
 
 
-def open_images(path: Path, rate: float = 10.0, every: int = 1) -> FolderSource | VideoSource:
+def _time_range(start: float, duration: float | None) -> tuple[int, float]:
+    """[from, to) in nanoseconds; without a duration to the end of time.
+
+    Raises:
+        InputError: a range that makes no sense.
+    """
+    if not (0 <= start < _FOREVER and (duration is None or 0 < duration < _FOREVER)):
+        raise InputError(
+            "--start must not be negative and --duration must be positive, in seconds, got "
+            f"{start} and {duration}"
+        )
+    first = round(start * 1e9)
+    return first, math.inf if duration is None else first + round(duration * 1e9)
+
+
+def open_images(
+    path: Path,
+    rate: float = 10.0,
+    every: int = 1,
+    start: float = 0.0,
+    duration: float | None = None,
+) -> FolderSource | VideoSource:
     """A folder of images or a video, whichever the path is."""
     if path.is_dir():
-        return FolderSource(path, rate, every)
+        return FolderSource(path, rate, every, start, duration)
     if path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES:
         raise InputError(f"{path}: this is a single image; give its folder, or a video")
     if path.is_file() and path.suffix.lower() not in VIDEO_SUFFIXES:
@@ -520,7 +569,7 @@ def open_images(path: Path, rate: float = 10.0, every: int = 1) -> FolderSource 
             f"{path}: neither a folder nor a video ({', '.join(VIDEO_SUFFIXES)}); for a bag use "
             "`scfeat bag`"
         )
-    return VideoSource(path, every)
+    return VideoSource(path, every, start, duration)
 
 
 def list_images(folder: Path, recursive: bool = False) -> list[Path]:

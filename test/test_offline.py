@@ -455,6 +455,22 @@ def test_a_video(tmp_path, images, tiny_extractor):
     np.testing.assert_allclose(stamps, [0, 2e8, 4e8], atol=1e6)
 
 
+def test_a_part_of_a_video_or_folder(tmp_path, images):
+    save_folder(tmp_path / "images", images)
+    writer = VideoWriter(tmp_path / "video.mp4", (160, 120))
+    for index, image in enumerate(images):
+        writer.write(np.repeat(image[..., None], 3, axis=2), index * 100_000_000)
+    writer.close()
+    for name in ("images", "video.mp4"):
+        source = open_images(tmp_path / name, start=0.1, duration=0.2)
+        times = [round(frame.stamp * 1e-9, 2) for frame in source.frames()]
+        assert times == [0.1, 0.2] and not source.account.is_damaged
+        every = open_images(tmp_path / name, every=2, start=0.1)
+        assert [round(frame.stamp * 1e-9, 2) for frame in every.frames()] == [0.1, 0.3, 0.5]
+        with pytest.raises(InputError, match="--duration must be positive"):
+            open_images(tmp_path / name, duration=0.0)
+
+
 @pytest.mark.parametrize(
     ("ending", "told"),
     [(".mp4", "of 20 frames are missing"), (".mkv", "s of 1.90 s: is it cut off?")],
