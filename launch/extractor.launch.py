@@ -78,7 +78,6 @@ def _actions(context: LaunchContext) -> list[LaunchDescriptionEntity]:
     for name in ("weights", "device", "image_transport"):
         if values[name]:
             parameters[name] = values[name]
-    clock = {name: value for name, value in parameters.items() if name == "use_sim_time"}
     namespaces = [
         "/".join(part for part in (values["namespace"], camera) if part) for camera in cameras
     ] or [values["namespace"]]
@@ -108,7 +107,7 @@ def _actions(context: LaunchContext) -> list[LaunchDescriptionEntity]:
                     values["rviz_frame"],
                 ],
                 remappings=[("image_raw", image), ("camera_info", camera_info)],
-                parameters=[values["params_file"], clock],
+                parameters=[values["params_file"], parameters],
             )
         )
     return nodes

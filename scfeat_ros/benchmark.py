@@ -41,10 +41,10 @@ SCALING_SIZES = "320x240,640x480,960x720,1280x960,1920x1080"
 SCALING_TOP_K = "512,1024,2048,4096,8192"
 CPU_WORK = 1024, 64 << 20, 1
 """Rows of the matrices and bytes that the machine's peaks are measured with, and runs in a row."""
-MIN_SIDE = 32
-"""Of images, pixels."""
 GPU_WORK = 8192, 1 << 30, 10
 """The same on a GPU, to which a product of a CPU's size is no work."""
+MIN_SIDE = 32
+"""Of images, pixels."""
 OPENMP = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 """How long OpenMP's threads spin before they sleep, which can double the time of a frame (less
 where the cores are kept awake, see `native/awake.py`)."""

@@ -8,8 +8,8 @@ import importlib
 import logging
 import signal
 import sys
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -48,16 +48,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     arguments = argparse.Namespace()
-    log = logging.getLogger("scfeat_ros")
-    before = log.handlers[:], log.level, log.propagate
     try:
         # a polite kill removes unfinished output, as Ctrl-C does
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         if argv and argv[0] in _DELEGATED:
             return _delegate(argv[0], argv[1:])
         arguments = _parser().parse_args(argv)
-        _log_to_stderr(getattr(arguments, "quiet", False))
-        return arguments.run(arguments)
+        with _log_on_stderr(getattr(arguments, "quiet", False)):
+            return arguments.run(arguments)
     except (ScfeatError, ValueError) as error:
         return _fail(str(error))
     except OSError as error:
@@ -72,18 +70,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not (is_out_of_memory(error) and hasattr(arguments, "max_size")):
             raise
         return _fail("out of memory: shrink the images with --max-size")
-    finally:
-        log.handlers[:], log.level, log.propagate = before
 
 
-def _log_to_stderr(quiet: bool) -> None:
+@contextmanager
+def _log_on_stderr(quiet: bool) -> Iterator[None]:
     """Tell what the package logs: which way the network runs, and why not in a faster one."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("scfeat: %(message)s"))
     log = logging.getLogger("scfeat_ros")
-    log.handlers[:] = [handler]
+    level, propagate = log.level, log.propagate
+    log.addHandler(handler)
     log.setLevel(logging.WARNING if quiet else logging.INFO)
     log.propagate = False
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+        log.propagate = propagate
 
 
 def _fail(message: str) -> int:

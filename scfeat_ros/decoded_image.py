@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,6 @@ from scfeat_ros.errors import InputError
 
 _LARGEST = 1e300
 """So that the range of an image of float64 is a number."""
-
 
 _DECODE_FLAGS = cv2.IMREAD_UNCHANGED | cv2.IMREAD_IGNORE_ORIENTATION
 _JPEG_END = np.array([0xFF, 0xD9], np.uint8)
@@ -45,6 +45,24 @@ class DecodedImage:
     pixels: np.ndarray
     mask: np.ndarray | None = None
     note: str | None = None
+
+
+def packed_rows(message: Any, row: int, dtype: np.dtype) -> np.ndarray:
+    """Numbers of a sensor_msgs/Image without padding, in the machine's byte order.
+
+    Args:
+        message: with enough data for its rows; the padding of the last one may be missing.
+        row: bytes of a row without padding.
+        dtype: of the numbers.
+
+    Returns:
+        (H, row / bytes of a number), contiguous.
+    """
+    data = np.frombuffer(message.data, np.uint8)
+    rows = np.lib.stride_tricks.as_strided(data, (message.height, row), (message.step, 1))
+    values = np.ascontiguousarray(rows).view(dtype)
+    is_swapped = bool(message.is_bigendian) != (sys.byteorder == "big")
+    return values.byteswap() if is_swapped else values
 
 
 def to_8_bit(pixels: np.ndarray) -> DecodedImage:
@@ -146,4 +164,5 @@ def _lacks_end(data: np.ndarray) -> bool:
     """
     if data[:2].tobytes() != b"\xff\xd8":
         return False
-    return _JPEG_END.tobytes() not in data.tobytes().rstrip(b"\0")[-4096:]
+    end = _JPEG_END.tobytes()
+    return end not in data[-4096:].tobytes() and end not in data.tobytes().rstrip(b"\0")[-4096:]

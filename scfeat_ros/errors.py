@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
+from typing import Any
 
 
 class ScfeatError(Exception):
@@ -24,6 +26,20 @@ class OutputExistsError(ScfeatError):
 
 class OptionError(ScfeatError, ValueError):
     """An option outside its range, or one that does not go with the others."""
+
+
+def import_optional(name: str, purpose: str) -> Any:
+    """A module of a package that is not always installed.
+
+    Raises:
+        ScfeatError: it cannot be imported; the message says what for and how to install it.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ScfeatError(f"{purpose} needs the Python package {name}: pip install {name}") from (
+            error
+        )
 
 
 def without_numbers(text: str) -> str:

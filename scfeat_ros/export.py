@@ -6,7 +6,6 @@ as hloc keeps them; COLMAP counts from the corner of that pixel, so 0.5 is added
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import sys
 import zipfile
@@ -14,12 +13,11 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from scfeat_ros.errors import InputError, ScfeatError, printable
+from scfeat_ros.errors import InputError, import_optional, printable
 from scfeat_ros.extractor import Extractor
 from scfeat_ros.features import Features, Matches
 from scfeat_ros.images import read_file
@@ -190,11 +188,11 @@ def check_export(output: Path, colmap: ColmapOptions, overwrite: bool) -> None:
     for target in _targets(output):
         check_file(target, overwrite)
     if output.suffix == ".h5":
-        _import("h5py")
-    elif output.suffix == ".db" and not hasattr(
-        _import("pycolmap").CameraModelId, colmap.camera_model
-    ):
-        raise InputError(f"--camera-model {colmap.camera_model}: COLMAP has no such model")
+        import_optional("h5py", "the .h5 format")
+    elif output.suffix == ".db":
+        models = import_optional("pycolmap", "the .db format").CameraModelId
+        if not hasattr(models, colmap.camera_model):
+            raise InputError(f"--camera-model {colmap.camera_model}: COLMAP has no such model")
 
 
 def _targets(output: Path) -> list[Path]:
@@ -203,13 +201,6 @@ def _targets(output: Path) -> list[Path]:
         return [output]
     beside = ("-matches.h5", "-pairs.txt")
     return [output, *(output.with_name(f"{output.stem}{ending}") for ending in beside)]
-
-
-def _import(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ScfeatError(f"this format needs {name}: pip install {name}") from error
 
 
 class _Counter:
@@ -272,7 +263,8 @@ def _write_h5(
     """hloc's layout: descriptors are (D, N); matches0 gives for every keypoint of the first
     image its match in the second or -1, and matching_scores0 its similarity.
     """
-    h5py = _import("h5py")
+    import h5py
+
     with h5py.File(features_path, "w", libver="latest") as file:
         for name, f in features.items():
             group = file.create_group(name)
@@ -307,7 +299,8 @@ def _write_colmap(
     options: ColmapOptions,
 ) -> None:
     """Cameras, images, keypoints, matches and verified two-view geometries for COLMAP's mapper."""
-    pycolmap = _import("pycolmap")
+    import pycolmap
+
     pycolmap.logging.minloglevel = pycolmap.logging.Level.ERROR.value
     with pycolmap.Database.open(database_path):
         pass  # make the file, which import_images expects to be there

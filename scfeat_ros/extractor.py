@@ -17,7 +17,7 @@ from scfeat_ros.acceleration import Network, choose
 from scfeat_ros.errors import OptionError, ScfeatError
 from scfeat_ros.features import Features
 from scfeat_ros.model.descriptors import Maps, Projection
-from scfeat_ros.model.sampling import sample
+from scfeat_ros.model.sampling import sample_one
 from scfeat_ros.model.scfeat import DESCRIPTOR_STRIDE, SCFeat, SCFeatOutput, load_model
 from scfeat_ros.native import descriptors as native_descriptors
 from scfeat_ros.native.awake import cores_awake
@@ -254,8 +254,7 @@ class Extractor:
         points, scores = selected
         compiled = self.network.compiled
         if self.options.descriptor_sampling == "bilinear":
-            sampled = sample(maps.bridged[None].float(), points[None], DESCRIPTOR_STRIDE)
-            sampled = sampled[0].contiguous()
+            sampled = sample_one(maps.bridged, points, DESCRIPTOR_STRIDE)
         else:
             projection, length = self._projection(), self.options.descriptor_dim
             describe = native_descriptors.describe if compiled else Projection.__call__

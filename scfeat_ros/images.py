@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from scfeat_ros.decoded_image import (
     UnreadableImageError,
     decode,
     from_compressed,
+    packed_rows,
     to_8_bit,
 )
 from scfeat_ros.errors import InputError
@@ -72,20 +72,16 @@ def _pixels(message: Any, dtype: np.dtype, channels: int) -> np.ndarray:
     """(H, W) or (H, W, channels) array in native byte order, without the rows' padding."""
     height, width, step = int(message.height), int(message.width), int(message.step)
     used = width * channels * dtype.itemsize
-    data = np.frombuffer(message.data, np.uint8)
     # the padding of the last row may be missing
     needed = (height - 1) * step + used if height and width else 0
-    if step < used or len(data) < needed:
+    if step < used or len(message.data) < needed:
         raise UnreadableImageError(
             f"image of {width}x{height} pixels {message.encoding} with rows of {step} bytes needs "
-            f"{max(needed, height * used)} bytes, the message holds {len(data)}"
+            f"{max(needed, height * used)} bytes, the message holds {len(message.data)}"
         )
     if needed == 0:
         raise UnreadableImageError(f"image of {width}x{height} pixels is empty")
-    rows = np.lib.stride_tricks.as_strided(data, (height, used), (step, 1))
-    pixels = np.ascontiguousarray(rows).view(dtype)
-    if bool(message.is_bigendian) != (sys.byteorder == "big"):
-        pixels = pixels.byteswap()
+    pixels = packed_rows(message, used, dtype)
     return pixels if channels == 1 else pixels.reshape(height, width, channels)
 
 

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load, save
 from torch import nn
 
-from scfeat_ros.errors import ModelError, ScfeatError
+from scfeat_ros.errors import ModelError, ScfeatError, import_optional
 from scfeat_ros.model.descriptors import Projection
 from scfeat_ros.model.scfeat import (
     STRIDE,
@@ -78,7 +78,7 @@ def export_onnx(
     if precision not in ("fp32", "fp16"):
         raise ValueError(f"an ONNX file is of precision fp32 or fp16, not '{precision}'")
     with staged_file(path, overwrite) as partial:
-        onnx = _import("onnx")
+        onnx = import_optional("onnx", "ONNX")
         model = load_model(weights)
         network = fold_batch_norms(model)
         if precision == "fp16":
@@ -93,14 +93,6 @@ def export_onnx(
         onnx.checker.check_model(written)
         onnx.save(written, partial)
     return path
-
-
-def _import(name: str) -> object:
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # nothing is reported to anybody
-    try:
-        return __import__(name)
-    except ImportError as error:
-        raise ScfeatError(f"ONNX needs the Python package {name}: pip install {name}") from error
 
 
 def _use_half(model: SCFeat) -> None:
@@ -152,7 +144,8 @@ class OnnxSCFeat(nn.Module):
         self.path = Path(path)
         if not self.path.is_file():
             raise ModelError(f"weights '{path}': no such file")
-        self._runtime = _import("onnxruntime")
+        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # nothing is reported to anybody
+        self._runtime = import_optional("onnxruntime", "ONNX")
         self._session = self._open([_CPU])
         metadata = self._session.get_modelmeta().custom_metadata_map
         if metadata.get("format") != "scfeat":

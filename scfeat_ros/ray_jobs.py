@@ -22,7 +22,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from scfeat_ros.cli import DAMAGED, OK
-from scfeat_ros.errors import InputError, ScfeatError
+from scfeat_ros.errors import InputError, ScfeatError, import_optional
 from scfeat_ros.staging import SUMMARY
 
 CONNECT_TIMEOUT = 5.0
@@ -57,10 +57,7 @@ def run(arguments: argparse.Namespace) -> list[JobResult]:
         ScfeatError: Ray is not installed or the cluster cannot be reached.
     """
     outputs = _outputs(arguments.input, arguments.output)
-    try:
-        import ray
-    except ImportError as error:
-        raise ScfeatError("--ray needs the Python package ray: pip install ray") from error
+    ray = import_optional("ray", "--ray")
     connected = ray.is_initialized()
     if not connected:
         _connect(ray, arguments.ray)

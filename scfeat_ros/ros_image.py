@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 from sensor_msgs.msg import Image
 
-from scfeat_ros.decoded_image import DecodedImage, to_8_bit
+from scfeat_ros.decoded_image import DecodedImage, packed_rows, to_8_bit
 from scfeat_ros.errors import InputError, ScfeatError
 from scfeat_ros.messages import pack_array
 
@@ -117,11 +117,7 @@ def _tidied(message: Any, encoding: str, row: int, dtype: np.dtype) -> Image:
 
     cv_bridge misreads padding by parts of a pixel, and cannot swap bytes under numpy 2.
     """
-    data = np.frombuffer(message.data, np.uint8)
-    rows = np.lib.stride_tricks.as_strided(data, (message.height, row), (message.step, 1))
-    values = np.ascontiguousarray(rows).view(dtype)
-    if bool(message.is_bigendian) != (sys.byteorder == "big"):
-        values = values.byteswap()
+    values = packed_rows(message, row, dtype)
     copy = Image(header=message.header, height=message.height, width=message.width)
     copy.encoding, copy.step, copy.data = encoding, row, pack_array(values)
     copy.is_bigendian = int(sys.byteorder == "big")

@@ -29,6 +29,7 @@ _GIVE_UP_AFTER = 3  # images of an unknown encoding, where none could be read
 _PATIENCE = 20  # images that wait for a later CameraInfo or pose
 _FOREVER = 1e9
 """Seconds that no recording lasts."""
+_ALL_TIME = (0, math.inf)
 
 
 @dataclass
@@ -150,10 +151,10 @@ class BagSource:
     ) -> None:
         if every < 1:
             raise InputError(f"--every must be at least 1, got {every}")
-        _time_range(start, duration)  # for its checks
+        self._time_range = _time_range(start, duration)
         self.reader = BagReader(path)
         self.account = Account(damage=self.reader.damage)
-        self.every, self.start, self.duration = every, start, duration
+        self.every = every
         self.passthrough, self.rectified = passthrough, rectified
         self._decoded = False
         self._first_stamp: int | None = None
@@ -177,7 +178,7 @@ class BagSource:
 
     def __len__(self) -> int:
         count = self.reader.topics[self.topic].count
-        if count is None or self.start or self.duration is not None:
+        if count is None or self._time_range != _ALL_TIME:
             return 0
         return -(-count // self.every)
 
@@ -245,7 +246,7 @@ class BagSource:
         track = PoseTrack() if self.poses else None
         waiting: deque[_Waiting] = deque()
         images = 0
-        if calibration and self.start:
+        if calibration and self._time_range[0]:
             # some cameras send their calibration but once, at the beginning
             for message in islice(self.reader.messages([self.camera_info]), 1):
                 calibration.update(self._decode(message))
@@ -285,7 +286,7 @@ class BagSource:
         """Messages of the time range; without an index the first message begins it."""
         wanted = {self.topic, self.camera_info, self.poses} - {None}
         topics = None if self.passthrough else wanted
-        if not self.start and self.duration is None:
+        if self._time_range == _ALL_TIME:
             yield from self.reader.messages(topics)
             return
         first = self.reader.start_time
@@ -299,8 +300,8 @@ class BagSource:
                 yield message
 
     def _range(self, first: int) -> tuple[int, int | None]:
-        start = first + round(self.start * 1e9)
-        return start, None if self.duration is None else start + round(self.duration * 1e9)
+        start, stop = self._time_range
+        return first + start, None if stop == math.inf else first + stop
 
     def _decode(self, message: RawMessage) -> Any | None:
         try:
@@ -479,7 +480,7 @@ class VideoSource:
         }
 
     def __len__(self) -> int:
-        if self._time_range != (0, math.inf):
+        if self._time_range != _ALL_TIME:
             return 0
         return -(-(count_frames(self.path) or 0) // self.every)
 
@@ -525,13 +526,15 @@ class VideoSource:
             frames: that were found.
             end: time of the last one, seconds.
         """
-        expected, duration = count_frames(self.path), stated_duration(self.path)
+        expected = count_frames(self.path)
         if expected:
             missing = expected - frames
             if missing > 0:
                 text = f"{self.path}: {missing} of {expected} frames are missing"
                 self.account.damage.add(text, lost_messages=missing)
-        elif frames > 1 and duration and duration - end > max(0.1 * duration, 3 * end / frames):
+            return
+        duration = stated_duration(self.path) or 0.0
+        if frames > 1 and duration - end > max(0.1 * duration, 3 * end / frames):
             # (or the last frame is to be seen for long)
             text = f"{self.path} ends after {end:.2f} s of {duration:.2f} s: is it cut off?"
             self.account.warn(text)

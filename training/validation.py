@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from scfeat_ros.model.descriptors import Maps
-from scfeat_ros.model.sampling import sample
+from scfeat_ros.model.sampling import sample_one
 from scfeat_ros.model.scfeat import SCFeat
 from scfeat_ros.selection import is_local_maximum, subpixel_offsets
 from scfeat_training.datasets import (
@@ -105,8 +105,8 @@ class Validation:
             description = model.describe(batch)
             at_corners = [corners(image) for image in images]
             variants = [
-                ("corner", description.descriptors, at_corners, sample_image),
-                ("bridged", description.bridged, at_corners, sample_image),
+                ("corner", description.descriptors, at_corners, sample_one),
+                ("bridged", description.bridged, at_corners, sample_one),
             ]
             if detector:
                 scores = model.detect(batch, description)[:, 0].cpu()
@@ -130,11 +130,6 @@ class Validation:
                 else:
                     note(f"{name}/line", share(error, NEAR))
         return {name: float(np.mean(values)) for name, values in figures.items()}
-
-
-def sample_image(feature_map: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
-    """Bilinear samples (N, C) of one image's (C, h, w) map at points (N, 2)."""
-    return sample(feature_map[None].float(), points[None])[0]
 
 
 def share(errors: np.ndarray, threshold: float) -> float:

@@ -33,8 +33,13 @@ def sample(feature_map: torch.Tensor, points: torch.Tensor, stride: int = 4) -> 
     return samples[..., 0].transpose(1, 2)
 
 
+def sample_one(feature_map: torch.Tensor, points: torch.Tensor, stride: int = 4) -> torch.Tensor:
+    """As `sample` for one image, in fp32: a (C, h, w) map at (N, 2) points -> (N, C)."""
+    return sample(feature_map[None].float(), points[None], stride)[0].contiguous()
+
+
 def sample_smooth(feature_map: torch.Tensor, points: torch.Tensor, stride: int = 4) -> torch.Tensor:
-    """As `sample` for one image, in fp32, with a cubic B-spline's weights of the 4x4 cells about.
+    """As `sample_one`, with a cubic B-spline's weights of the 4x4 cells about.
 
     Args:
         feature_map: (C, h, w) in any precision.

@@ -92,10 +92,12 @@ def _main(argv: list[str]) -> int:
     args = build_parser(task).parse_args(argv)
     if args.max_keypoints < 1 or args.max_size < 0:
         raise InputError("--max-keypoints must be at least 1 and --max-size at least 0")
-    for name in ("threshold", "precision_threshold", "max_pairs"):
-        value = getattr(args, name, 1)
-        if not 0 <= value < math.inf or (value == 0 and name != "max_pairs"):
+    for name in ("threshold", "precision_threshold"):
+        value = getattr(args, name, 1.0)
+        if not 0 < value < math.inf:
             raise InputError(f"--{name.replace('_', '-')} must be positive, got {value}")
+    if getattr(args, "max_pairs", 0) < 0:
+        raise InputError("--max-pairs must be at least 0")
     from scfeat_training.evaluation.cache import Cache
     from scfeat_training.evaluation.methods import create_methods, load_adapter
     from scfeat_training.evaluation.report import write_report
