@@ -52,6 +52,7 @@ MIN_COSINE = 0.998
 
 COMPILED = "fused, compiled kernels"
 """The way that `native/` makes."""
+GRAPHED = "fused, CUDA graphs"
 
 
 class Network(NamedTuple):
@@ -69,6 +70,11 @@ class Network(NamedTuple):
     def compiled(self) -> bool:
         """Whether the kernels of `native/` run."""
         return self.way == COMPILED
+
+    @property
+    def graphed(self) -> bool:
+        """Whether it runs through CUDA graphs."""
+        return self.way == GRAPHED
 
     def clear(self) -> None:
         """Free the memory that is kept for images of sizes that were seen."""
@@ -173,7 +179,7 @@ def _make(model: SCFeat, device: torch.device, precision: str) -> Network:
     dtype = DTYPES[precision]
     if device.type == "cuda":
         network = FusedSCFeat(model, dtype)
-        return Network(CudaGraphs(network), precision, "fused, CUDA graphs")
+        return Network(CudaGraphs(network), precision, GRAPHED)
     if device.type == "cpu" and dtype in library.SUFFIX:
         shorts = precision != "fp32" and has_shorts()
         network = FusedSCFeat(model, dtype, compiled=True, shorts=shorts)
@@ -215,6 +221,8 @@ def check(
             for _ in range(2):  # another first: what is kept of a picture must not come back
                 run(image.flip(3))
             found = run(image)
+            if isinstance(run, CudaGraphs) and not run.is_captured(image):
+                return "it cannot be captured in a CUDA graph"
         except (RuntimeError, TypeError) as error:  # an operator that the device lacks
             return f"it does not run here ({str(error).splitlines()[0]})"
         problem = _compare(expected, found)

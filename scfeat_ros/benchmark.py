@@ -258,7 +258,7 @@ def _stage_cases(
     _, jpeg = cv2.imencode(".jpg", picture[..., ::-1])
     moved = np.roll(picture, (3, 5), axis=(0, 1))
     if device.type == "cuda":
-        extractor.network.clear()
+        extractor.clear()
     _reset_peak_memory(device)
     first, second = extractor(picture), extractor(moved)
     peak_memory = _peak_memory(device)  # a CUDA graph takes its memory when it is captured

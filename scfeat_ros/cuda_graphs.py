@@ -1,15 +1,13 @@
-"""A network through captured CUDA graphs: one launch a frame instead of some hundred."""
+"""What a GPU does for an image through captured CUDA graphs: one launch instead of some hundred."""
 
 from __future__ import annotations
 
 import logging
 import threading
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
-
-from scfeat_ros.model.scfeat import SCFeatOutput
 
 LOG = logging.getLogger(__name__)
 
@@ -18,62 +16,68 @@ KEPT = 12
 WARM_UPS = 3
 """Runs before the capture, in which libraries choose their algorithms and allocate."""
 
+Output = TypeVar("Output", bound=tuple[torch.Tensor, ...])
+Key = tuple[tuple[torch.Size, torch.dtype], ...]
+
 
 class _Captured(NamedTuple):
     graph: torch.cuda.CUDAGraph
-    image: torch.Tensor
-    output: SCFeatOutput
+    inputs: tuple[torch.Tensor, ...]
+    output: tuple[torch.Tensor, ...]
 
 
-class CudaGraphs:
-    """Calls a network by replaying what it launched for the first image of the same size.
+class CudaGraphs(Generic[Output]):
+    """Calls a function by replaying what it launched for the first inputs of the same sizes.
 
     May be called from several threads. All graphs share one pool of memory, since they run one
     after the other and their results are copied at once.
 
     Args:
-        network: takes an image on a CUDA device, and never waits for the device.
+        function: takes tensors on a CUDA device, gives a named tuple of such, and never waits for
+            the device.
     """
 
-    def __init__(self, network: Callable[[torch.Tensor], SCFeatOutput]) -> None:
-        self.network = network
+    def __init__(self, function: Callable[..., Output]) -> None:
+        self.function = function
         self._lock = threading.Lock()
         self.clear()
 
     def clear(self) -> None:
         """Forget all graphs and free their memory."""
         with self._lock:
-            self._captured: dict[tuple[torch.Size, torch.dtype], _Captured | None] = {}
+            self._captured: dict[Key, _Captured | None] = {}
             self._pool: tuple[int, int] | None = None
 
-    def __call__(self, image: torch.Tensor) -> SCFeatOutput:
-        with self._lock, torch.cuda.device(image.device):
-            key = image.shape, image.dtype
+    def is_captured(self, *inputs: torch.Tensor) -> bool:
+        """Whether there is a graph for inputs of these sizes."""
+        return self._captured.get(_key(inputs)) is not None
+
+    def __call__(self, *inputs: torch.Tensor) -> Output:
+        with self._lock, torch.cuda.device(inputs[0].device):
+            key = _key(inputs)
             if key not in self._captured and len(self._captured) < KEPT:
-                self._captured[key] = self._capture(image)
+                self._captured[key] = self._capture(inputs)
             captured = self._captured.get(key)
             if captured is None:
-                return self.network(image)
-            captured.image.copy_(image)
+                return self.function(*inputs)
+            for place, given in zip(captured.inputs, inputs, strict=True):
+                place.copy_(given)
             captured.graph.replay()
             # the next replay writes to the same place
-            return SCFeatOutput(*(part.clone() for part in captured.output))
+            return captured.output._make(part.clone() for part in captured.output)
 
-    def _capture(self, image: torch.Tensor) -> _Captured | None:
-        """The graph for images like this one.
-
-        Returns:
-            None, with a warning, where an image of another size was captured and this cannot be.
+    def _capture(self, inputs: tuple[torch.Tensor, ...]) -> _Captured | None:
+        """The graph for inputs like these; None, with a warning, where they cannot be captured.
 
         Raises:
-            RuntimeError: the first image cannot be captured, or memory runs out.
+            RuntimeError: the function fails, or memory runs out.
         """
-        place = image.clone()
+        places = tuple(given.clone() for given in inputs)
         current, beside = torch.cuda.current_stream(), torch.cuda.Stream()
         beside.wait_stream(current)
         with torch.cuda.stream(beside):
             for _ in range(WARM_UPS):
-                self.network(place)
+                self.function(*places)
         current.wait_stream(beside)
         graph = torch.cuda.CUDAGraph()
         try:
@@ -81,15 +85,17 @@ class CudaGraphs:
             with torch.cuda.graph(
                 graph, pool=self._pool, stream=beside, capture_error_mode="thread_local"
             ):
-                output = self.network(place)
+                output = self.function(*places)
         except torch.cuda.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            if not self._captured:
-                raise
-            LOG.warning("images of %s run without a CUDA graph: %s", tuple(image.shape), error)
+            LOG.warning("%s: runs without a CUDA graph: %s", tuple(inputs[0].shape), error)
             return None
         finally:
             torch.cuda.set_stream(current)  # where a capture fails, PyTorch leaves the other one
         self._pool = graph.pool()
-        return _Captured(graph, place, output)
+        return _Captured(graph, places, output)
+
+
+def _key(inputs: tuple[torch.Tensor, ...]) -> Key:
+    return tuple((given.shape, given.dtype) for given in inputs)

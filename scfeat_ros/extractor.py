@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 
 from scfeat_ros import preprocessing, pyramid, selection
 from scfeat_ros.acceleration import Network, choose
+from scfeat_ros.cuda_graphs import CudaGraphs
 from scfeat_ros.errors import OptionError, ScfeatError
 from scfeat_ros.features import Features
 from scfeat_ros.model.descriptors import Maps, Projection
@@ -74,6 +76,61 @@ def select_device(device: str | torch.device) -> torch.device:
     return chosen
 
 
+class _Found(NamedTuple):
+    """Keypoints of one image with descriptors, on the network's device; see `Selected`."""
+
+    points: torch.Tensor
+    scores: torch.Tensor
+    descriptors: torch.Tensor
+
+
+@dataclass(frozen=True)
+class _Finder:
+    """Finds keypoints and descriptors in what the network makes of an image; see `Maps`."""
+
+    options: ExtractorOptions
+    projection: Projection
+    compiled: bool
+
+    def on_cpu(
+        self,
+        scores: torch.Tensor,
+        image: np.ndarray,
+        bridged: torch.Tensor,
+        layer2: torch.Tensor,
+        layer3: torch.Tensor,
+        mask: np.ndarray | None = None,
+    ) -> _Found:
+        """Keypoints by `selection.on_cpu`."""
+        selected = selection.on_cpu(scores, image, mask, self.options, self.compiled)
+        return self._describe(selected, Maps(bridged, layer2, layer3))
+
+    def on_device(
+        self,
+        scores: torch.Tensor,
+        image: torch.Tensor,
+        bridged: torch.Tensor,
+        layer2: torch.Tensor,
+        layer3: torch.Tensor,
+        mask: torch.Tensor | None = None,
+    ) -> _Found:
+        """Keypoints by `selection.on_device`; nothing waits for the device."""
+        selected = selection.on_device(scores, image, mask, self.options)
+        return self._describe(selected, Maps(bridged, layer2, layer3))
+
+    def _describe(self, selected: Selected, maps: Maps) -> _Found:
+        points, scores = selected
+        if self.options.descriptor_sampling == "bilinear":
+            sampled = sample_one(maps.bridged, points, DESCRIPTOR_STRIDE)
+        else:
+            describe = native_descriptors.describe if self.compiled else Projection.__call__
+            sampled = describe(self.projection, maps, points, self.options.descriptor_dim)
+        normalize = fusion_normalize
+        if self.options.descriptor_norm == "l2":
+            normalize = native_descriptors.l2_normalize if self.compiled else l2_normalize
+        return _Found(points, scores, normalize(sampled))
+
+
 class Extractor:
     """Extracts SCFeat local features from images.
 
@@ -109,11 +166,22 @@ class Extractor:
         if self.options.threads:
             torch.set_num_threads(self.options.threads)
         self.network = self._choose_network(self.options)
+        self._find = self._choose_find()
 
     def _choose_network(self, options: ExtractorOptions) -> Network:
         network = choose(self.model, self.device, options.precision, options.compile)
         LOG.info("the network runs in %s", network)
         return network
+
+    def _choose_find(self) -> Callable[..., _Found]:
+        """How keypoints and descriptors are found in the network's output, with these options."""
+        projection = self.model.projection
+        if not _fitted(self.options):
+            projection = projection.unfitted()
+        finder = _Finder(self.options, projection, self.network.compiled)
+        if self.device.type == "cpu":
+            return finder.on_cpu
+        return CudaGraphs(finder.on_device) if self.network.graphed else finder.on_device
 
     @classmethod
     def from_pretrained(
@@ -150,6 +218,12 @@ class Extractor:
         if (options.precision, options.compile) != (self.options.precision, self.options.compile):
             self.network = self._choose_network(options)
         self.options = options
+        self._find = self._choose_find()
+
+    def clear(self) -> None:
+        """Free the memory that is kept for images of sizes that were seen."""
+        self.network.clear()
+        self._find = self._choose_find()
 
     def warm_up(self, size: tuple[int, int]) -> None:
         """Run once on noise of a (width, height), so that the first image does not wait."""
@@ -219,16 +293,14 @@ class Extractor:
         features = []
         for i, mask in enumerate(masks):
             mask = _working_mask(mask, size, new)
+            image = pixels[i]
             if on_cpu:
-                image = pixels[i].permute(1, 2, 0).numpy()
-                selected = selection.on_cpu(
-                    scores[i], image, mask, self.options, self.network.compiled
-                )
-            else:
-                if mask is not None:
-                    mask = preprocessing.upload(mask, self.device) != 0
-                selected = selection.on_device(scores[i], pixels[i], mask, self.options)
-            features.append(self._describe(selected, self._maps(output, i), size, new))
+                image = image.permute(1, 2, 0).numpy()
+            elif mask is not None:
+                mask = preprocessing.upload(mask, self.device) != 0
+            masked = [] if mask is None else [mask]
+            found = self._find(scores[i], image, *self._maps(output, i), *masked)
+            features.append(_on_host(found, size, new))
         return features
 
     def _maps(self, output: SCFeatOutput, i: int) -> Maps:
@@ -237,40 +309,6 @@ class Extractor:
         if self.options.descriptor_source == "backbone":
             source = output.descriptors
         return Maps(source[i], output.layer2[i], output.layer3[i])
-
-    def _projection(self) -> Projection:
-        """What makes descriptors of maps; it is fitted to the maps after the bridge alone."""
-        projection = self.model.projection
-        return projection if _fitted(self.options) else projection.unfitted()
-
-    def _describe(
-        self,
-        selected: Selected,
-        maps: Maps,
-        size: tuple[int, int],
-        working: tuple[int, int],
-    ) -> Features:
-        """Keypoints of an image of `size` that was shrunk to `working`, with descriptors."""
-        points, scores = selected
-        compiled = self.network.compiled
-        if self.options.descriptor_sampling == "bilinear":
-            sampled = sample_one(maps.bridged, points, DESCRIPTOR_STRIDE)
-        else:
-            projection, length = self._projection(), self.options.descriptor_dim
-            describe = native_descriptors.describe if compiled else Projection.__call__
-            sampled = describe(projection, maps, points, length)
-        normalize = fusion_normalize
-        if self.options.descriptor_norm == "l2":
-            normalize = native_descriptors.l2_normalize if compiled else l2_normalize
-        # working pixel x covers [x - 0.5, x + 0.5]; the same holds in the original
-        if size != working:
-            x, y = (points + 0.5).unbind(1)
-            scaled = x * (size[0] / working[0]), y * (size[1] / working[1])
-            points = torch.stack(scaled, dim=1) - 0.5
-        keypoints, scores, descriptors = _on_host(points, scores, normalize(sampled))
-        return Features(
-            keypoints=keypoints, scores=scores, descriptors=descriptors, image_size=size
-        )
 
 
 def _fitted(options: ExtractorOptions) -> bool:
@@ -297,17 +335,21 @@ def _check_descriptor_dim(options: ExtractorOptions, model: SCFeat | OnnxSCFeat)
         )
 
 
-def _on_host(
-    points: torch.Tensor, scores: torch.Tensor, descriptors: torch.Tensor
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The keypoints' arrays in main memory, without the rows that hold no keypoint."""
-    if points.device.type == "cpu":
-        return points.numpy(), scores.numpy(), descriptors.numpy()
-    # one copy back from a device
-    rows = torch.cat([points, scores[:, None], descriptors], dim=1).cpu().numpy()
-    rows = rows[np.isfinite(rows[:, 2])]
-    parts = rows[:, :2], rows[:, 2], rows[:, 3:]
-    return tuple(np.ascontiguousarray(part) for part in parts)
+def _on_host(found: _Found, size: tuple[int, int], working: tuple[int, int]) -> Features:
+    """What was found in an image of `size` that was shrunk to `working`, in main memory."""
+    if found.points.device.type == "cpu":
+        points, scores, descriptors = (part.numpy() for part in found)
+    else:  # one copy back, and without the rows that hold no keypoint
+        rows = torch.cat([found.points, found.scores[:, None], found.descriptors], dim=1)
+        rows = rows.cpu().numpy()
+        rows = rows[np.isfinite(rows[:, 2])]
+        parts = rows[:, :2], rows[:, 2], rows[:, 3:]
+        points, scores, descriptors = (np.ascontiguousarray(part) for part in parts)
+    # working pixel x covers [x - 0.5, x + 0.5]; the same holds in the original
+    if size != working:
+        factor = np.float32([size[0] / working[0], size[1] / working[1]])
+        points = (points + np.float32(0.5)) * factor - np.float32(0.5)
+    return Features(points, scores, descriptors, size)
 
 
 def l2_normalize(descriptors: torch.Tensor) -> torch.Tensor:

@@ -208,7 +208,7 @@ class FrameProcessor:
         limit = extractor.options.max_size or max(size)
         half = max(1, min(limit, max(size)) // 2)
         extractor.set_options(max_size=half)
-        extractor.network.clear()
+        extractor.clear()
         return (
             f"out of memory on {extractor.device} at {size[0]}x{size[1]}: images are shrunk to "
             f"{half} px from now on; set max_size to {half} or less for good"

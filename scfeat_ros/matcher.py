@@ -11,6 +11,7 @@ import torch
 from scfeat_ros.features import Features, Matches
 from scfeat_ros.native import library, matching
 from scfeat_ros.parameters import MatcherOptions
+from scfeat_ros.preprocessing import upload
 
 BLOCK_ROWS = 512
 """Of the similarity matrix, at a time on the CPU: with 2,048 columns 4 MiB."""
@@ -48,18 +49,11 @@ def match(
         raise ValueError(f"ratio must lie in (0, 1], got {ratio}")
     if len(first) == 0 or len(second) == 0:
         return Matches.empty()
+    a, b, seconds = first.descriptors, second.descriptors, ratio is not None
     if torch.device(device).type == "cpu" and library.is_compiled():
-        rows, columns, best, second_best = _compiled_pairs(
-            first.descriptors, second.descriptors, ratio is not None
-        )
+        rows, columns, best, second_best = _compiled_pairs(a, b, seconds)
     else:
-        with torch.inference_mode():
-            a = torch.from_numpy(first.descriptors).to(device)
-            b = torch.from_numpy(second.descriptors).to(device)
-            rows, columns, best = _mutual_nearest(a, b)
-            second_best = _second_best(a, b, rows, columns) if ratio is not None else best
-        pairs = rows, columns, best.float(), second_best.float()
-        rows, columns, best, second_best = (part.cpu().numpy() for part in pairs)
+        rows, columns, best, second_best = _pairs(a, b, seconds, torch.device(device))
     keep = best >= min_similarity
     if ratio is not None:
         # |a - b|^2 = 2 - 2 cos for unit vectors; a single candidate has nothing to confuse it
@@ -67,17 +61,40 @@ def match(
     return Matches(np.stack([rows[keep], columns[keep]], axis=1), best[keep])
 
 
-def _compiled_pairs(
-    a: np.ndarray, b: np.ndarray, seconds: bool
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
-    """As `_mutual_nearest`, and `_second_best` if wanted, in one pass by the compiled kernels."""
+Pairs = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]
+"""Rows and columns of a b^T that are each other's first maximum, by row; that maximum; and the
+largest other value of the row or the column, if wanted."""
+
+
+def _mutual(of_row: np.ndarray, of_column: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and columns that are each other's nearest, by row."""
+    rows = np.flatnonzero(of_column[of_row] == np.arange(len(of_row)))
+    return rows, of_row[rows]
+
+
+def _compiled_pairs(a: np.ndarray, b: np.ndarray, seconds: bool) -> Pairs:
+    """By the compiled kernels, in one pass."""
     found = matching.nearest(a, b, seconds)
-    rows = np.flatnonzero(found.of_column[found.of_row] == np.arange(len(a)))
-    columns = found.of_row[rows]
+    rows, columns = _mutual(found.of_row, found.of_column)
     second_best = None
     if seconds:
         second_best = np.maximum(found.second[rows], found.second_of_column[columns])
     return rows, columns, found.similarity[rows], second_best
+
+
+@torch.inference_mode()
+def _pairs(a: np.ndarray, b: np.ndarray, seconds: bool, device: torch.device) -> Pairs:
+    """By PyTorch, on any device."""
+    a, b = upload(a, device), upload(b, device)
+    # one copy back, in which indices are exact
+    found = torch.cat([part.double() for part in _nearest(a, b)]).cpu()
+    best, of_row, of_column = (part.numpy() for part in found.split([len(a), len(a), len(b)]))
+    rows, columns = _mutual(of_row.astype(np.int64), of_column.astype(np.int64))
+    second_best = None
+    if seconds:
+        pairs = (upload(part, device) for part in (rows, columns))
+        second_best = _second_best(a, b, *pairs).cpu().numpy()
+    return rows, columns, best[rows].astype(np.float32), second_best
 
 
 def _similarities(a: torch.Tensor, b: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
@@ -93,22 +110,22 @@ def _similarities(a: torch.Tensor, b: torch.Tensor) -> Iterator[tuple[slice, tor
         yield rows, torch.mm(a[rows], b.T, out=block[: rows.stop - start])
 
 
-def _mutual_nearest(
-    a: torch.Tensor, b: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Rows and columns of a b^T that are each other's first maximum, by row, and that maximum."""
-    best, forward = a.new_empty(len(a)), torch.empty(len(a), dtype=torch.long, device=a.device)
-    best_of_column = a.new_full((len(b),), -torch.inf)
-    backward = torch.zeros(len(b), dtype=torch.long, device=a.device)
+def _nearest(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The maxima of the rows of a b^T, where they are, and where those of the columns are.
+
+    Of equal values the first.
+    """
+    best, of_row, of_column = [], [], None
     for rows, block in _similarities(a, b):
-        torch.max(block, dim=1, out=(best[rows], forward[rows]))
+        for found, part in zip((best, of_row), block.max(dim=1), strict=True):
+            found.append(part)
         values, places = block.max(dim=0)
-        larger = values > best_of_column
-        backward = torch.where(larger, places + rows.start, backward)
-        best_of_column = torch.maximum(values, best_of_column)
-    rows = torch.arange(len(a), device=a.device)
-    rows = rows[backward[forward] == rows]
-    return rows, forward[rows], best[rows]
+        if of_column is None:
+            best_of_column, of_column = values, places
+        else:
+            of_column = torch.where(values > best_of_column, places + rows.start, of_column)
+            best_of_column = torch.maximum(values, best_of_column)
+    return torch.cat(best), torch.cat(of_row), of_column
 
 
 def _second_best(

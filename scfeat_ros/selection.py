@@ -99,7 +99,7 @@ def on_device(
         inside = torch.zeros_like(keep)
         inside[options.border : -options.border, options.border : -options.border] = True
         keep &= inside
-    values = torch.where(keep, scores, -torch.inf).flatten()
+    values = scores.masked_fill(~keep, -torch.inf).flatten()
     values, places = values.sort(descending=True, stable=True)
     values, places = values[: options.max_keypoints], places[: options.max_keypoints]
     return Selected(_points(scores, places, options.subpixel), values)

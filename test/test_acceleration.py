@@ -1,6 +1,5 @@
 """Which way the network runs, and that a way that goes wrong is noticed."""
 
-import copy
 import logging
 import platform
 
@@ -9,7 +8,6 @@ import pytest
 import torch
 
 from scfeat_ros import acceleration
-from scfeat_ros.cuda_graphs import KEPT
 from scfeat_ros.errors import ScfeatError
 from scfeat_ros.extractor import Extractor
 from scfeat_ros.model import fused
@@ -136,19 +134,3 @@ def test_a_change_of_precision_takes_effect(model):
     extractor = Extractor(model, "cpu", precision="fp32", compile="off")
     extractor.set_options(compile="auto")
     assert extractor.network.way != "plain"
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@torch.inference_mode()
-def test_cuda_graphs_take_images_of_several_sizes_in_turn(model):
-    device = torch.device("cuda")
-    network = acceleration.choose(copy.deepcopy(model).to(device), device, "fp32", "on")
-    assert network.way == "fused, CUDA graphs"
-    # more sizes than graphs are kept, twice, so that graphs are captured, replayed and left out
-    images = [torch.rand(1, 3, 64, 64 + 16 * i, device=device) for i in range(KEPT + 2)] * 2
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        found = [network.run(image) for image in images]
-    for image, output in zip(images, found, strict=True):
-        expected = model(image.cpu())
-        for a, b in zip(expected, output, strict=True):
-            torch.testing.assert_close(b.cpu(), a, atol=1e-3, rtol=1e-3)

@@ -70,7 +70,8 @@ class Projection(nn.Module):
     def unfitted(self) -> Projection:
         """One of the same sizes at the start, on the same device."""
         dim, *_, layer2, layer3 = self.channels
-        return Projection(dim, layer2, layer3).to(self.matrix.device)
+        with self.matrix.device:
+            return Projection(dim, layer2, layer3)
 
     def forward(
         self,

@@ -25,7 +25,8 @@ def sample(feature_map: torch.Tensor, points: torch.Tensor, stride: int = 4) -> 
         (B, N, C)
     """
     height, width = feature_map.shape[-2:]
-    size = torch.tensor([width * stride, height * stride], dtype=points.dtype, device=points.device)
+    # filled where it is, so that nothing is copied to a device
+    size = torch.cat([points.new_full((1,), side * stride) for side in (width, height)])
     grid = ((2 * points + 1) / size - 1).to(feature_map.dtype)
     samples = F.grid_sample(
         feature_map, grid[:, :, None], mode="bilinear", padding_mode="border", align_corners=False

@@ -1,0 +1,119 @@
+"""A frame on a GPU: nothing in it waits, and graphs give what is computed without them."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from test_extractor import nearest, textured_image
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from scfeat_ros import acceleration
+from scfeat_ros.cuda_graphs import KEPT
+from scfeat_ros.extractor import Extractor
+from scfeat_ros.model.fused import FusedSCFeat
+from scfeat_ros.model.scfeat import load_model
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+OPTIONS = [
+    {},
+    {"descriptor_source": "backbone"},
+    {"descriptor_sampling": "bilinear"},
+    {"descriptor_norm": "fusion", "descriptor_dim": 40},
+    {"nms_radius": 0, "border": 0, "subpixel": False},
+]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model("scfeat-s")
+
+
+class HostTensors(TorchDispatchMode):
+    """Notes operators that read or make tensors in main memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        leaves = tree_leaves((args, kwargs, result))
+        if any(isinstance(leaf, torch.Tensor) and leaf.device.type == "cpu" for leaf in leaves):
+            self.seen.append(str(func))
+        return result
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@torch.inference_mode()
+def test_a_frame_neither_waits_for_the_device_nor_copies_to_it(model, options):
+    """What CUDA graphs can capture. On `meta`, where every look at a value is an error."""
+    extractor = Extractor(copy.deepcopy(model), "cpu", compile="off", **options)
+    network = FusedSCFeat(model, torch.bfloat16).to("meta")
+    for name, norm in network.norms.items():
+        network.norms[name] = norm._replace(
+            weight=norm.weight.to("meta"), bias=norm.bias.to("meta")
+        )
+    extractor.model.to("meta")
+    extractor.device = torch.device("meta")
+    extractor.set_options()
+    image = torch.empty(1, 3, 96, 128, dtype=torch.uint8, device="meta")
+    mask = torch.empty(96, 128, dtype=torch.bool, device="meta")
+    with HostTensors() as on_host:
+        output = network(image)
+        maps = extractor._maps(output, 0)
+        found = extractor._find(output.scores[0, 0], image[0], *maps, mask)
+    assert on_host.seen == []
+    count = extractor.options.max_keypoints
+    assert [part.shape for part in found] == [
+        (count, 2),
+        (count,),
+        (count, extractor.descriptor_dim),
+    ]
+
+
+@needs_cuda
+@torch.inference_mode()
+def test_images_of_several_sizes_in_turn(model):
+    device = torch.device("cuda")
+    network = acceleration.choose(copy.deepcopy(model).to(device), device, "fp32", "on")
+    assert network.graphed
+    # more sizes than graphs are kept, twice, so that graphs are captured, replayed and left out
+    images = [torch.rand(1, 3, 64, 64 + 16 * i, device=device) for i in range(KEPT + 2)] * 2
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        found = [network.run(image) for image in images]
+    for image, output in zip(images, found, strict=True):
+        expected = model(image.cpu())
+        for a, b in zip(expected, output, strict=True):
+            torch.testing.assert_close(b.cpu(), a, atol=1e-3, rtol=1e-3)
+
+
+@needs_cuda
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_features_are_those_of_the_cpu(model, options):
+    images = [textured_image(*size, seed) for seed, size in enumerate([(320, 240), (200, 161)] * 2)]
+    mask = np.ones((240, 320), bool)
+    mask[:, :150] = False
+    on_cpu, on_gpu = (
+        Extractor(copy.deepcopy(model), device, precision="fp32", **options)
+        for device in ("cpu", "cuda")
+    )
+    for changes in ({}, {"max_keypoints": 300}):
+        for extractor in (on_cpu, on_gpu):
+            extractor.set_options(**changes)
+        for image in images:
+            masks = (None, mask) if image.shape[:2] == mask.shape else (None,)
+            for one in masks:
+                expected, found = on_cpu(image, one), on_gpu(image, one)
+                assert abs(len(found) - len(expected)) <= 0.02 * len(expected)
+                distance = nearest(found.keypoints, expected.keypoints)
+                assert np.mean(distance < 0.5) > 0.97
+                same = np.linalg.norm(found.keypoints[:, None] - expected.keypoints, axis=2) < 0.1
+                i, j = np.nonzero(same)
+                cosines = np.sum(found.descriptors[i] * expected.descriptors[j], axis=1)
+                lengths = np.linalg.norm(found.descriptors[i], axis=1) * np.linalg.norm(
+                    expected.descriptors[j], axis=1
+                )
+                assert np.median(cosines / lengths) > 0.999
