@@ -15,6 +15,7 @@ from encoded_images import World
 
 from scfeat_ros.errors import InputError
 from scfeat_training.evaluation import localization, main
+from scfeat_training.evaluation.metrics import auc
 
 ADAPTER = Path(encoded_images.__file__)
 
@@ -166,6 +167,29 @@ def test_pose_of_wrong_matches_is_a_failure(tmp_path):
     assert values["matches"] == 200
     assert values["precision"] < 0.1
     assert values["magsac AUC@5"] < 20
+
+
+def test_pose_over_several_runs(tmp_path):
+    """Half of the matches wrong: poses differ with the samples that are drawn."""
+    world = World(cameras=2, points=60)
+    scene = world.write_scene(tmp_path / "scene")
+    random = np.random.default_rng(0)
+    ids = np.arange(60)
+    ids[30:] = 30 + random.permutation(30)
+    points = world.images[1] + random.normal(scale=1.0, size=(60, 2))
+    encoded_images.write(scene / "images" / "001.png", points, ids)
+    once = evaluate("pose", scene, tmp_path / "once")
+    result = evaluate("pose", scene, tmp_path / "five", "--runs", 5)
+    (label,) = result["details"]
+    for name in ("magsac", "poselib"):
+        (errors,) = (pair["errors"][name] for pair in result["details"][label])
+        assert once["details"][label][0]["errors"][name] == errors[:1]
+        assert len(errors) == 5
+        by_run = [100 * auc([max(e) if e else np.inf], [10])[0] for e in errors]
+        assert row(result)[f"{name} AUC@10"] == pytest.approx(np.mean(by_run))
+        assert row(result)[f"{name} std@10"] == pytest.approx(np.std(by_run, ddof=1))
+        assert len({tuple(e) for e in errors}) > 1
+    assert "Mean of 5 runs" in " ".join(result["protocol"])
 
 
 def test_pairs_of_an_overlap_range(tmp_path):

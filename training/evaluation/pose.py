@@ -45,7 +45,7 @@ from scfeat_training.scenes import Scene, read_scene_file
 
 DEFAULTS = {"max_keypoints": 2048}
 AUC_THRESHOLDS = (5, 10, 20)
-RESULT_VERSION = 1
+RESULT_VERSION = 2
 LAYOUT = (
     "a scene (images/ and scene.npz), a folder of scenes, or a SuperGlue pairs file "
     "(38 fields a line) with --images"
@@ -82,6 +82,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="inlier threshold of the estimators, pixels (default: %(default)s)",
     )
     parser.add_argument(
+        "--runs",
+        type=int,
+        default=1,
+        help="estimate every pose so many times, from matches in another order each time: AUC is "
+        "the mean, and how far chance moves it is shown (default: %(default)s)",
+    )
+    parser.add_argument(
         "--precision-threshold",
         type=float,
         default=2.0,
@@ -94,6 +101,8 @@ def check_data(args: argparse.Namespace) -> None:
     """Refuse a wrong folder or estimator before any model is loaded."""
     _groups(args)
     check_estimators(_estimators(args), "--estimators")
+    if args.runs < 1:
+        raise InputError(f"--runs {args.runs}: must be at least 1")
 
 
 def _estimators(args: argparse.Namespace) -> list[str]:
@@ -147,21 +156,26 @@ def _groups(args: argparse.Namespace) -> tuple[dict[str, list[PosedPair]], list[
 def evaluate_pair(
     method: Method, cache: Cache, pair: PosedPair, estimators: list[str], args: argparse.Namespace
 ) -> dict[str, Any]:
-    """All measures of one pair; a pose error of None is a failure."""
+    """All measures of one pair; by estimator a pose error for each run, None for a failure."""
     first, second = cache.extract(method, pair.first), cache.extract(method, pair.second)
     a, b = first.features, second.features
     indices = match(a, b).indices
     points_a, points_b = a.keypoints[indices[:, 0]], b.keypoints[indices[:, 1]]
     distances = motion_errors(pair.K1, pair.K2, pair.R, pair.t, points_a, points_b)
     right = int((distances <= args.precision_threshold).sum())
-    errors = {}
-    for name in estimators:
-        found = POSE_ESTIMATORS[name](points_a, points_b, pair.K1, pair.K2, args.threshold)
-        errors[name] = (
-            None
-            if found is None
-            else [rotation_error(found[0], pair.R), direction_error(found[1], pair.t)]
-        )
+    errors: dict[str, list] = {name: [] for name in estimators}
+    for run in range(args.runs):
+        # a fixed seed draws other samples from another order; the first run is in the own one
+        order = np.random.default_rng(run).permutation(len(indices)) if run else slice(None)
+        for name in estimators:
+            found = POSE_ESTIMATORS[name](
+                points_a[order], points_b[order], pair.K1, pair.K2, args.threshold
+            )
+            errors[name].append(
+                None
+                if found is None
+                else [rotation_error(found[0], pair.R), direction_error(found[1], pair.t)]
+            )
     keypoints = (len(a) + len(b)) / 2
     return {
         "features": keypoints,
@@ -196,6 +210,7 @@ def run(args: argparse.Namespace, methods: list[Method], cache: Cache) -> Report
                             "pair": [v.tolist() for v in (pair.K1, pair.K2, pair.R, pair.t)],
                             "estimators": estimators,
                             "thresholds": [args.threshold, args.precision_threshold],
+                            "runs": args.runs,
                         }
                         value = cache.result(
                             key,
@@ -213,12 +228,10 @@ def run(args: argparse.Namespace, methods: list[Method], cache: Cache) -> Report
     return _report(args, methods, cache, results, skipped)
 
 
-def worst_errors(values: list[dict], estimator: str) -> list[float]:
-    """Per pair the larger of rotation and direction error in degrees, inf for a failure."""
-    return [
-        float("inf") if v["errors"][estimator] is None else max(v["errors"][estimator])
-        for v in values
-    ]
+def worst_errors(values: list[dict], estimator: str, runs: int) -> np.ndarray:
+    """(runs, pairs): the larger of rotation and direction error in degrees, inf for a failure."""
+    errors = [np.inf if e is None else max(e) for v in values for e in v["errors"][estimator]]
+    return np.array(errors).reshape(-1, runs).T
 
 
 def _report(
@@ -237,13 +250,24 @@ def _report(
             values = results[method.label, group]
             row: list[Any] = [method.label, len(values)]
             for name in estimators:
-                row += [100 * v for v in auc(worst_errors(values, name), AUC_THRESHOLDS)]
+                by_run = 100 * np.array(
+                    [
+                        auc(errors, AUC_THRESHOLDS)
+                        for errors in worst_errors(values, name, args.runs)
+                    ]
+                )
+                row += by_run.mean(axis=0).tolist()
+                if args.runs > 1:
+                    row.append(float(by_run[:, 1].std(ddof=1)))
             for key in ("precision", "matching_score", "matches", "features"):
                 row.append(float(np.mean([v[key] for v in values])) if values else None)
             row.append(1000 * float(np.median([v["seconds"] for v in values])) if values else None)
             rows.append(row)
         columns = ["method", "pairs"]
-        columns += [f"{name} AUC@{t}" for name in estimators for t in AUC_THRESHOLDS]
+        for name in estimators:
+            columns += [f"{name} AUC@{t}" for t in AUC_THRESHOLDS]
+            if args.runs > 1:
+                columns.append(f"{name} std@{AUC_THRESHOLDS[1]}")
         columns += ["precision", "match. score", "matches", "features", "ms / image"]
         tables.append(Table(f"Relative pose: {group}", columns, rows))
     if skipped:
@@ -260,7 +284,7 @@ def _report(
             "1,000 iterations.",
             "Error: the larger of the rotation's angle and the angle between the translations "
             "(sign left out). AUC in %, the area under the recall curve up to 5, 10, 20 degrees; a "
-            "pair without a pose counts as a failure.",
+            "pair without a pose counts as a failure." + _about_runs(args.runs),
             f"Precision: share of matches within {args.precision_threshold:g} px of the true "
             "epipolar lines in both images, mean over pairs. Matching score: such matches over "
             "the mean number of features.",
@@ -268,18 +292,31 @@ def _report(
             "when the features were made.",
         ],
         tables=tables,
-        figures=[_figure(methods, results, group, estimators[0]) for group in groups],
+        figures=[_figure(methods, results, group, estimators[0], args.runs) for group in groups],
         skipped=skipped,
         details={f"{label}, {group}": values for (label, group), values in results.items()},
     )
 
 
+def _about_runs(runs: int) -> str:
+    if runs == 1:
+        return ""
+    return (
+        f" Mean of {runs} runs on the same matches in different orders; std: standard deviation "
+        f"of a single run's AUC@{AUC_THRESHOLDS[1]}."
+    )
+
+
 def _figure(
-    methods: list[Method], results: dict[tuple[str, str], list[dict]], group: str, estimator: str
+    methods: list[Method],
+    results: dict[tuple[str, str], list[dict]],
+    group: str,
+    estimator: str,
+    runs: int,
 ) -> Figure:
     def paint(axis: Any) -> None:
         for number, method in enumerate(methods):
-            errors = np.sort(worst_errors(results[method.label, group], estimator))
+            errors = np.sort(worst_errors(results[method.label, group], estimator, runs).ravel())
             recall = np.arange(1, len(errors) + 1) / max(len(errors), 1)
             axis.step(
                 np.r_[0, errors, 1e9],
@@ -288,7 +325,7 @@ def _figure(
                 color=COLOURS[number % len(COLOURS)],
                 label=method.label,
             )
-        axis.set(xlabel="pose error, degrees", ylabel="share of pairs", xlim=(0, 20), ylim=(0, 1))
+        axis.set(xlabel="pose error, degrees", ylabel="share of poses", xlim=(0, 20), ylim=(0, 1))
         axis.legend(fontsize=8)
 
     return Figure(f"Recall against pose error: {group}", draw(paint), f"Estimator: {estimator}.")
