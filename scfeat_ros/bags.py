@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import shutil
+import sqlite3
 import sys
 import tempfile
 from collections import Counter
 from collections.abc import Collection, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
-from rosbags.interfaces import Connection
+from rosbags.interfaces import Connection, MessageDefinition
 from rosbags.rosbag1 import Reader as Ros1Reader
 from rosbags.rosbag2 import Reader as Ros2Reader
 from rosbags.typesys import Stores, get_typestore
 
 from scfeat_ros.errors import InputError
+from scfeat_ros.names import natural_order
 from scfeat_ros.recovery import (
     Damage,
     McapRecovery,
@@ -35,6 +37,8 @@ else:
 IMAGE_TYPES = ("sensor_msgs/msg/Image", "sensor_msgs/msg/CompressedImage")
 CAMERA_INFO = "sensor_msgs/msg/CameraInfo"
 _MAGIC = {b"\x89MCAP0": ".mcap", b"SQLite": ".db3", b"#ROSBA": ".bag"}
+_END_OF_TIME = 2**63
+"""Nanoseconds, of the recording's times."""
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 _RECOVERIES: dict[str, type[RecoveredFile]] = {
     ".mcap": McapRecovery,
@@ -83,6 +87,7 @@ class BagReader:
         with ExitStack() as undo:
             undo.push(self._stack)
             self._metadata_counts: dict[str, int] = {}
+            self._metadata_start: int | None = None
             files = self._find_files()
             self.is_ros1 = any(_suffix(file) == ".bag" for file in files)
             self._files = [self._stack.enter_context(_BagFile(file, self.damage)) for file in files]
@@ -102,15 +107,25 @@ class BagReader:
 
     @property
     def start_time(self) -> int | None:
-        """Time of the first message in nanoseconds, where the bag's index says so."""
-        return min((f.times[0] for f in self._files if f.times), default=None)
+        """Time of the first message in nanoseconds, None where no index and no metadata say so."""
+        if all(file.times for file in self._files):
+            return min(file.times[0] for file in self._files)
+        return self._metadata_start
 
     def connection(self, topic: str) -> Connection | None:
-        """rosbags' record of a topic, with the message definition; None in a damaged file."""
+        """rosbags' record of a topic; None in a damaged file."""
         for file in self._files:
             for connection in file.connections:
                 if connection.topic == topic:
                     return connection
+        return None
+
+    def definition(self, topic: str) -> MessageDefinition | None:
+        """The definition of a topic's messages, None where the bag does not bring it along."""
+        for file in self._files:
+            definition = file.definitions.get(self.topics[topic].type)
+            if definition is not None and definition.data:
+                return definition
         return None
 
     def messages(
@@ -118,21 +133,29 @@ class BagReader:
         topics: Collection[str] | None = None,
         start: int | None = None,
         stop: int | None = None,
+        complete: bool = True,
     ) -> Iterator[RawMessage]:
         """Messages in order of time, file by file.
 
         Args:
             topics: names, None for all.
             start, stop: only messages recorded in [start, stop), nanoseconds.
-
-        What is missing at the end, against the numbers that the bag itself states, is noted in
-        `damage` (not where a time range was asked for).
+            complete: whether what is missing at the end, against the numbers that the bag itself
+                states, is noted in `damage` (where no time range was asked for).
         """
         wanted = set(self.topics) if topics is None else set(topics)
         read: Counter[str] = Counter()
         known_lost = self.damage.messages_lost
         for file in self._files:
             for message in file.messages(wanted, start, stop):
+                if not 0 <= message.time < _END_OF_TIME:
+                    self.damage.add(
+                        f"{file.path.name}: a message of {message.topic} has an impossible time "
+                        f"({message.time} ns)",
+                        len(message.data),
+                        1,
+                    )
+                    continue
                 if self._is_compressed(message):
                     try:
                         message = message._replace(data=zstd.decompress(message.data))
@@ -146,7 +169,7 @@ class BagReader:
                         continue
                 read[message.topic] += 1
                 yield message
-        if start is None and stop is None:
+        if complete and start is None and stop is None:
             self._compare_counts(wanted, read, known_lost)
 
     def _is_compressed(self, message: RawMessage) -> bool:
@@ -199,13 +222,14 @@ class BagReader:
         if not path.exists():
             raise InputError(f"{path}: no such file or folder")
         if not path.is_dir():
-            return [self._decompressed(path)]
+            return [self._readable(path)]
         if (path / "metadata.yaml").is_file():
             names = self._read_metadata(path / "metadata.yaml")
         else:
             names = []
         if not names:
-            names = sorted(f.name for f in path.iterdir() if _suffix(f) in (".mcap", ".db3"))
+            found = (f.name for f in path.iterdir() if _suffix(f) in (".mcap", ".db3"))
+            names = sorted(found, key=natural_order)
             if not names:
                 raise InputError(
                     f"{path}: this folder is no bag, it has neither metadata.yaml nor .mcap or "
@@ -218,7 +242,7 @@ class BagReader:
                 self.damage.add(f"{path.name}: the file {name} is missing")
         if not present:
             raise InputError(f"{path}: metadata.yaml names {', '.join(names)}, none is there")
-        return [self._decompressed(path / name) for name in present]
+        return [self._readable(path / name) for name in present]
 
     def _read_metadata(self, path: Path) -> list[str]:
         """File names, message counts and compression of a rosbag2 folder."""
@@ -231,20 +255,49 @@ class BagReader:
             }
             mode = str(information.get("compression_mode") or "").lower()
             self._message_compression = mode == "message"
+            start = int(information["starting_time"]["nanoseconds_since_epoch"])
+            # of an empty bag it is the largest number that there is
+            self._metadata_start = start if 0 <= start < _END_OF_TIME - 1 else None
             return [Path(name).name for name in information["relative_file_paths"]]
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             self.damage.add(f"{path.name} cannot be read: {error}".replace("\n", " "))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             self.damage.add(f"{path.name} is damaged: {error!r}")
-        self._metadata_counts = {}
+        self._metadata_counts, self._metadata_start = {}, None
         return []
 
-    def _decompressed(self, path: Path) -> Path:
-        """The file, or, where it is compressed as a whole, a decompressed temporary copy."""
-        if path.suffix != ".zstd":
+    def _readable(self, path: Path) -> Path:
+        """The file, or a temporary copy where it is compressed or its recorder was killed."""
+        journal = path.with_name(f"{path.name}-wal")
+        if path.suffix == ".zstd":
+            return self._decompressed(path)
+        if path.suffix == ".db3" and journal.is_file() and journal.stat().st_size:
+            return self._completed(path, journal)
+        return path
+
+    def _copy_folder(self) -> Path:
+        return Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="scfeat-")))
+
+    def _completed(self, path: Path, journal: Path) -> Path:
+        """A copy of a database with what SQLite's write-ahead log beside it still holds."""
+        copy = self._copy_folder() / path.name
+        try:
+            shutil.copyfile(path, copy)
+            shutil.copyfile(journal, copy.with_name(journal.name))
+            with closing(sqlite3.connect(copy)) as database:
+                database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        except OSError as error:
+            raise InputError(
+                f"{path}: its recorder was killed, and the copy that it takes to read "
+                f"{journal.name} cannot be made: {error.strerror}; TMPDIR names another folder"
+            ) from error
+        except sqlite3.Error as error:
+            self.damage.add(f"{journal.name} cannot be read: {error}", journal.stat().st_size)
             return path
-        folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="scfeat-")))
-        copy = folder / path.stem
+        return copy
+
+    def _decompressed(self, path: Path) -> Path:
+        copy = self._copy_folder() / path.stem
         with copy.open("wb") as out, path.open("rb") as packed:
             try:
                 with zstd.open(packed, "rb") as unpacked:
@@ -265,6 +318,7 @@ class _BagFile:
         self.damage = damage
         self.connections: list[Connection] = []
         self.counts: dict[str, int] = {}
+        self.definitions: dict[str, MessageDefinition] = {}
         self.times: tuple[int, int] | None = None
         self._reader: Ros1Reader | Ros2Reader | None = None
         self._recovery: RecoveredFile | None = None
@@ -280,6 +334,7 @@ class _BagFile:
             self._recover(error)
         else:
             self.topics = {c.topic: c.msgtype for c in self.connections}
+            self.definitions = {c.msgtype: c.msgdef for c in self.connections}
             for connection in self.connections:
                 self.counts[connection.topic] = (
                     self.counts.get(connection.topic, 0) + connection.msgcount
@@ -305,6 +360,7 @@ class _BagFile:
         if self._reader is None:
             self.topics = self._recovery.topics
             self.counts = self._recovery.counts
+            self.definitions = self._recovery.definitions
         return self._recovery
 
     def messages(

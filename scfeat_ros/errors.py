@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 import re
 from typing import Any
 
@@ -45,8 +44,3 @@ def import_optional(name: str, purpose: str) -> Any:
 def without_numbers(text: str) -> str:
     """A message without its numbers, by which messages of the same matter may differ."""
     return re.sub(r"0x[0-9a-f]+|\d[\d.]*", "#", text)
-
-
-def printable(path: str | os.PathLike) -> str:
-    """A path as text that can be written as UTF-8, whatever bytes its name is made of."""
-    return os.fsencode(path).decode("utf-8", "replace")

@@ -17,11 +17,12 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from scfeat_ros.errors import InputError, import_optional, printable
+from scfeat_ros.errors import InputError, import_optional
 from scfeat_ros.extractor import Extractor
 from scfeat_ros.features import Features, Matches
 from scfeat_ros.images import read_file
 from scfeat_ros.matcher import match_with
+from scfeat_ros.names import printable
 from scfeat_ros.parameters import MatcherOptions
 from scfeat_ros.sources import list_images
 from scfeat_ros.staging import check_file, staged_file

@@ -8,10 +8,12 @@ from typing import Any
 import cv2
 import numpy as np
 from rosbags.convert.converter import migrate_bytes
+from rosbags.interfaces import MessageDefinitionFormat
 from rosbags.rosbag2 import StoragePlugin, Writer
-from rosbags.typesys import Stores, get_typestore
+from rosbags.typesys import Stores, get_types_from_idl, get_types_from_msg, get_typestore
+from rosbags.typesys.store import Typestore
 
-from scfeat_ros.bags import BagReader
+from scfeat_ros.bags import BagReader, UnreadableMessageError
 from scfeat_ros.features import FrameResult
 from scfeat_ros.messages import (
     encode_features,
@@ -81,28 +83,38 @@ class FeatureBagWriter:
         self._writer.write(self._overlay, time, self._typestore.serialize_cdr(message, _COMPRESSED))
 
     def write_input(self, message: RawMessage, reader: BagReader) -> None:
-        """Append a message of the input as it is, one of ROS 1 in the ROS 2 form of its type."""
+        """Append a message of the input as it is, one of ROS 1 in the ROS 2 form of its type.
+
+        Raises:
+            UnreadableMessageError: the message does not fit its type.
+        """
         if message.topic in self.not_passed:
             return
-        try:
-            if message.topic not in self._inputs:
+        if message.topic not in self._inputs:
+            try:
                 self._inputs[message.topic] = self._add_input(message, reader)
-            data = message.data
-            if reader.is_ros1:
-                data = migrate_bytes(
-                    reader.typestore,
-                    self._typestore,
-                    message.type,
-                    message.type,
-                    self._migration_cache,
-                    data,
-                    src_is2=False,
-                    dst_is2=True,
-                )
-        except Exception as error:  # types and data of strangers raise anything
-            self.not_passed[message.topic] = " ".join(str(error).split()) or repr(error)
-            return
+            except Exception as error:  # types of strangers raise anything
+                self.not_passed[message.topic] = " ".join(str(error).split()) or repr(error)
+                return
+        data = self._as_ros2(message, reader) if reader.is_ros1 else message.data
         self._writer.write(self._inputs[message.topic], message.time, data)
+
+    def _as_ros2(self, message: RawMessage, reader: BagReader) -> bytes:
+        try:
+            return migrate_bytes(
+                reader.typestore,
+                self._typestore,
+                message.type,
+                message.type,
+                self._migration_cache,
+                message.data,
+                src_is2=False,
+                dst_is2=True,
+            )
+        except Exception as error:  # generated code; damaged bytes raise anything
+            raise UnreadableMessageError(
+                f"message of {message.topic} at {message.time} ns is no {message.type}: {error!r}"
+            ) from error
 
     def _add_input(self, message: RawMessage, reader: BagReader) -> Any:
         if message.topic.startswith(f"{NAMESPACE}/"):
@@ -113,8 +125,9 @@ class FeatureBagWriter:
             options["offered_qos_profiles"] = known.ext.offered_qos_profiles
             if known.msgdef.data and known.digest:
                 options |= {"msgdef": known.msgdef.data, "rihs01": known.digest}
-        if "msgdef" not in options and message.type not in self._typestore.fielddefs:
-            raise ValueError(f"the type {message.type} is not known")
+        if "msgdef" not in options:
+            for store in (self._typestore, reader.typestore):
+                _learn(store, message, reader)
         return self._writer.add_connection(message.topic, message.type, **options)
 
     def close(self) -> None:
@@ -123,3 +136,21 @@ class FeatureBagWriter:
     def abort(self) -> None:
         """Close without an index; the folder is going to be removed."""
         self._writer.abort()
+
+
+def _learn(store: Typestore, message: RawMessage, reader: BagReader) -> None:
+    """Register a message's type, as the bag defines it, where it is none of ROS's own.
+
+    Raises:
+        ValueError: the bag does not define it.
+    """
+    if message.type in store.fielddefs:
+        return
+    definition = reader.definition(message.topic)
+    if definition is None:
+        raise ValueError(f"the type {message.type} is not known")
+    if definition.format == MessageDefinitionFormat.IDL:
+        types = get_types_from_idl(definition.data)
+    else:
+        types = get_types_from_msg(definition.data, message.type)
+    store.register({name: type_ for name, type_ in types.items() if name not in store.fielddefs})

@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 from scfeat_ros import __version__
+from scfeat_ros.bags import UnreadableMessageError
 from scfeat_ros.errors import InputError
 from scfeat_ros.extractor import Extractor
 from scfeat_ros.feature_bag import FeatureBagWriter
@@ -271,7 +272,10 @@ class _Writer:
         self._previous_bearings: np.ndarray | None = None
 
     def pass_through(self, message: RawMessage) -> None:
-        self._bag.write_input(message, self.source.reader)
+        try:
+            self._bag.write_input(message, self.source.reader)
+        except UnreadableMessageError as error:
+            self.source.account.damage.add(str(error), len(message.data), 1)
 
     def write(self, frame: Frame, result: FrameResult) -> None:
         began = time.perf_counter()

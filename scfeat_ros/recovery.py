@@ -19,6 +19,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import lz4.frame
+from rosbags.interfaces import MessageDefinition, MessageDefinitionFormat
+
+from scfeat_ros.names import printable
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -43,11 +46,18 @@ class Damage:
     messages_lost: int = 0
     places: list[str] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self._known: set[str] = set()
+
     def add(self, place: str, lost_bytes: int = 0, lost_messages: int = 0) -> None:
+        """Note a place, once: it may be read again."""
+        if place in self._known:
+            return
+        self._known.add(place)
         self.bytes_lost += lost_bytes
         self.messages_lost += lost_messages
         if len(self.places) < _LONGEST_LIST:
-            self.places.append(place)
+            self.places.append(printable(place))
         elif len(self.places) == _LONGEST_LIST:
             self.places.append("... and more places")
 
@@ -71,6 +81,7 @@ class RecoveredFile:
     Attributes:
         topics: topic -> message type, as far as known.
         counts: topic -> number of messages, where the file says so.
+        definitions: message type -> its definition, where the file has it.
         damage: grows while messages are read.
     """
 
@@ -79,6 +90,7 @@ class RecoveredFile:
         self.damage = damage
         self.topics: dict[str, str] = {}
         self.counts: dict[str, int] = {}
+        self.definitions: dict[str, MessageDefinition] = {}
         self._file = path.open("rb")
         self.size = path.stat().st_size
         # an empty file cannot be mapped
@@ -100,7 +112,12 @@ class RecoveredFile:
 
 _MCAP_MAGIC = b"\x89MCAP0\r\n"
 _FOOTER, _SCHEMA, _CHANNEL, _MESSAGE, _CHUNK, _STATISTICS = 0x02, 0x03, 0x04, 0x05, 0x06, 0x0B
-_OPCODES = range(0x01, 0x10)
+_OPCODES = frozenset([*range(0x01, 0x10), *range(0x80, 0x100)])
+"""Of the format's records and, from 0x80 on, of applications' own, which readers pass over."""
+_DEFINITION_FORMATS = {
+    "ros2msg": MessageDefinitionFormat.MSG,
+    "ros2idl": MessageDefinitionFormat.IDL,
+}
 _LONGEST_STRETCH = 2**22
 _RECORD_HEADER = struct.Struct("<BQ")
 _MESSAGE_HEADER = struct.Struct("<HIQQ")
@@ -288,7 +305,13 @@ class McapRecovery(RecoveredFile):
         try:
             if opcode == _SCHEMA:
                 (key,) = struct.unpack_from("<H", body)
-                self._schemas[key] = _string(body, 2)[0]
+                name, end = _string(body, 2)
+                encoding, end = _string(body, end)
+                self._schemas[key] = name
+                if encoding in _DEFINITION_FORMATS:
+                    text, _ = _string(body, end)
+                    kind = _DEFINITION_FORMATS[encoding]
+                    self.definitions[name] = MessageDefinition(kind, text)
             elif opcode == _CHANNEL:
                 key, schema = struct.unpack_from("<HH", body)
                 topic, end = _string(body, 4)
@@ -402,6 +425,10 @@ class RosbagRecovery(RecoveredFile):
                 package, _, name = fields.get(b"type", b"").decode(errors="replace").partition("/")
                 topic = header[b"topic"].decode(errors="replace")
                 self._connections[connection] = (topic, f"{package}/msg/{name}")
+                text = fields.get(b"message_definition", b"").decode(errors="replace")
+                self.definitions[f"{package}/msg/{name}"] = MessageDefinition(
+                    MessageDefinitionFormat.MSG, text
+                )
             elif operation == _ROS1_MESSAGE and len(header.get(b"time", b"")) == 8:
                 seconds, nanoseconds = struct.unpack("<II", header[b"time"])
                 if connection in self._connections:
@@ -411,7 +438,10 @@ class RosbagRecovery(RecoveredFile):
                         data[start:stop],
                     )
                 else:
-                    damage.add(f"{place}: a message of an unknown topic", lost_messages=1)
+                    damage.add(
+                        f"{place}: the message at {start} in it is of an unknown topic",
+                        lost_messages=1,
+                    )
             position = stop
 
 

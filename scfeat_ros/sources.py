@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-import re
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,16 +15,18 @@ import numpy as np
 from scfeat_ros.bags import CAMERA_INFO, BagReader, UnreadableMessageError
 from scfeat_ros.camera import Camera
 from scfeat_ros.decoded_image import UnknownEncodingError, UnreadableImageError
-from scfeat_ros.errors import InputError, printable, without_numbers
+from scfeat_ros.errors import InputError, without_numbers
 from scfeat_ros.ground_truth import DEFAULT_TOPIC, POSE_TYPES, Pose, PoseTrack
 from scfeat_ros.images import from_message, read_file
 from scfeat_ros.messages import stamp_to_nanoseconds
+from scfeat_ros.names import natural_order, printable
 from scfeat_ros.recovery import Damage, RawMessage
 from scfeat_ros.video import VIDEO_SUFFIXES, count_frames, read_video, require_av, stated_duration
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".pgm", ".ppm")
 _GIVE_UP_AFTER = 3  # images of an unknown encoding, where none could be read
 _PATIENCE = 20  # images that wait for a later CameraInfo or pose
+_RECENT = 10_000_000_000  # nanoseconds before a time range, in which a CameraInfo is sought first
 _FOREVER = 1e9
 """Seconds that no recording lasts."""
 _ALL_TIME = (0, math.inf)
@@ -74,11 +74,13 @@ class Account:
     warnings: list[str] = field(default_factory=list)
 
     def warn(self, text: str) -> None:
+        text = printable(text)
         if text not in self.warnings:
             self.warnings.append(text)
 
     def skip(self, reason: str) -> None:
         """Count a frame that cannot be used; reasons that differ in numbers alone are one."""
+        reason = printable(reason)
         kind = without_numbers(reason)
         same = (known for known in self.skipped if without_numbers(known) == kind)
         self.skipped[next(same, reason)] += 1
@@ -157,6 +159,7 @@ class BagSource:
         self.every = every
         self.passthrough, self.rectified = passthrough, rectified
         self._decoded = False
+        self._uncalibrated = 0
         self._first_stamp: int | None = None
         try:
             self.topic = self._image_topic(topic)
@@ -247,8 +250,8 @@ class BagSource:
         waiting: deque[_Waiting] = deque()
         images = 0
         if calibration and self._time_range[0]:
-            # some cameras send their calibration but once, at the beginning
-            for message in islice(self.reader.messages([self.camera_info]), 1):
+            message = self._last_calibration()
+            if message is not None:
                 calibration.update(self._decode(message))
         began = time.perf_counter()
         for message in self._messages():
@@ -259,15 +262,16 @@ class BagSource:
                 images += 1
                 if (images - 1) % self.every == 0:
                     content = self._decode(message)
-                    if content is not None:
-                        stamp = self._stamp(message, content)
+                    stamp = self._stamp(message, content)
+                    if stamp is not None:
                         waiting.append(_Waiting(message, content, stamp, seconds))
             elif message.topic == self.camera_info:
                 calibration.update(self._decode(message))
             elif message.topic == self.poses:
                 content = self._decode(message)
-                if content is not None:
-                    track.add(self._stamp(message, content), content)
+                stamp = self._stamp(message, content)
+                if stamp is not None:
+                    track.add(stamp, content)
             while waiting and (
                 len(waiting) > _PATIENCE
                 or (
@@ -281,6 +285,24 @@ class BagSource:
             yield from self._frame(waiting.popleft(), calibration, track)
         if calibration is not None and not calibration.received:
             self.account.warn(f"no usable message on {self.camera_info}: bearings are NaN")
+        elif self._uncalibrated:
+            self.account.warn(
+                f"{self._uncalibrated} images came before the first message on "
+                f"{self.camera_info}: their bearings are NaN"
+            )
+
+    def _last_calibration(self) -> RawMessage | None:
+        """The last CameraInfo before the time range: some cameras send it but once, at first."""
+        first = self.reader.start_time
+        if first is None:
+            first = next((m.time for m in self.reader.messages(complete=False)), 0)
+        begin, _ = self._range(first)
+        for since in (begin - _RECENT, 0):
+            before = self.reader.messages([self.camera_info], max(0, since), begin)
+            last = deque(before, maxlen=1)
+            if last:
+                return last[0]
+        return None
 
     def _messages(self) -> Iterator[RawMessage]:
         """Messages of the time range; without an index the first message begins it."""
@@ -293,10 +315,12 @@ class BagSource:
         if first is not None:
             yield from self.reader.messages(topics, *self._range(first))
             return
-        for message in self.reader.messages(topics):
+        for message in self.reader.messages(complete=False):  # the first of any topic
             first = message.time if first is None else first
             start, stop = self._range(first)
-            if message.time >= start and (stop is None or message.time < stop):
+            if message.time < start or (stop is not None and message.time >= stop):
+                continue
+            if topics is None or message.topic in topics:
                 yield message
 
     def _range(self, first: int) -> tuple[int, int | None]:
@@ -313,9 +337,18 @@ class BagSource:
                 self.account.damage.add(str(error), len(message.data), 1)
             return None
 
-    def _stamp(self, message: RawMessage, content: Any) -> int:
-        """Time in the header, or, where that is zero, of the recording."""
+    def _stamp(self, message: RawMessage, content: Any | None) -> int | None:
+        """Time in the header, or, where that is zero, of the recording; None where it is none."""
+        if content is None:
+            return None
         stamp = stamp_to_nanoseconds(content.header.stamp)
+        if not -(2**31) <= stamp // 10**9 < 2**31:
+            text = f"stamp that ROS 2 cannot express ({stamp // 10**9} s)"
+            if message.topic == self.topic:
+                self.account.skip(text)
+            else:
+                self.account.damage.add(f"{message.topic}: {text}", len(message.data), 1)
+            return None
         if stamp == 0:
             self.account.warn(f"{message.topic} has no stamps: the times of the recording are used")
             return message.time
@@ -343,6 +376,8 @@ class BagSource:
         if self._first_stamp is None:
             self._first_stamp = waiting.stamp
         camera = calibration.camera if calibration else None
+        if calibration is not None and not calibration.received:
+            self._uncalibrated += 1
         height, width = image.pixels.shape[:2]
         if camera is not None and not camera.fits((width, height)):
             self.account.warn(
@@ -596,9 +631,4 @@ def image_files(paths: Iterable[Path]) -> list[Path]:
         for path in paths
         if path.suffix.lower() in IMAGE_SUFFIXES and path.name[0] != "." and not path.is_dir()
     ]
-    return sorted(files, key=lambda path: _natural(str(path)))
-
-
-def _natural(name: str) -> list[str | int]:
-    parts = re.split(r"(\d+)", name)
-    return [int(part) if index % 2 else part for index, part in enumerate(parts)]
+    return sorted(files, key=lambda path: natural_order(str(path)))
