@@ -442,7 +442,7 @@ def _process(arguments: argparse.Namespace, source: Source, passthrough: bool = 
     """Process a source into an output folder and print the figures."""
     from scfeat_ros.images import read_mask
     from scfeat_ros.offline import OutputOptions, figures_text, run
-    from scfeat_ros.staging import check_output
+    from scfeat_ros.staging import check_apart, check_output
 
     with closing(source):
         options = OutputOptions(
@@ -456,6 +456,7 @@ def _process(arguments: argparse.Namespace, source: Source, passthrough: bool = 
         mask = read_mask(arguments.mask) if arguments.mask else None
         # before the network is loaded, which takes its time
         check_output(arguments.output, options.overwrite)
+        check_apart(arguments.output, source.description["path"])
         summary = run(
             source,
             _load_extractor(arguments),

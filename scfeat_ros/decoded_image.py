@@ -149,12 +149,24 @@ def _decoded(data: np.ndarray, name: str) -> np.ndarray:
         raise UnreadableImageError(f"{name} cannot be decoded: {error}") from error
     if image is None:
         raise UnreadableImageError(f"{name} cannot be decoded ({size} bytes)")
-    if is_open and (image[-1] == image[-1, :1]).all():  # flat, as all that is missing
+    # what is missing is flat, and in a progressive one the finer detail of everything
+    if is_open and ((image[-1] == image[-1, :1]).all() or _is_progressive(data)):
         raise UnreadableImageError(f"{name} is cut off after {size} bytes")
     if image.ndim == 3:
         code = cv2.COLOR_BGR2RGB if image.shape[2] == 3 else cv2.COLOR_BGRA2RGB
         image = cv2.cvtColor(image, code)
     return image
+
+
+def _is_progressive(data: np.ndarray) -> bool:
+    """Whether a JPEG holds its picture in several scans from coarse to fine."""
+    position = 2
+    while position + 4 <= len(data) and data[position] == 0xFF:
+        marker = int(data[position + 1])
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # the frame's header
+            return marker in (0xC2, 0xC6, 0xCA, 0xCE)
+        position += 2 + 256 * int(data[position + 2]) + int(data[position + 3])
+    return False
 
 
 def _lacks_end(data: np.ndarray) -> bool:

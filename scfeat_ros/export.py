@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 from tqdm import tqdm
@@ -313,8 +314,8 @@ def _write_colmap(
         image_names=list(features),
         options=pycolmap.ImageReaderOptions(camera_model=options.camera_model),
     )
-    listing = database_path.with_suffix(".pairs.txt")
-    try:
+    with TemporaryDirectory(prefix="scfeat-") as scratch:
+        listing = Path(scratch) / "pairs.txt"
         with (
             pycolmap.Database.open(database_path) as database,
             listing.open("w", encoding="utf-8") as file,
@@ -333,5 +334,3 @@ def _write_colmap(
                 database.write_matches(ids[first], ids[second], indices)
                 file.write(f"{first} {second}\n")
         pycolmap.verify_matches(database_path, listing)
-    finally:
-        listing.unlink(missing_ok=True)

@@ -257,6 +257,8 @@ class Extractor:
         if len(sizes) > 1:
             raise ValueError(f"images of a batch must be of one size, got {sorted(sizes)}")
         masks = masks or [None] * len(images)
+        if len(masks) != len(images):
+            raise ValueError(f"got {len(masks)} masks for {len(images)} images")
         with torch.inference_mode(), cores_awake(self.device):
             return self._extract(images, masks)
 

@@ -74,10 +74,15 @@ def _pixels(message: Any, dtype: np.dtype, channels: int) -> np.ndarray:
     used = width * channels * dtype.itemsize
     # the padding of the last row may be missing
     needed = (height - 1) * step + used if height and width else 0
-    if step < used or len(message.data) < needed:
+    if step < used:
+        raise UnreadableImageError(
+            f"image of {width}x{height} pixels {message.encoding} has a step of {step} bytes, "
+            f"a row needs {used}"
+        )
+    if len(message.data) < needed:
         raise UnreadableImageError(
             f"image of {width}x{height} pixels {message.encoding} with rows of {step} bytes needs "
-            f"{max(needed, height * used)} bytes, the message holds {len(message.data)}"
+            f"{needed} bytes, the message holds {len(message.data)}"
         )
     if needed == 0:
         raise UnreadableImageError(f"image of {width}x{height} pixels is empty")

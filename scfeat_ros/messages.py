@@ -232,7 +232,9 @@ def to_features(points: np.ndarray, image_size: tuple[int, int]) -> Features:
         points: (N,) from `decode_features`; int8 descriptors come back with unit norm.
         image_size: (width, height) of the source image, which the message does not hold.
     """
-    descriptors = points["descriptor"].reshape(len(points), -1).astype(np.float32)
+    descriptors = points["descriptor"].astype(np.float32)
+    if descriptors.ndim == 1:  # of one value
+        descriptors = descriptors[:, None]
     if points["descriptor"].dtype == np.int8:
         norm = np.linalg.norm(descriptors, axis=1, keepdims=True)
         descriptors /= np.maximum(norm, np.finfo(np.float32).tiny)

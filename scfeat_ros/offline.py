@@ -249,9 +249,12 @@ def _no_frames(source: Source) -> str:
     account = source.account
     reasons = [f"{count} x {reason}" for reason, count in account.skipped.items()]
     reasons += account.damage.places[:2]
-    return f"{source.description['path']}: not a single frame could be read" + (
-        f" ({'; '.join(reasons)})" if reasons else "; is the time range empty?"
-    )
+    text = f"{source.description['path']}: not a single frame could be read"
+    if reasons:
+        return f"{text} ({'; '.join(reasons)})"
+    if source.description["start_s"] or source.description["duration_s"] is not None:
+        return f"{text}; is the time range empty?"
+    return f"{text}; there is none"
 
 
 class _Writer:

@@ -12,6 +12,9 @@ from scfeat_ros.features import Features, FrameResult, Matches
 TRAIL_LENGTH = 4
 """Positions of a trail, the current one included."""
 TRAIL_OPACITY = 0.5
+LINE_OPACITY = 0.6
+MOST_LINES = 150
+"""Between two images."""
 OLD_TRACK = 30
 """Age in frames from which on a track has the last colour."""
 COLOURS = 12
@@ -119,7 +122,8 @@ def draw_matches(
         first_image, second_image: uint8, RGB or grey.
         first, second: their features.
         matches: rows (index in first, index in second).
-        inliers: (M,) bool; inliers are green and drawn on top, the others red. None: all green.
+        inliers: (M,) bool; inliers are green, the others red and drawn on top. None: all green.
+            Where there are many matches, only some of them have a line.
 
     Returns:
         (max height, sum of widths + gap, 3) uint8 RGB.
@@ -138,11 +142,15 @@ def draw_matches(
     start = first.keypoints[matches.indices[:, 0]]
     end = second.keypoints[matches.indices[:, 1]] + np.array([w1 + gap, 0], np.float32)
     scale = max(1.0, max(canvas.shape[:2]) / 2000)
-    for chosen, colour in ((~inliers, (225, 60, 60)), (inliers, (40, 200, 80))):
-        lines = np.stack([start[chosen], end[chosen]], axis=1)
-        cv2.polylines(
-            canvas, list(_fixed_point(lines)), False, colour, round(scale), cv2.LINE_AA, _SHIFT
-        )
+    colours = ((inliers, (40, 200, 80)), (~inliers, (225, 60, 60)))
+    has_line = np.arange(len(matches)) % max(1, len(matches) // MOST_LINES) == 0
+    layer = canvas.copy()
+    for chosen, colour in colours:
+        lines = _fixed_point(np.stack([start, end], axis=1)[chosen & has_line])
+        cv2.polylines(layer, list(lines), False, colour, round(scale), cv2.LINE_AA, _SHIFT)
+    # the images must stay visible, and what the lines join
+    cv2.addWeighted(layer, LINE_OPACITY, canvas, 1 - LINE_OPACITY, 0, canvas)
+    for chosen, colour in colours:
         for points in (start, end):
             _draw_rings(canvas, points[chosen], colour, 2.5 * scale, round(scale))
     return canvas

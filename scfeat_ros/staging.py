@@ -71,6 +71,7 @@ def staged_file(path: Path, overwrite: bool) -> Iterator[Path]:
         raise InputError(f"{path}: cannot be written: {error.strerror}") from error
     try:
         yield partial
+        check_file(path, overwrite)
         os.replace(partial, path)
     finally:
         _remove(partial)

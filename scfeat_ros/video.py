@@ -17,6 +17,7 @@ except ImportError:
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".avi", ".mov", ".webm", ".m4v", ".mpg", ".mpeg")
 _TICKS = 1000  # ticks of the time base per second
+_RATE = 30
 _LONGEST_FRAME = 1.0
 _LARGEST_SIDE = 16384  # of H.264, pixels
 _CODECS = ("libx264", "mpeg4")
@@ -55,6 +56,8 @@ class VideoWriter:
         self._stream.pix_fmt = "yuv420p"
         self._stream.time_base = Fraction(1, _TICKS)
         self._stream.codec_context.time_base = Fraction(1, _TICKS)
+        # what the level is chosen by, which players go by: not a frame a tick
+        self._stream.codec_context.framerate = _RATE
         if codec != "libx264":
             self._stream.bit_rate = 8_000_000
         self._time = 0

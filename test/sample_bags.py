@@ -9,6 +9,7 @@ import numpy as np
 from rosbags.rosbag1 import Writer as Ros1Writer
 from rosbags.rosbag2 import CompressionFormat, CompressionMode, StoragePlugin, Writer
 from rosbags.typesys import Stores, get_typestore
+from rosbags.typesys.store import Typestore
 
 START = 1_700_000_000_000_000_000
 PERIOD = 100_000_000
@@ -45,7 +46,8 @@ def stamp(index: int) -> int:
 
 def header(types: dict, time: int, frame_id: str) -> object:
     time_message = types["builtin_interfaces/msg/Time"](sec=time // 10**9, nanosec=time % 10**9)
-    extra = {"seq": 0} if types is ROS1.types else {}
+    is_ros1 = "seq" in types["std_msgs/msg/Header"].__dataclass_fields__
+    extra = {"seq": 0} if is_ros1 else {}
     return types["std_msgs/msg/Header"](stamp=time_message, frame_id=frame_id, **extra)
 
 
@@ -128,11 +130,13 @@ def write_bag(
     messages: list[tuple[str, int, object]],
     storage: str = "mcap",
     compression: str = "none",
+    store: Typestore = ROS2,
 ) -> Path:
     """Write a rosbag2 folder of (topic, time, message) rows.
 
     Args:
         compression: "none", "storage" (mcap only), "file" or "message".
+        store: with the messages' types.
     """
     writer = Writer(path, version=9, storage_plugin=StoragePlugin[storage.upper()])
     if compression != "none":
@@ -142,15 +146,18 @@ def write_bag(
         for topic, time, message in messages:
             if topic not in connections:
                 connections[topic] = writer.add_connection(
-                    topic, message.__msgtype__, typestore=ROS2
+                    topic, message.__msgtype__, typestore=store
                 )
-            data = ROS2.serialize_cdr(message, message.__msgtype__)
+            data = store.serialize_cdr(message, message.__msgtype__)
             writer.write(connections[topic], time, data)
     return path
 
 
 def write_ros1_bag(
-    path: Path, messages: list[tuple[str, int, object]], chunk_bytes: int = 1 << 20
+    path: Path,
+    messages: list[tuple[str, int, object]],
+    chunk_bytes: int = 1 << 20,
+    store: Typestore = ROS1,
 ) -> Path:
     """Write a ROS 1 .bag file of (topic, time, message) rows."""
     writer = Ros1Writer(path)
@@ -160,9 +167,9 @@ def write_ros1_bag(
         for topic, time, message in messages:
             if topic not in connections:
                 connections[topic] = writer.add_connection(
-                    topic, message.__msgtype__, typestore=ROS1
+                    topic, message.__msgtype__, typestore=store
                 )
-            data = ROS1.serialize_ros1(message, message.__msgtype__)
+            data = store.serialize_ros1(message, message.__msgtype__)
             writer.write(connections[topic], time, data)
     return path
 

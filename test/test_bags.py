@@ -8,6 +8,7 @@ import shutil
 import sqlite3
 import struct
 from collections import Counter
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -143,6 +144,15 @@ def test_a_split_bag_with_a_file_missing(tmp_path, rows, pictures):
     assert any("split_0.mcap is missing" in place for place in damage.places)
 
 
+def test_files_without_metadata_are_read_by_their_numbers(tmp_path, rows, pictures):
+    (tmp_path / "split").mkdir()
+    for number in range(12):
+        bag = sample_bags.write_bag(tmp_path / f"part{number}", rows[2 * number : 2 * number + 2])
+        shutil.copy(storage_file(bag), tmp_path / "split" / f"drive_{number}.mcap")
+    found, _ = read(tmp_path / "split")
+    check_images(found[IMAGE_TOPIC], pictures, range(12))
+
+
 @pytest.mark.parametrize("compression", ["none", "message"])
 def test_a_folder_without_metadata(tmp_path, rows, pictures, compression):
     path = sample_bags.write_bag(tmp_path / "bag", rows, compression=compression)
@@ -187,6 +197,41 @@ def test_messages_out_of_order_are_no_damage(tmp_path, rows, kind):
         expected = [rows[i][1] for i in order if rows[i][0] == topic]
         # files without an index are read as they are, others by time
         assert times == (expected if kind == "no chunks" else sorted(expected))
+
+
+@pytest.mark.parametrize("alone", [False, True], ids=["folder", "file"])
+def test_what_a_killed_recorder_left_in_the_journal_is_read(tmp_path, rows, pictures, alone):
+    path = sample_bags.write_bag(tmp_path / "bag", rows, "sqlite3")
+    (path / "metadata.yaml").unlink()
+    file = storage_file(path)
+    with closing(sqlite3.connect(file)) as database:
+        kept = database.execute("SELECT * FROM messages ORDER BY timestamp").fetchall()
+        database.execute("DELETE FROM messages WHERE timestamp > ?", [kept[9][2]])
+        database.commit()
+        database.execute("PRAGMA journal_mode=WAL")
+        places = ",".join("?" * len(kept[0]))
+        database.executemany(f"INSERT INTO messages VALUES ({places})", kept[10:])
+        database.commit()
+        killed = tmp_path / "killed"  # as the files are while the recorder runs
+        shutil.copytree(path, killed, ignore=shutil.ignore_patterns("*-shm"))
+    names = {f.name for f in killed.iterdir()}
+    assert names == {"bag.db3", "bag.db3-wal"}
+    found, damage = read(killed / "bag.db3" if alone else killed)
+    check_images(found[IMAGE_TOPIC], pictures, range(COUNT))
+    assert damage.messages_lost == 0
+    assert {f.name for f in killed.iterdir()} == names
+
+
+def test_records_of_an_application_are_passed_over(tmp_path, rows, pictures):
+    path = write_mcap(tmp_path / "bag.mcap", rows, **MCAPS["no chunks"])
+    data = path.read_bytes()
+    (header,) = struct.unpack_from("<Q", data, 9)
+    place = 8 + 9 + header  # behind magic and header
+    data = data[:place] + struct.pack("<BQ", 0x81, 5) + b"hello" + data[place:]
+    path.write_bytes(data[:-37])  # without footer and magic, so that the index is of no use
+    found, damage = read(path)
+    check_images(found[IMAGE_TOPIC], pictures, range(COUNT))
+    assert damage.bytes_lost == 0, damage.places
 
 
 # --- damage ------------------------------------------------------------------------------------
@@ -386,6 +431,42 @@ def test_a_message_that_cannot_be_decompressed_is_counted(tmp_path, rows):
     found, damage = read(path)
     assert sum(len(messages) for messages in found.values()) == 2 * COUNT - 1
     assert damage.messages_lost == 1
+
+
+def test_a_message_of_an_impossible_time_is_counted(tmp_path, rows):
+    path = sample_bags.write_bag(tmp_path / "bag", rows, "sqlite3")
+    with closing(sqlite3.connect(storage_file(path))) as database:
+        database.execute("UPDATE messages SET timestamp = -5 WHERE id = 3")
+        database.commit()
+    found, damage = read(path)
+    assert sum(len(messages) for messages in found.values()) == 2 * COUNT - 1
+    assert damage.messages_lost == 1 and "impossible time (-5 ns)" in damage.places[0]
+
+
+@pytest.mark.parametrize("kind", ["mcap", "ros 1"])
+def test_definitions_of_types_are_found_in_damaged_files_too(tmp_path, rows, pictures, kind):
+    if kind == "mcap":
+        path = storage_file(sample_bags.write_bag(tmp_path / "bag", rows))
+    else:
+        path = tmp_path / "drive.bag"
+        message = sample_bags.image_message(pictures[0], types=ROS1.types)
+        sample_bags.write_ros1_bag(path, [(IMAGE_TOPIC, START + i, message) for i in range(9)])
+    cut(path, 0.7)
+    with BagReader(path) as reader:
+        assert "uint32 height" in reader.definition(IMAGE_TOPIC).data
+
+
+def test_damage_that_is_read_twice_is_counted_once(tmp_path, rows):
+    path = write_mcap(tmp_path / "bag.mcap", rows, **MCAPS["zstd"])
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    path.write_bytes(data[: len(data) * 3 // 4])
+    with BagReader(path) as reader:
+        once = [message.time for message in reader.messages()]
+        before = reader.damage.bytes_lost, reader.damage.messages_lost, len(reader.damage.places)
+        assert [message.time for message in reader.messages()] == once
+        again = reader.damage.bytes_lost, reader.damage.messages_lost, len(reader.damage.places)
+    assert before == again and before[0] > 0
 
 
 def test_messages_that_vanish_without_an_error_are_counted(tmp_path, rows):

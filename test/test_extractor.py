@@ -327,6 +327,8 @@ def test_wrong_options_are_refused(make, extractor):
     assert extractor.options == before
     with pytest.raises(ValueError, match="mask must be"):
         extractor(np.zeros((8, 8), np.uint8), mask=np.ones((4, 8), bool))
+    with pytest.raises(ValueError, match="got 1 masks for 2 images"):
+        extractor.extract_batch([np.zeros((8, 8), np.uint8)] * 2, [None])
 
 
 def test_a_gpu_that_does_not_work_is_named_or_left_aside(monkeypatch, caplog):

@@ -174,6 +174,19 @@ def test_a_cut_off_compressed_image_is_unreadable(ending, keep):
         from_message(message)
 
 
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
+def test_a_cut_off_progressive_jpeg_is_unreadable(share):
+    """All of its rows are there after the first scan, without their detail."""
+    noise = np.random.default_rng(0).integers(0, 256, (240, 320), np.uint8)
+    message = compressed_message(noise, ending=".jpg")
+    options = [cv2.IMWRITE_JPEG_PROGRESSIVE, 1]
+    message.data = cv2.imencode(".jpg", noise, options)[1].reshape(-1)
+    assert from_message(message).pixels.shape == noise.shape
+    message.data = message.data[: int(share * len(message.data))]
+    with pytest.raises(UnreadableImageError, match="cut off"):
+        from_message(message)
+
+
 def test_a_jpeg_without_its_end_mark_or_with_zeros_behind_is_read():
     """As some cameras' drivers give them."""
     expected = from_message(compressed_message(RGB, ending=".jpg")).pixels

@@ -148,6 +148,8 @@ def test_nothing_at_all_is_a_message_too():
     features = over_the_wire(messages.encode_features(result, None, TYPES))
     assert messages.decode_features(features).shape == (0,)
     assert messages.decode_features(features)["descriptor"].shape == (0, 8)
+    empty = messages.to_features(messages.decode_features(features), (64, 48))
+    assert len(empty) == 0 and empty.descriptors.shape == (0, 8)
     assert len(messages.decode_matches(messages.encode_matches(result, None, TYPES))) == 0
 
 
@@ -240,6 +242,7 @@ def test_any_number_of_points_and_dimensions_survives(count, dim, kind, seed):
         over_the_wire(messages.encode_features(result, None, TYPES, kind))
     )
     assert decoded.tobytes() == expected.tobytes()
+    assert messages.to_features(decoded, (64, 48)).descriptors.shape == (count, dim)
 
 
 def test_the_overlay_survives_the_round_trip():

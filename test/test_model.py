@@ -432,12 +432,13 @@ def test_file_with_descriptors_of_another_length(small_model, tmp_path):
         load_model(path)
 
 
-def rewrite(path, change_tensors=lambda t: None, change_config=lambda c: None):
+def rewrite(path, change_tensors=lambda t: None, change_config=lambda c: None, **config):
     """Alter a weights file in place."""
     tensors, metadata = load_file(path), read_metadata(path)
     change_tensors(tensors)
     change_config(metadata["config"])
-    header = {"format": "scfeat", "version": "0", "config": json.dumps(metadata["config"])}
+    config = config.get("config", metadata["config"])
+    header = {"format": "scfeat", "version": "0", "config": json.dumps(config)}
     save_file(tensors, path, header)
 
 
@@ -452,6 +453,8 @@ def rewrite(path, change_tensors=lambda t: None, change_config=lambda c: None):
         ),
         ({"change_config": lambda c: c.pop("encoder")}, "field 'encoder' is missing"),
         ({"change_config": lambda c: c.update(depth=3)}, "field 'depth' is unknown"),
+        ({"config": 5}, "config is no table of fields but 5"),
+        ({"config": None}, "config is no table of fields but None"),
         ({"change_config": lambda c: c.update(encoder="vgg")}, "unknown encoder 'vgg'"),
     ],
 )

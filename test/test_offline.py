@@ -18,6 +18,7 @@ import pytest
 import sample_bags
 import torch
 from rosbags.highlevel import AnyReader
+from rosbags.typesys import Stores, get_types_from_msg, get_typestore
 from sample_bags import IMAGE_TOPIC, INFO_TOPIC, POSE_TOPIC, ROS1
 
 from scfeat_ros import offline
@@ -365,6 +366,73 @@ def test_other_bags(tmp_path, images, intrinsics, tiny_extractor, kind):
     assert stamp_of(found[topic][3][1]) == sample_bags.stamp(3)
 
 
+def add_custom_type(store):
+    """Register a message type that is none of ROS's own; returns a maker of messages."""
+    text = "uint32 number\nstd_msgs/Header header\nmy_pkg/Part[] parts\n"
+    part = "float64 value\nstring name\n"
+    types = get_types_from_msg(text, "my_pkg/msg/Foo") | get_types_from_msg(part, "my_pkg/msg/Part")
+    if "my_pkg/msg/Foo" not in store.fielddefs:
+        store.register(types)
+
+    def make(number):
+        made = store.types["my_pkg/msg/Part"](value=0.5 * number, name=f"part {number}")
+        header = sample_bags.header(store.types, sample_bags.stamp(number), "base")
+        return store.types["my_pkg/msg/Foo"](number=number, header=header, parts=[made])
+
+    return make
+
+
+@pytest.mark.parametrize("kind", ["mcap", "mcap, cut off", "sqlite3", "ros 1", "ros 1, cut off"])
+def test_types_that_the_bag_defines_are_passed_through(tmp_path, images, tiny_extractor, kind):
+    ros1 = kind.startswith("ros 1")
+    store = get_typestore(Stores.ROS1_NOETIC if ros1 else Stores.ROS2_JAZZY)
+    make = add_custom_type(store)
+    rows = []
+    for i, image in enumerate(images):
+        image = sample_bags.image_message(image, sample_bags.stamp(i), types=store.types)
+        rows += [
+            ("/foo", sample_bags.stamp(i), make(i)),
+            (IMAGE_TOPIC, sample_bags.stamp(i), image),
+        ]
+    path = tmp_path / ("drive.bag" if ros1 else "drive")
+    write = sample_bags.write_ros1_bag if ros1 else sample_bags.write_bag
+    options = {} if ros1 else {"storage": kind.split(",")[0]}
+    write(path, rows, **options, store=store)
+    if not ros1:
+        path = sample_bags.storage_file(path)
+    if kind.endswith("cut off"):
+        path.write_bytes(path.read_bytes()[: -path.stat().st_size // 20])
+    source = BagSource(path, passthrough=True)
+    summary = run(source, tiny_extractor, tmp_path / "out", passthrough=True)
+    assert not any("not passed through" in text for text in summary["warnings"])
+    found = read_output(tmp_path / "out")["/foo"]
+    assert len(found) >= COUNT - 1
+    for number, (_, message) in enumerate(found):
+        assert message.number == number and message.parts[0].name == f"part {number}"
+        assert stamp_of(message) == sample_bags.stamp(number)
+
+
+def test_a_damaged_message_of_ros_1_is_lost_alone(tmp_path, images, tiny_extractor):
+    rows = []
+    for i, image in enumerate(images):
+        rows.append(
+            ("/said", sample_bags.stamp(i), ROS1.types["std_msgs/msg/String"](data="x" * 40))
+        )
+        message = sample_bags.image_message(image, sample_bags.stamp(i), types=ROS1.types)
+        rows.append((IMAGE_TOPIC, sample_bags.stamp(i), message))
+    path = tmp_path / "drive.bag"
+    sample_bags.write_ros1_bag(path, rows)
+    data = bytearray(path.read_bytes())
+    third = [m.start() for m in re.finditer(b"x" * 40, data)][2]
+    data[third - 4 : third] = b"\xff" * 4  # the text's length
+    path.write_bytes(data)
+    source = BagSource(path, passthrough=True)
+    summary = run(source, tiny_extractor, tmp_path / "out", passthrough=True)
+    assert len(read_output(tmp_path / "out")["/said"]) == COUNT - 1
+    assert summary["damage"]["messages_lost"] == 1 and summary["damaged"]
+    assert "/said" in summary["damage"]["places"][0]
+
+
 def test_odd_bags_are_processed_with_a_warning(tmp_path, images, intrinsics, tiny_extractor):
     rows = [(INFO_TOPIC, 0, sample_bags.info_message(intrinsics, (320, 240)))]
     for index, image in enumerate(images):
@@ -471,9 +539,23 @@ def test_a_part_of_a_video_or_folder(tmp_path, images):
             open_images(tmp_path / name, duration=0.0)
 
 
+@pytest.mark.parametrize(("size", "level"), [((640, 480), 31), ((1920, 1080), 42)])
+def test_players_are_not_told_of_a_thousand_frames_a_second(tmp_path, size, level):
+    path = tmp_path / "video.mp4"
+    writer = VideoWriter(path, size)
+    for index in range(3):
+        writer.write(np.zeros((size[1], size[0], 3), np.uint8), index * 100_000_000)
+    writer.close()
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        described = stream.codec_context.extradata  # avcC: version, profile, constraints, level
+        assert described[3] <= level
+        assert float(stream.duration * stream.time_base) == pytest.approx(0.2 + 1 / 30, abs=0.01)
+
+
 @pytest.mark.parametrize(
     ("ending", "told"),
-    [(".mp4", "of 20 frames are missing"), (".mkv", "s of 1.90 s: is it cut off?")],
+    [(".mp4", "of 20 frames are missing"), (".mkv", "s of 1.93 s: is it cut off?")],
 )
 def test_a_video_that_is_cut_off_says_so(tmp_path, ending, told):
     path = tmp_path / f"video{ending}"

@@ -35,13 +35,16 @@ def begin(kind, path):
 
 def test_two_runs_to_one_name_do_not_meet(tmp_path):
     """The second to end is refused, and what the first has written stays."""
-    other = begin("staged_folder", tmp_path / "out")
-    with pytest.raises(OutputExistsError), staged_folder(tmp_path / "out", False) as folder:
-        (folder / "file").write_text("second")
-        other.communicate()
-    assert other.returncode == 0
-    assert (tmp_path / "out" / "file").read_text() == "first"
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    for kind in ("staged_folder", "staged_file"):
+        out = tmp_path / kind
+        other = begin(kind, out)
+        make = getattr(staging, kind)
+        with pytest.raises(OutputExistsError), make(out, False) as partial:
+            (partial / "file" if kind == "staged_folder" else partial).write_text("second")
+            other.communicate()
+        assert other.returncode == 0
+        assert (out / "file" if kind == "staged_folder" else out).read_text() == "first"
+    assert {path.name for path in tmp_path.iterdir()} == {"staged_folder", "staged_file"}
 
 
 @pytest.mark.parametrize(("kind", "name"), [("staged_folder", "out"), ("staged_file", "out.npz")])

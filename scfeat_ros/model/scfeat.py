@@ -254,6 +254,8 @@ def read_metadata(path: str | os.PathLike) -> dict:
 
 def _read_config(path: Path) -> SCFeatConfig:
     values = read_metadata(path)["config"]
+    if not isinstance(values, dict):
+        raise ModelError(f"{path}: the metadata's config is no table of fields but {values!r}")
     for field in fields(SCFeatConfig):
         if field.name not in values and field.default is MISSING:
             raise ModelError(f"{path}: config field '{field.name}' is missing")

@@ -1,0 +1,123 @@
+"""Frames of bags: time ranges, calibration, stamps, on sound and damaged bags."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sample_bags
+from sample_bags import INFO_TOPIC, PERIOD, ROS2, storage_file
+from test_bags import cut
+
+from scfeat_ros.sources import BagSource, FolderSource, Frame
+
+COUNT = 12
+K = np.diag([100.0, 100.0, 1.0])
+OTHER_K = np.diag([300.0, 300.0, 1.0])
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 256, (90, 120), np.uint8) for _ in range(COUNT)]
+
+
+def indices(source):
+    """Numbers of the frames that a source gives, by their stamps."""
+    return [round((frame.stamp - sample_bags.stamp(0)) / PERIOD) for frame in source.frames()]
+
+
+def split(folder, rows, files):
+    """A bag of several files, without metadata.yaml; returns its folder."""
+    split = folder / "split"
+    split.mkdir()
+    for number, part in enumerate(np.array_split(np.arange(len(rows)), files)):
+        bag = sample_bags.write_bag(folder / f"part{number}", [rows[i] for i in part])
+        shutil.copy(storage_file(bag), split / f"split_{number}.mcap")
+    return split
+
+
+def test_a_range_of_a_split_bag_counts_from_its_damaged_first_file(tmp_path, pictures):
+    folder = split(tmp_path, sample_bags.camera_messages(pictures), 3)
+    cut(folder / "split_0.mcap", 0.75)
+    every = indices(BagSource(folder))
+    assert every[0] == 0 and every[-1] == COUNT - 1 and len(every) < COUNT
+    assert indices(BagSource(folder, duration=100.0)) == every
+    assert indices(BagSource(folder, start=0.55)) == [i for i in every if i >= 6]
+
+
+def test_a_range_of_a_damaged_bag_counts_from_the_first_message_of_any_topic(tmp_path, pictures):
+    rows = sample_bags.camera_messages(pictures)
+    text = ROS2.types["std_msgs/msg/String"](data="hello")
+    rows.insert(0, ("/said", rows[0][1] - 4 * PERIOD, text))
+    path = storage_file(sample_bags.write_bag(tmp_path / "bag", rows))
+    sound = indices(BagSource(path, start=0.85, duration=0.4))
+    assert sound == [5, 6, 7, 8]
+    cut(path, 0.95)
+    assert indices(BagSource(path, start=0.85, duration=0.4)) == sound
+
+
+@pytest.mark.parametrize("share", [1, 0.97], ids=["sound", "damaged"])
+def test_the_last_calibration_before_a_range_holds_in_it(tmp_path, pictures, share):
+    rows = sample_bags.camera_messages(pictures)
+    first = rows[0][1]
+    for seconds, matrix in ((0.0, OTHER_K), (0.3, K)):
+        time = first + round(seconds * 1e9)
+        rows.append((INFO_TOPIC, time, sample_bags.info_message(matrix, (120, 90), time)))
+    rows.sort(key=lambda row: row[1])
+    path = storage_file(sample_bags.write_bag(tmp_path / "bag", rows))
+    if share < 1:
+        cut(path, share)
+    source = BagSource(path, start=0.65)
+    frames = list(source.frames())
+    assert len(frames) >= 4
+    assert all(frame.camera.K[0, 0] == 100.0 for frame in frames)
+
+
+def test_damage_is_counted_once_with_a_range_too(tmp_path, pictures):
+    path = storage_file(
+        sample_bags.write_bag(tmp_path / "bag", sample_bags.camera_messages(pictures, K))
+    )
+    cut(path, 0.6)
+    lost = []
+    for start in (0.0, 0.05):
+        source = BagSource(path, start=start)
+        assert list(source.frames())
+        lost.append((source.account.damage.bytes_lost, source.account.damage.places))
+    assert lost[0] == lost[1]
+
+
+def test_images_before_the_first_calibration_are_told(tmp_path, pictures):
+    rows = sample_bags.camera_messages([pictures[i % COUNT] for i in range(40)])
+    time = rows[30][1]
+    rows.append((INFO_TOPIC, time, sample_bags.info_message(K, (120, 90), time)))
+    source = BagSource(sample_bags.write_bag(tmp_path / "bag", rows))
+    without = [frame.camera is None for frame in source.frames()].count(True)
+    assert 0 < without < 40
+    assert any(f"{without} images came before" in text for text in source.account.warnings)
+
+
+@pytest.mark.parametrize(("sec", "nanosec"), [(2**31 - 1, 4_000_000_000)])
+def test_a_stamp_that_ros_cannot_express_costs_its_frame(tmp_path, pictures, sec, nanosec):
+    rows = sample_bags.camera_messages(pictures)
+    rows[4][2].header.stamp = ROS2.types["builtin_interfaces/msg/Time"](sec=sec, nanosec=nanosec)
+    source = BagSource(sample_bags.write_bag(tmp_path / "bag", rows))
+    assert indices(source) == [i for i in range(COUNT) if i != 4]
+    assert source.account.skipped.total() == 1 and source.account.is_damaged
+
+
+def test_names_that_are_no_utf_8_can_be_told(tmp_path, pictures):
+    bag = storage_file(
+        sample_bags.write_bag(tmp_path / "bag", sample_bags.camera_messages(pictures))
+    )
+    named = Path(str(tmp_path / "caf") + "\udce9.mcap")
+    shutil.copy(bag, named)
+    cut(named, 0.7)
+    folder = tmp_path / "images"
+    folder.mkdir()
+    (folder / "im\udce9.jpg").write_bytes(b"no picture")
+    for source in (BagSource(named), FolderSource(folder)):
+        assert all(isinstance(frame, Frame) for frame in source.frames())
+        told = [*source.account.damage.places, *source.account.warnings, *source.account.skipped]
+        assert "\ufffd" in "".join(told)
+        "".join(told).encode()
