@@ -7,13 +7,15 @@ as hloc keeps them; COLMAP counts from the corner of that pixel, so 0.5 is added
 from __future__ import annotations
 
 import itertools
+import os
 import sys
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -265,9 +267,7 @@ def _write_h5(
     """hloc's layout: descriptors are (D, N); matches0 gives for every keypoint of the first
     image its match in the second or -1, and matching_scores0 its similarity.
     """
-    import h5py
-
-    with h5py.File(features_path, "w", libver="latest") as file:
+    with _h5_file(features_path) as file:
         for name, f in features.items():
             group = file.create_group(name)
             keypoints = group.create_dataset("keypoints", data=f.keypoints)
@@ -277,7 +277,7 @@ def _write_h5(
             group.create_dataset("descriptors", data=f.descriptors.T)
             group.create_dataset("image_size", data=np.array(f.image_size))
     with (
-        h5py.File(matches_path, "w", libver="latest") as file,
+        _h5_file(matches_path) as file,
         pairs_path.open("w", encoding="utf-8") as listing,
     ):
         for first, second, matches in pairs:
@@ -291,6 +291,22 @@ def _write_h5(
             group.create_dataset("matches0", data=indices)
             group.create_dataset("matching_scores0", data=scores)
             listing.write(f"{first} {second}\n")
+
+
+@contextmanager
+def _h5_file(path: Path) -> Iterator[Any]:
+    import h5py
+
+    try:
+        with h5py.File(path, "w", libver="latest") as file:
+            yield file
+    except (OSError, RuntimeError) as error:
+        # a disk that is full fails once more when the file is closed; and HDF5 tells all it knows
+        cause = error if isinstance(error, OSError) else error.__context__
+        number = getattr(cause, "errno", None)
+        if number is None:
+            raise
+        raise OSError(number, os.strerror(number)) from error
 
 
 def _write_colmap(

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import resource
+
 import cv2
 import h5py
 import numpy as np
@@ -65,6 +69,19 @@ def test_pairs_of_a_file(tmp_path):
         read_pairs(path, list("abc"))
     with pytest.raises(InputError, match=r"none\.txt"):
         read_pairs(tmp_path / "none.txt", [])
+
+
+@pytest.mark.parametrize("ending", [".npz", ".h5"])
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, folder, tiny_extractor, ending):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(OSError) as error:
+            export(folder, tmp_path / f"out{ending}", tiny_extractor, progress=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (error.value.errno, error.value.strerror) == (errno.EFBIG, os.strerror(errno.EFBIG))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_npz(tmp_path, folder, expected, tiny_extractor):
