@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import errno
-import os
 import resource
+import subprocess
+import sys
 
 import cv2
 import h5py
@@ -72,15 +72,19 @@ def test_pairs_of_a_file(tmp_path):
 
 
 @pytest.mark.parametrize("ending", [".npz", ".h5"])
-def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, folder, tiny_extractor, ending):
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
-    try:
-        with pytest.raises(OSError) as error:
-            export(folder, tmp_path / f"out{ending}", tiny_extractor, progress=False)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert (error.value.errno, error.value.strerror) == (errno.EFBIG, os.strerror(errno.EFBIG))
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, folder, ending):
+    def limit_files():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    output = tmp_path / f"out{ending}"
+    command = [sys.executable, "-m", "scfeat_ros", "export", folder, "-o", output]
+    options = ["--weights", "scfeat-s", "--device", "cpu", "--compile", "off", "--quiet"]
+    found = subprocess.run(
+        [*command, *options], preexec_fn=limit_files, capture_output=True, text=True
+    )
+    assert found.returncode == 1
+    assert found.stderr.splitlines()[-1] == f"scfeat: error: {output}: File too large"
+    assert "Traceback" not in found.stderr
     assert list(tmp_path.iterdir()) == []
 
 
