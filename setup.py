@@ -79,7 +79,7 @@ setup(
     entry_points={
         "console_scripts": [
             "scfeat = scfeat_ros.cli:main",
-            "extractor = scfeat_ros.node:main",
+            "extractor = scfeat_ros.run_node:main",
         ]
     },
     zip_safe=False,

@@ -87,7 +87,7 @@ class Rig:
             arguments += ["-p", f"{name}:={_text(value)}"]
         for rule in remap:
             arguments += ["-r", rule]
-        command = [sys.executable, "-m", "scfeat_ros.node"]
+        command = [sys.executable, "-m", "scfeat_ros.run_node"]
         with self.log_path.open("a") as log:
             self.node_process = self.start(
                 [*command, "--ros-args", *arguments], stdout=log, stderr=subprocess.STDOUT

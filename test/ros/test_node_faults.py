@@ -2,10 +2,11 @@
 
 import signal
 import subprocess
+import sys
 
 import numpy as np
 import pytest
-from waiting import wait_for
+from waiting import PATIENCE, wait_for
 
 from scfeat_ros.messages import decode_features, stamp_to_nanoseconds
 
@@ -260,6 +261,30 @@ def test_a_signal_ends_the_node_without_a_traceback(rig, node_parameters, number
     assert "Traceback" not in rig.log and "Error" not in rig.log
 
 
+@pytest.mark.parametrize("module", ["numpy", "cv2", "rclpy", "sensor_msgs.msg"])
+def test_a_signal_while_python_imports_ends_the_process_quietly(rig, module):
+    """The process sends it to itself when it looks for a module."""
+    code = f"""
+import os, runpy, signal, sys
+class Finder:
+    def find_spec(name, path=None, target=None):
+        if name == "{module}":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Finder)
+sys.argv[1:] = ["--ros-args", "-p", "autostart:=false"]
+signal.signal(signal.SIGINT, signal.default_int_handler)
+runpy.run_module("scfeat_ros.run_node", run_name="__main__")
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env=rig.environment,
+        text=True,
+        capture_output=True,
+        timeout=PATIENCE,
+    )
+    assert (result.returncode, result.stdout + result.stderr) == (0, "")
+
+
 def test_a_signal_while_the_network_loads(rig, node_parameters):
     rig.start_node(ready=False, **node_parameters)
     wait_for(lambda: "autostart" in rig.log, "the node starts")
@@ -282,12 +307,10 @@ def test_a_parameter_of_another_type_at_the_start_is_one_line(rig, node_paramete
 
 
 def test_a_parameter_file_that_is_no_yaml_is_one_message(rig, tmp_path):
-    import sys
-
     path = tmp_path / "broken.yaml"
     path.write_text("extractor: [1,")
     result = subprocess.run(
-        [sys.executable, "-m", "scfeat_ros.node", "--ros-args", "--params-file", path],
+        [sys.executable, "-m", "scfeat_ros.run_node", "--ros-args", "--params-file", path],
         env=rig.environment,
         text=True,
         capture_output=True,
