@@ -36,6 +36,7 @@ from rclpy.qos_overriding_options import QoSOverridingOptions
 from rclpy.signals import SignalHandlerOptions
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image, PointCloud, PointCloud2
 
+from scfeat_ros import programs
 from scfeat_ros.diagnostics import Level, Monitor, Problems
 from scfeat_ros.errors import InputError, ScfeatError
 from scfeat_ros.frame_processor import Frame, FrameProcessor
@@ -533,4 +534,5 @@ def main(args: list[str] | None = None) -> int:
     # loads would hold it up: nothing of that is worth waiting for
     sys.stdout.flush()
     sys.stderr.flush()
+    programs.end_all()
     os._exit(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from typing import Any
@@ -10,6 +11,7 @@ import cv2
 import numpy as np
 from sensor_msgs.msg import Image
 
+from scfeat_ros import programs
 from scfeat_ros.decoded_image import DecodedImage, packed_rows, to_8_bit
 from scfeat_ros.errors import InputError, ScfeatError
 from scfeat_ros.messages import pack_array
@@ -23,13 +25,16 @@ _ALIASES = {
 }
 """OpenCV's type names, taken as OpenCV's channel order, and names newer than cv_bridge."""
 
-
 _TRIAL = """
 import numpy, cv_bridge
 from cv_bridge.boost.cv_bridge_boost import cvtColor2
 cv_bridge.CvBridge().encoding_to_dtype_with_channels("bgr8")
 cvtColor2(numpy.zeros((2, 2, 3), numpy.uint8), "bgr8", "rgb8")
 """
+TRIAL_TIMEOUT = 60
+"""Seconds after which the trial is given up."""
+INTERRUPTED = (-signal.SIGINT, -signal.SIGTERM, -signal.SIGKILL)
+"""Statuses of a trial that somebody else has ended."""
 
 
 class ImageDecoder:
@@ -37,7 +42,8 @@ class ImageDecoder:
 
     Raises:
         ScfeatError: cv_bridge is not there, or its compiled part does not work with the numpy
-            or OpenCV of this Python; the message says what to do.
+            or OpenCV of this Python, or the trial of it did not come to an end; the message says
+            what to do.
     """
 
     def __init__(self) -> None:
@@ -98,9 +104,17 @@ def _try_cv_bridge() -> None:
     Raises:
         ScfeatError: see `ImageDecoder`.
     """
-    trial = subprocess.run([sys.executable, "-c", _TRIAL], capture_output=True, text=True)
+    try:
+        trial = programs.run([sys.executable, "-c", _TRIAL], TRIAL_TIMEOUT)
+    except subprocess.TimeoutExpired as error:
+        raise ScfeatError(
+            f"the trial of cv_bridge has not ended in {TRIAL_TIMEOUT} s: configure the node again "
+            "when the computer is less busy"
+        ) from error
     if trial.returncode == 0:
         return
+    if trial.returncode in INTERRUPTED:
+        raise ScfeatError("the trial of cv_bridge was interrupted: configure the node again")
     lines = [line for line in trial.stderr.splitlines() if line.strip()]
     cause = lines[-1].strip() if lines else f"it ended with status {trial.returncode}"
     raise ScfeatError(

@@ -458,3 +458,18 @@ def test_failing_compiler_leaves_nothing_behind(monkeypatch, tmp_path):
     with pytest.raises(library.CompilerError, match="no-such-option"):
         library.load.__wrapped__()
     assert not list((tmp_path / "scfeat_ros").iterdir())
+
+
+@needs_compiler
+def test_what_killed_compilations_have_left_is_removed(monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", "g++ -fno-such-option")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    old, new = (tmp_path / "scfeat_ros" / f"{name}.partial" for name in ("old", "new"))
+    for folder in (old, new):
+        folder.mkdir(parents=True)
+        (folder / "stem.o").touch()
+    then = time.time() - 2 * library.COMPILE_TIMEOUT
+    os.utime(old, (then, then))
+    with pytest.raises(library.CompilerError):
+        library.load.__wrapped__()
+    assert list((tmp_path / "scfeat_ros").iterdir()) == [new]  # somebody may be compiling there

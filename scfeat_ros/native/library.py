@@ -31,6 +31,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 
+from scfeat_ros import programs
+
 LOG = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent
@@ -107,17 +109,31 @@ def _compile(command: list[str], library: Path) -> None:
         raise CompilerError(f"compiled kernels cannot be kept in {library.parent}: {error}") from (
             error
         )
+    _remove_abandoned(library.parent)
     with scratch as folder:
         objects = [f"{folder}/{source.stem}.o" for source in SOURCES]
         steps = [[*command, "-c", str(s), "-o", o] for s, o in zip(SOURCES, objects, strict=True)]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(_run, steps))
+            try:
+                list(pool.map(_run, steps))
+            except BaseException:  # KeyboardInterrupt, too: the pool would wait for the others
+                programs.end_all()
+                raise
         _run([*command, *objects, "-o", f"{folder}/{library.name}"])
         try:
             os.replace(f"{folder}/{library.name}", library)
         except OSError as error:
             raise CompilerError(f"{library} cannot be written: {error}") from error
     LOG.info("compiled CPU kernels in %.1f s: %s", time.perf_counter() - started, library)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove what processes that were killed while they compiled have left."""
+    for scratch in folder.glob("*.partial"):
+        with contextlib.suppress(OSError):
+            # every compiler that ends leaves its object there
+            if time.time() - scratch.stat().st_mtime > COMPILE_TIMEOUT:
+                shutil.rmtree(scratch)
 
 
 def _run(command: list[str]) -> None:
@@ -127,7 +143,7 @@ def _run(command: list[str]) -> None:
         CompilerError: it fails, or takes too long.
     """
     try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_TIMEOUT)
+        result = programs.run(command, COMPILE_TIMEOUT)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise CompilerError(f"{command[0]} failed: {error}") from error
     if result.returncode != 0:

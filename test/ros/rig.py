@@ -80,7 +80,7 @@ class Rig:
         self.processes.append(process)
         return process
 
-    def start_node(self, ready=True, remap=(), **parameters):
+    def start_node(self, ready=True, remap=(), start_new_session=False, **parameters):
         """Start the node; `ready` waits until it is active."""
         arguments = []
         for name, value in parameters.items():
@@ -90,7 +90,10 @@ class Rig:
         command = [sys.executable, "-m", "scfeat_ros.run_node"]
         with self.log_path.open("a") as log:
             self.node_process = self.start(
-                [*command, "--ros-args", *arguments], stdout=log, stderr=subprocess.STDOUT
+                [*command, "--ros-args", *arguments],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=start_new_session,
             )
         if ready:
             wait_for(

@@ -1,11 +1,13 @@
 """What a robot's day brings: after each fault the same node serves the next good frame."""
 
+import os
 import signal
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from processes import has_ended, process_of
 from waiting import PATIENCE, wait_for
 
 from scfeat_ros.messages import decode_features, stamp_to_nanoseconds
@@ -222,6 +224,21 @@ def test_a_cv_bridge_that_crashes_is_told_with_the_remedy(rig, node_parameters, 
     assert rig.state() == "unconfigured"
 
 
+def test_ctrl_c_while_cv_bridge_is_tried_is_no_fault_of_cv_bridge(rig, node_parameters, tmp_path):
+    started = tmp_path / "started"
+    (tmp_path / "cv_bridge.py").write_text(
+        f"import os, time\nopen('{started}', 'w').write(f'{{os.getpid()}}\\n')\ntime.sleep(300)\n"
+    )
+    rig.environment["PYTHONPATH"] = f"{tmp_path}:{rig.environment['PYTHONPATH']}"
+    # a process group of its own: Ctrl-C goes to all of it
+    process = rig.start_node(ready=False, start_new_session=True, **node_parameters)
+    wait_for(started.exists, "the trial runs")
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(PATIENCE) == 0
+    assert "cv_bridge" not in rig.log
+    assert has_ended(process_of(started))
+
+
 def test_out_of_memory_shrinks_the_images_and_goes_on(rig, node_parameters):
     """The node's memory is really limited, so that a large image does not fit.
 
@@ -290,6 +307,19 @@ def test_a_signal_while_the_network_loads(rig, node_parameters):
     wait_for(lambda: "autostart" in rig.log, "the node starts")
     assert rig.stop_node() == 0
     assert "Traceback" not in rig.log
+
+
+def test_a_signal_while_kernels_are_compiled_ends_the_compilers(rig, node_parameters, tmp_path):
+    compiler, started = tmp_path / "compiler", tmp_path / "started"
+    compiler.write_text(
+        f'#!/bin/sh\n[ "$1" = --version ] && exit\nsleep 300 & echo $! > {started}; wait\n'
+    )
+    compiler.chmod(0o755)
+    rig.environment.update(CXX=str(compiler), XDG_CACHE_HOME=str(tmp_path))
+    rig.start_node(ready=False, **node_parameters)
+    child = process_of(started)
+    assert rig.stop_node(signal.SIGTERM) == 0
+    assert has_ended(child)
 
 
 def test_an_impossible_parameter_at_the_start_is_one_line(rig, node_parameters):

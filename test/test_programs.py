@@ -1,0 +1,56 @@
+"""Other programs: their output, and that none outlives what runs it."""
+
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+from processes import has_ended, process_of
+
+from scfeat_ros import programs
+
+FAMILY = "sleep 300 & echo $! > {file}; wait"
+"""A shell that waits for a program of its own and tells its process id."""
+
+
+def test_status_and_output():
+    code = "import sys; print(1); print(2, file=sys.stderr); sys.exit(3)"
+    result = programs.run([sys.executable, "-c", code], 60)
+    assert (result.returncode, result.stdout, result.stderr) == (3, "1\n", "2\n")
+    with pytest.raises(FileNotFoundError):
+        programs.run(["no-such-program"], 60)
+
+
+def test_a_timeout_ends_the_programs_of_the_program_too(tmp_path):
+    file = tmp_path / "pid"
+    with pytest.raises(subprocess.TimeoutExpired):
+        programs.run(["sh", "-c", FAMILY.format(file=file)], 1)
+    assert has_ended(process_of(file))
+
+
+def test_all_are_ended_from_another_thread(tmp_path):
+    results = []
+    files = [tmp_path / "one", tmp_path / "other"]
+    threads = [
+        threading.Thread(
+            target=lambda file=file: results.append(
+                programs.run(["sh", "-c", FAMILY.format(file=file)], 60)
+            )
+        )
+        for file in files
+    ]
+    for thread in threads:
+        thread.start()
+    pids = [process_of(file) for file in files]
+    programs.end_all()
+    for thread in threads:
+        thread.join()
+    assert [result.returncode for result in results] == [-9, -9]
+    assert all(has_ended(pid) for pid in pids)
+
+
+def test_a_signal_to_the_group_of_this_process_does_not_reach_them():
+    """As Ctrl-C in a terminal."""
+    result = programs.run([sys.executable, "-c", "import os; print(os.getpgrp())"], 60)
+    assert int(result.stdout) != os.getpgrp()
