@@ -163,8 +163,7 @@ class Extractor:
             device = model.default_device
         self.device = select_device(device)
         self.model = model.eval().to(self.device, memory_format=torch.channels_last)
-        if self.options.threads:
-            torch.set_num_threads(self.options.threads)
+        _set_threads(self.options.threads)
         self.network = self._choose_network(self.options)
         self._find = self._choose_find()
 
@@ -311,6 +310,21 @@ class Extractor:
         if self.options.descriptor_source == "backbone":
             source = output.descriptors
         return Maps(source[i], output.layer2[i], output.layer3[i])
+
+
+_threads_before: int | None = None
+"""Threads that PyTorch had before an extractor asked for another number; None: none has."""
+
+
+def _set_threads(threads: int) -> None:
+    """Give PyTorch so many threads, or with 0 as many as it had before extractors chose."""
+    global _threads_before
+    if threads:
+        _threads_before = _threads_before or torch.get_num_threads()
+        torch.set_num_threads(threads)
+    elif _threads_before:
+        torch.set_num_threads(_threads_before)
+        _threads_before = None
 
 
 def _fitted(options: ExtractorOptions) -> bool:

@@ -331,6 +331,21 @@ def test_wrong_options_are_refused(make, extractor):
         extractor.extract_batch([np.zeros((8, 8), np.uint8)] * 2, [None])
 
 
+def test_threads_go_back_to_those_that_pytorch_had(make, monkeypatch):
+    monkeypatch.setattr("scfeat_ros.extractor._threads_before", None)
+    before = torch.get_num_threads()
+    try:
+        for threads, expected in ((0, before), (before + 1, before + 1), (0, before)):
+            make(threads=threads)
+            assert torch.get_num_threads() == expected
+        # a number that somebody else chooses afterwards holds
+        torch.set_num_threads(before + 2)
+        make(threads=0)
+        assert torch.get_num_threads() == before + 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_a_gpu_that_does_not_work_is_named_or_left_aside(monkeypatch, caplog):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
