@@ -147,9 +147,13 @@ class Monitor:
             return self._conditions.pop(name, None) is not None
 
     def set_facts(self, **facts: object) -> None:
-        """Figures that every report shows."""
+        """Figures that every report shows; None takes one out."""
         with self._lock:
-            self._facts.update({name: str(value) for name, value in facts.items()})
+            for name, value in facts.items():
+                if value is None:
+                    self._facts.pop(name, None)
+                else:
+                    self._facts[name] = str(value)
 
     def silence(self) -> float:
         """Seconds since the last image, or since the start without one."""

@@ -34,6 +34,12 @@ if TYPE_CHECKING:
 
 MOST_WARM_SIZES = 10
 """Image sizes that the network is warmed up for; a camera has one, a fault may have any number."""
+OF_OUTPUTS = {
+    "calibration": {"features", "matches", "tracks"},
+    "tracks": {"tracks"},
+    "rgbd": {"rgbd_image"},
+}
+"""Conditions that are none while nobody subscribes to the outputs that they are about."""
 
 
 @dataclass(frozen=True)
@@ -101,9 +107,10 @@ class FrameProcessor:
             self.front_end.extractor.set_options(**groups[ExtractorOptions])
         if groups[MatcherOptions]:
             self.front_end.set_matching(**groups[MatcherOptions])
-        if "max_size" in changes or "max_keypoints" in changes:
+        if "max_size" in changes:  # the user's choice in place of the makeshift
             self._out_of_memory = False
             self._monitor.clear_condition("memory")
+            self._monitor.set_facts(size_limit=None)
 
     def set_camera_info(self, message: CameraInfo) -> None:
         """Use this calibration from the next image on."""
@@ -209,9 +216,10 @@ class FrameProcessor:
         half = max(1, min(limit, max(size)) // 2)
         extractor.set_options(max_size=half)
         extractor.clear()
+        self._monitor.set_facts(size_limit=f"{half} px, after out of memory")
         return (
             f"out of memory on {extractor.device} at {size[0]}x{size[1]}: images are shrunk to "
-            f"{half} px from now on; set max_size to {half} or less for good"
+            f"{half} px until max_size is set; set it to {half} or less for good"
         )
 
     def _publish(self, message: Any, image: DecodedImage, result: FrameResult) -> None:
@@ -224,11 +232,13 @@ class FrameProcessor:
         if not self.options.overlay:
             wanted.pop("overlay", None)
         self._monitor.set_facts(outputs=" ".join(sorted(wanted)) or "nobody subscribes")
-        if not wanted:
-            return
-        camera = self._camera_for(result)
-        bearings = None
-        if camera is not None and wanted.keys() & {"features", "matches", "tracks"}:
+        for condition, outputs in OF_OUTPUTS.items():
+            if not wanted.keys() & outputs:
+                self._monitor.clear_condition(condition)
+        camera = bearings = None
+        if wanted.keys() & OF_OUTPUTS["calibration"]:
+            camera = self._camera_for(result)
+        if camera is not None:
             bearings = camera.bearings(result.features.keypoints)
         if "features" in wanted:
             wanted["features"].publish(
@@ -278,14 +288,12 @@ class FrameProcessor:
         """The calibration, if there is one for images of this size."""
         camera = self._camera
         size = result.features.image_size
-        if camera is None:
-            return None
-        if camera.fits(size):
-            self._monitor.clear_condition("camera")
+        if camera is None or camera.fits(size):
+            self._monitor.clear_condition("calibration")
             return camera
         width, height = camera.image_size
         self._problems.tell(
-            "camera",
+            "calibration",
             Level.WARN,
             f"camera_info is for images of {width}x{height}, the image is of "
             f"{size[0]}x{size[1]}: features have no bearings",
@@ -319,6 +327,8 @@ class FrameProcessor:
         }
         if result.reset is not None:
             facts["last tracker reset"] = result.reset
-            if result.reset not in ("first frame",):
-                self._problems.log(Level.WARN, f"tracks start anew: {result.reset}")
+            if result.reset != "first frame":
+                text = f"tracks start anew: {result.reset}"
+                self._monitor.event(Level.WARN, text)
+                self._problems.log(Level.WARN, text)
         self._monitor.served(seconds, facts, result.reset is not None)

@@ -39,7 +39,7 @@ from sensor_msgs.msg import CameraInfo, CompressedImage, Image, PointCloud, Poin
 from scfeat_ros import programs
 from scfeat_ros.diagnostics import Level, Monitor, Problems
 from scfeat_ros.errors import InputError, ScfeatError
-from scfeat_ros.frame_processor import Frame, FrameProcessor
+from scfeat_ros.frame_processor import OF_OUTPUTS, Frame, FrameProcessor
 from scfeat_ros.matched_subscription import MatchedSubscription
 from scfeat_ros.memory import free_memory
 from scfeat_ros.node_parameters import (
@@ -65,6 +65,11 @@ STOP_TIMEOUT = 1.0
 """Seconds that the end of the process waits for a frame in work."""
 SPIN_TIMEOUT = 0.2
 """Seconds after which the executor looks whether the process is to end."""
+OF_INPUT = (
+    *("silence", "qos", "type", "pixels"),
+    *("camera", *OF_OUTPUTS),
+)
+"""Conditions that end with the subscriptions."""
 
 
 def _telling_why(transition: Transition) -> Transition:
@@ -340,7 +345,7 @@ class ExtractorNode(LifecycleNode):
         if self._processor is not None:
             self._processor.pause()
         self._monitor.set_facts(camera="none: not active")
-        for name in ("silence", "qos", "type", "pixels", "camera", "tracks", "rgbd"):
+        for name in OF_INPUT:
             self._monitor.clear_condition(name)
 
     @_telling_why
@@ -380,6 +385,7 @@ class ExtractorNode(LifecycleNode):
         self._forget_input()
         for name in ("memory", "device", "activate"):
             self._monitor.clear_condition(name)
+        self._monitor.set_facts(size_limit=None)
         for publisher in self._outputs.values():
             self.destroy_lifecycle_publisher(publisher)
         self._outputs = {}

@@ -534,6 +534,10 @@ def test_tracks_without_a_calibration_say_what_is_missing(rig, node_parameters):
     rig.listen("/extractor/tracks", PointCloud)
     rig.connect(camera_info=False)
     rig.wait_for_status("WARN", "needs a calibrated camera")
+    # nobody misses them any more
+    rig.unsubscribe("/extractor/tracks")
+    rig.connect(camera_info=False)
+    rig.wait_for_status("OK", "ok", since=len(rig.statuses()))
 
 
 def test_an_rgbd_image_for_rtabmap(rig, node_parameters):
@@ -569,3 +573,6 @@ def test_an_rgbd_image_for_rtabmap(rig, node_parameters):
     np.testing.assert_array_equal(matrix, points["descriptor"])
     rig.camera(send="rgb8", start=7000)
     rig.wait_for_status("WARN", "no depth image in time")
+    rig.unsubscribe(topic)
+    rig.connect()
+    rig.wait_for_status("OK", "ok", since=len(rig.statuses()))

@@ -71,10 +71,11 @@ def test_an_unusable_image_is_told_and_left_out(serves, kind, told):
 
 
 def test_after_the_fault_diagnostics_are_fine_again(serves):
+    serve_one(serves, 3000)
     serves.camera(send="truncated", count=1, rate=0)
     serves.wait_for_status("ERROR", "truncated", since=serves.statuses_before)
     now = len(serves.statuses())
-    serve_one(serves, 3000)
+    serve_one(serves, 3000.1)
     status = serves.wait_for_status("OK", "ok", since=now)
     assert "truncated" in status[2]["last problem"]
 
@@ -121,7 +122,9 @@ def test_a_stamp_that_jumps_back_starts_new_tracks(serves):
     assert ids[0] & ids[1]
     assert not ids[1] & ids[2]
     assert ids[2] & ids[3]
-    assert "tracks start anew: time went backwards" in serves.log
+    text = "tracks start anew: time went backwards"
+    assert text in serves.log
+    serves.wait_for_status("WARN", text, since=serves.statuses_before)
 
 
 def test_a_change_of_frame_id_starts_new_tracks(serves):
@@ -153,6 +156,19 @@ def test_a_camera_info_that_does_not_fit_gives_no_bearings(serves):
     )
     assert "the image is of 128x96" in status[1]
     assert np.isfinite(serve_one(serves, 2701)["x"]).all()
+
+
+def test_a_calibration_that_does_not_fit_is_no_matter_where_nobody_needs_it(rig, node_parameters):
+    from sensor_msgs.msg import PointCloud2
+
+    rig.start_node(**node_parameters)
+    rig.connect()
+    rig.listen(FEATURES, PointCloud2)
+    rig.connect(size=(128, 96), camera_info=False)
+    rig.wait_for_status("WARN", "camera_info is for images of 160x120")
+    rig.unsubscribe(FEATURES)
+    rig.connect(size=(128, 96), camera_info=False)
+    rig.wait_for_status("OK", "ok", since=len(rig.statuses()))
 
 
 # ------------------------------------------------------------------ faults of the start
@@ -259,10 +275,15 @@ def test_out_of_memory_shrinks_the_images_and_goes_on(rig, node_parameters):
     served = rig.figure("frames out")
     rig.connect(size=(160, 120))
     assert rig.figure("frames out") > served
-    # a new choice of the user ends the makeshift
+    # only another size ends the makeshift
+    now = len(rig.statuses())
+    assert rig.set_parameter("max_keypoints", 100) == (True, "")
+    rig.connect(size=(160, 120))
+    assert all("shrunk to 1200 px" in message for _, message, _ in rig.statuses()[now:])
+    assert rig.statuses()[-1][2]["size_limit"] == "1200 px, after out of memory"
     now = len(rig.statuses())
     assert rig.set_parameter("max_size", 640) == (True, "")
-    rig.wait_for_status("OK", "ok", since=now)
+    assert "size_limit" not in rig.wait_for_status("OK", "ok", since=now)[2]
 
 
 # ------------------------------------------------------------------ the end
