@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 from rcl_interfaces.msg import ParameterDescriptor
-from rclpy.exceptions import InvalidParameterTypeException
 from rclpy.node import Node
 from rclpy.qos import (
     DurabilityPolicy,
@@ -37,16 +36,17 @@ class MatchedSubscription:
 
     Reliable and transient-local are asked for only where every publisher offers them, so that
     no publisher is left out; sensor data (best effort, volatile) without a publisher. The
-    parameters `qos_overrides.<topic>.subscription.<policy>` have the last word.
+    parameters `qos_overrides.<topic>.subscription.<policy>` have the last word, as they are at
+    this moment.
 
     Args:
         node: on which to subscribe.
         message_type: class of the messages.
         topic: fully resolved name.
         callback: called with every message.
+        on_incompatible: called with a text when a publisher offers less than is asked for.
         reliability: "auto", "reliable" or "best_effort".
         depth: of the queue.
-        on_incompatible: called with a text when a publisher offers less than is asked for.
 
     Raises:
         InputError: an override with an impossible value.
@@ -58,18 +58,18 @@ class MatchedSubscription:
         message_type: type,
         topic: str,
         callback: Callable[[Any], None],
+        on_incompatible: Callable[[str], None],
         reliability: str = "auto",
         depth: int = 1,
-        on_incompatible: Callable[[str], None] | None = None,
     ) -> None:
         self.topic = topic
         self._node = node
         self._type = message_type
         self._callback = callback
+        self._on_incompatible = on_incompatible
         self._reliability = reliability
         self._depth = depth
-        self._on_incompatible = on_incompatible
-        self._overrides = _declare_overrides(node, topic)
+        self._overrides = _overrides(node, topic)
         self._subscription: Any = None
         self.profile: QoSProfile | None = None
         self.update()
@@ -153,14 +153,19 @@ class MatchedSubscription:
         return profile
 
     def _incompatible(self, event: Any) -> None:
+        remedies = []
+        if self._reliability != "auto":
+            remedies.append("leave image_reliability at auto")
+        if self._overrides:
+            remedies.append(f"take {overrides_of(self.topic)}* out of the parameters")
+        if not remedies:
+            return  # the next update follows the publisher
         policy = qos_policy_name_from_kind(event.last_policy_kind)
-        if self._on_incompatible is not None:
-            self._on_incompatible(
-                f"a publisher of {self.topic} offers less {policy} than this subscription asks "
-                f"for ({self.description}), so nothing comes from it: leave image_reliability at "
-                f"auto and take qos_overrides.{self.topic}.subscription.* out of the parameters, "
-                "or make the publisher offer it"
-            )
+        self._on_incompatible(
+            f"a publisher of {self.topic} offers less {policy} than this subscription asks for "
+            f"({self.description}), so nothing comes from it: {' and '.join(remedies)}, or make "
+            "the publisher offer it"
+        )
 
     @staticmethod
     def _key(profile: QoSProfile) -> tuple:
@@ -172,34 +177,36 @@ class MatchedSubscription:
         )
 
 
-def _declare_overrides(node: Node, topic: str) -> dict[str, Any]:
+def overrides_of(topic: str) -> str:
+    """What the names of the parameters for a subscription to a topic begin with."""
+    return f"qos_overrides.{topic}.subscription."
+
+
+def _overrides(node: Node, topic: str) -> dict[str, Any]:
     """The policies that the user has overridden for a subscription to a topic.
 
     rclpy's own QoSOverridingOptions would freeze the first matched profile as the parameters'
-    value, and so undo every later match.
+    value, and so undo every later match; and nobody could mend a wrong value.
     """
     overrides: dict[str, Any] = {}
     for policy in ("history", "depth", "reliability", "durability"):
-        name = f"qos_overrides.{topic}.subscription.{policy}"
+        name = overrides_of(topic) + policy
         default = 0 if policy == "depth" else MATCH
         if not node.has_parameter(name):
             text = f"{policy} of the subscription to {topic}; {default} leaves it to the node"
-            try:
-                node.declare_parameter(
-                    name, default, ParameterDescriptor(description=text, read_only=True)
-                )
-            except InvalidParameterTypeException as error:
-                raise InputError(f"{name} is of a wrong type: {error}") from error
+            # of any type, so that a value of a wrong one can be mended like other wrong values
+            descriptor = ParameterDescriptor(description=text, dynamic_typing=True)
+            node.declare_parameter(name, default, descriptor)
         value = node.get_parameter(name).value
         if value == default:
             continue
         if policy == "depth":
-            if value < 1:
-                raise InputError(f"{name} must be at least 1, got {value}")
+            if type(value) is not int or value < 1:
+                raise InputError(f"{name} must be a whole number from 1 on, got {value!r}")
             overrides[policy] = value
             continue
         known = {n.lower(): v for n, v in _ENUMS[policy].__members__.items() if n != "UNKNOWN"}
-        if value.lower() not in known:
-            raise InputError(f"{name} must be {MATCH} or one of {', '.join(known)}, got '{value}'")
-        overrides[policy] = known[value.lower()]
+        if str(value).lower() not in known:
+            raise InputError(f"{name} must be {MATCH} or one of {', '.join(known)}, got {value!r}")
+        overrides[policy] = known[str(value).lower()]
     return overrides

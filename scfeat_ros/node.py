@@ -27,7 +27,7 @@ from rcl_interfaces.msg import (
     SetParametersResult,
 )
 from rclpy.clock import Clock, ClockType
-from rclpy.exceptions import ParameterException
+from rclpy.exceptions import InvalidParameterTypeException, ParameterException
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 from rclpy.parameter import Parameter
@@ -40,7 +40,7 @@ from scfeat_ros import programs
 from scfeat_ros.diagnostics import Level, Monitor, Problems
 from scfeat_ros.errors import InputError, ScfeatError
 from scfeat_ros.frame_processor import OF_OUTPUTS, Frame, FrameProcessor
-from scfeat_ros.matched_subscription import MatchedSubscription
+from scfeat_ros.matched_subscription import MatchedSubscription, overrides_of
 from scfeat_ros.memory import free_memory
 from scfeat_ros.node_parameters import (
     ExtractorOptions,
@@ -66,7 +66,7 @@ STOP_TIMEOUT = 1.0
 SPIN_TIMEOUT = 0.2
 """Seconds after which the executor looks whether the process is to end."""
 OF_INPUT = (
-    *("silence", "qos", "type", "pixels"),
+    *("silence", "qos image", "qos camera_info", "qos depth", "type", "pixels"),
     *("camera", *OF_OUTPUTS),
 )
 """Conditions that end with the subscriptions."""
@@ -163,7 +163,12 @@ class ExtractorNode(LifecycleNode):
 
     def _on_set_parameters(self, parameters: list[Parameter]) -> SetParametersResult:
         for parameter in parameters:
-            reason = refusal(parameter.name, parameter.value, self._processor is not None)
+            name, now = parameter.name, self.get_parameter_or(parameter.name)
+            if now.to_parameter_msg() == parameter.to_parameter_msg():
+                continue  # such as of a file that `ros2 param dump` has made of this node
+            reason = refusal(name, parameter.value, self._processor is not None)
+            if any(name.startswith(overrides_of(s.topic)) for s in self._inputs.values()):
+                reason = f"{name} takes effect when the node is activated: deactivate it first"
             if reason:
                 return SetParametersResult(successful=False, reason=reason)
         if self._processor is not None:
@@ -280,12 +285,18 @@ class ExtractorNode(LifecycleNode):
         if rtabmap_messages is not None:
             topics["rgbd_image"] = rtabmap_messages.RGBDImage
         for name, message_type in topics.items():
-            self._outputs[name] = self.create_lifecycle_publisher(
-                message_type,
-                f"~/{name}",
-                QoSProfile(depth=5),
-                qos_overriding_options=QoSOverridingOptions.with_default_policies(),
-            )
+            try:
+                self._outputs[name] = self.create_lifecycle_publisher(
+                    message_type,
+                    f"~/{name}",
+                    QoSProfile(depth=5),
+                    qos_overriding_options=QoSOverridingOptions.with_default_policies(),
+                )
+            except (RuntimeError, InvalidParameterTypeException) as error:  # as rclpy raises them
+                raise ScfeatError(
+                    f"'~/{name}' cannot be published: {error}. Parameters qos_overrides of outputs "
+                    "are read once: restart the node with other values"
+                ) from error
 
     @_telling_why
     def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
@@ -295,7 +306,11 @@ class ExtractorNode(LifecycleNode):
         except InputError as error:
             self._unsubscribe()
             self._monitor.set_condition("activate", Level.ERROR, f"cannot activate: {error}")
-            self.get_logger().error(f"cannot activate: {error}")
+            self.get_logger().error(
+                f"cannot activate: {error}\nThe node stays inactive. Mend this (ros2 param set "
+                f"{self.get_fully_qualified_name()} ...), then: ros2 lifecycle set "
+                f"{self.get_fully_qualified_name()} activate"
+            )
             return TransitionCallbackReturn.FAILURE
         self._monitor.clear_condition("activate")
         self._monitor.start()
@@ -318,20 +333,31 @@ class ExtractorNode(LifecycleNode):
             CompressedImage if compressed else Image,
             topic,
             self._on_image,
+            self._tell_of("qos image"),
             options.image_reliability,
             options.image_depth,
-            lambda text: self._problems.tell("qos", Level.ERROR, text),
         )
         info_topic = self.resolve_topic_name("camera_info")
         self._monitor.set_facts(camera=f"no camera_info on {info_topic} yet: no bearings")
         self._inputs["camera_info"] = MatchedSubscription(
-            self, CameraInfo, info_topic, self._processor.set_camera_info
+            self,
+            CameraInfo,
+            info_topic,
+            self._processor.set_camera_info,
+            self._tell_of("qos camera_info"),
         )
         if options.rgbd:
             self._inputs["depth"] = MatchedSubscription(
-                self, Image, self.resolve_topic_name("depth"), self._processor.add_depth
+                self,
+                Image,
+                self.resolve_topic_name("depth"),
+                self._processor.add_depth,
+                self._tell_of("qos depth"),
             )
         self._monitor.set_facts(image_topic=topic, image_qos=self._inputs["image"].description)
+
+    def _tell_of(self, condition: str) -> Callable[[str], None]:
+        return functools.partial(self._problems.tell, condition, Level.ERROR)
 
     def _unsubscribe(self) -> None:
         for subscription in self._inputs.values():
@@ -422,11 +448,11 @@ class ExtractorNode(LifecycleNode):
                 )
                 if name == "image":
                     self._monitor.set_facts(image_qos=subscription.description)
+            if not subscription.incompatible_publishers():
+                self._monitor.clear_condition(f"qos {name}")
         image = self._inputs.get("image")
         if image is None:
             return
-        if not image.incompatible_publishers():
-            self._monitor.clear_condition("qos")
         others = image.other_types()
         if others:
             transport = self._processor.options.image_transport

@@ -272,6 +272,15 @@ def test_a_wrong_or_late_parameter_is_refused_with_the_reason(listening, name, v
     assert told in reason
 
 
+def test_values_that_stay_are_no_change(listening, node_parameters):
+    """As of a file that `ros2 param dump` has made."""
+    for name in ("weights", "threads", "warm_up_width"):
+        value = node_parameters[name]
+        value = value if isinstance(value, int) else str(value)
+        assert listening.set_parameter(name, value) == (True, "")
+    assert listening.set_parameter("compile", "auto") == (True, "")
+
+
 # ------------------------------------------------------------------ quality of service
 
 
@@ -294,18 +303,22 @@ def test_the_subscription_follows_the_publishers(listening):
 
 
 @pytest.mark.parametrize(
-    "parameters",
+    ("name", "topic", "remedy"),
     [
-        {"image_reliability": "reliable"},
-        {"qos_overrides./image_raw.subscription.reliability": "reliable"},
+        ("image_reliability", "/image_raw", "leave image_reliability at auto, or"),
+        ("qos_overrides./image_raw.subscription", "/image_raw", "take qos_overrides./image_raw."),
+        ("qos_overrides./camera_info.subscription", "/camera_info", "take qos_overrides./camera_"),
     ],
 )
-def test_an_incompatible_publisher_is_told_with_the_remedy(rig, node_parameters, parameters):
-    rig.start_node(**node_parameters, **parameters)
+def test_an_incompatible_publisher_is_told_with_the_remedy(
+    rig, node_parameters, name, topic, remedy
+):
+    name += ".reliability" if name.startswith("qos") else ""
+    rig.start_node(**node_parameters, **{name: "reliable"})
     rig.camera(qos="best_effort")
     rig.camera(send="rgb8", count=3)
-    status = rig.wait_for_status("ERROR", "/image_raw", "RELIABILITY", "nothing comes from it")
-    assert "leave image_reliability at auto" in status[1]
+    status = rig.wait_for_status("ERROR", topic, "RELIABILITY", "nothing comes from it")
+    assert remedy in status[1]
     assert "nothing comes from it" in rig.log
     # a publisher that offers enough clears it
     rig.camera(qos="reliable")
@@ -373,14 +386,34 @@ def test_rectified_images_have_the_bearings_of_p(rig, node_parameters):
 
 
 @pytest.mark.parametrize(
-    ("policy", "value", "told"),
-    [("depth", "ten", "is of a wrong type"), ("history", "unknown", "one of system_default")],
+    ("policy", "value", "told", "right"),
+    [
+        ("depth", "ten", "must be a whole number from 1 on, got 'ten'", 10),
+        ("depth", -1, "must be a whole number from 1 on, got -1", 10),
+        ("history", "unknown", "one of system_default", "keep_last"),
+        ("reliability", 1, "one of system_default", "best_effort"),
+    ],
 )
-def test_an_override_that_cannot_be_is_told(rig, node_parameters, policy, value, told):
+def test_an_override_that_cannot_be_is_told_and_mended(
+    rig, node_parameters, policy, value, told, right
+):
     name = f"qos_overrides./image_raw.subscription.{policy}"
     rig.start_node(ready=False, **node_parameters, **{name: value})
     rig.wait_for_status("ERROR", f"cannot activate: {name}", told)
     assert rig.state() == "inactive" and "Traceback" not in rig.log
+    assert rig.set_parameter(name, right) == (True, "")
+    assert rig.transition("activate")
+    assert str(right) in rig.wait_for_status("OK", "ok")[2]["image_qos"]
+    successful, reason = rig.set_parameter(name, value)
+    assert not successful and "deactivate it first" in reason
+    assert rig.set_parameter(name, right) == (True, "")
+
+
+def test_an_override_of_an_output_that_cannot_be_is_told(rig, node_parameters):
+    name = "qos_overrides./extractor/features.publisher.reliability"
+    rig.start_node(ready=False, **node_parameters, **{name: "perfect"})
+    rig.wait_for_status("ERROR", "cannot configure", "'~/features'", "perfect", "restart the node")
+    assert rig.state() == "unconfigured" and "Traceback" not in rig.log
 
 
 def test_way_of_sampling_descriptors(unconfigured):
@@ -388,7 +421,7 @@ def test_way_of_sampling_descriptors(unconfigured):
 
     rig = unconfigured
     found = []
-    for sampling in ("bilinear", "pooled"):
+    for sampling, other in (("bilinear", "pooled"), ("pooled", "bilinear")):
         assert rig.set_parameter("descriptor_sampling", sampling) == (True, "")
         assert rig.transition("configure") and rig.transition("activate")
         rig.listen(FEATURES, PointCloud2)
@@ -396,7 +429,7 @@ def test_way_of_sampling_descriptors(unconfigured):
         points = decode_features(rig.received(FEATURES)[-1])
         found.append(points)
         np.testing.assert_allclose(np.linalg.norm(points["descriptor"], axis=1), 1, atol=1e-4)
-        successful, reason = rig.set_parameter("descriptor_sampling", "bilinear")
+        successful, reason = rig.set_parameter("descriptor_sampling", other)
         assert not successful and "cannot change while it runs" in reason
         rig.unsubscribe(FEATURES)
         assert rig.transition("deactivate") and rig.transition("cleanup")
