@@ -6,6 +6,7 @@ a signal ends it at any time.
 
 from __future__ import annotations
 
+import difflib
 import functools
 import importlib
 import logging
@@ -101,6 +102,7 @@ class ExtractorNode(LifecycleNode):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__("extractor", **kwargs)
         self._declare_parameters()
+        self._warn_of_unknown_parameters(of_topics=False)
         self._monitor = Monitor()
         self._problems = Problems(self._monitor, self.get_logger())
         self._worker: NewestFirstWorker[Frame] | None = None
@@ -154,6 +156,21 @@ class ExtractorNode(LifecycleNode):
             problem = refusal(name, value, configured=False)
             if problem:
                 raise ParameterException(problem, (name,))
+
+    def _warn_of_unknown_parameters(self, of_topics: bool) -> None:
+        """Warn of values from files and arguments for parameters that this node does not have.
+
+        Args:
+            of_topics: look at those of topics, which are declared with the topics.
+        """
+        known = self.get_parameters_by_prefix("")
+        for name in sorted(self._parameter_overrides.keys() - known.keys()):
+            if name.startswith("qos_overrides.") == of_topics:
+                close = difflib.get_close_matches(name, known, 1)
+                meant = f" (was '{close[0]}' meant?)" if close else ""
+                self.get_logger().warning(
+                    f"there is no parameter '{name}': its value has no effect{meant}"
+                )
 
     def _parameter_values(self) -> dict[str, Any]:
         return {
@@ -313,6 +330,7 @@ class ExtractorNode(LifecycleNode):
             )
             return TransitionCallbackReturn.FAILURE
         self._monitor.clear_condition("activate")
+        self._warn_of_unknown_parameters(of_topics=True)
         self._monitor.start()
         self.get_logger().info(
             f"active: images from {self._inputs['image'].topic} "

@@ -416,6 +416,22 @@ def test_an_override_of_an_output_that_cannot_be_is_told(rig, node_parameters):
     assert rig.state() == "unconfigured" and "Traceback" not in rig.log
 
 
+def test_names_of_parameters_that_there_are_not_are_told(rig, node_parameters):
+    wrong = {
+        "max_keypoint": "max_keypoints",
+        "qos_overrides./image.subscription.depth": "qos_overrides./image_raw.subscription.depth",
+    }
+    right = {
+        "use_sim_time": False,
+        "qos_overrides./image_raw.subscription.depth": 2,
+        "qos_overrides./extractor/features.publisher.depth": 2,
+    }
+    rig.start_node(**node_parameters, **dict.fromkeys(wrong, 2), **right)
+    for name, meant in wrong.items():
+        assert f"no parameter '{name}': its value has no effect (was '{meant}' meant?)" in rig.log
+    assert rig.log.count("there is no parameter") == len(wrong)
+
+
 def test_way_of_sampling_descriptors(unconfigured):
     from sensor_msgs.msg import PointCloud2
 
