@@ -488,9 +488,32 @@ class ExtractorNode(LifecycleNode):
             cause = (
                 f"its {publishers} publisher(s) send nothing that arrives"
                 if publishers
-                else "nobody publishes there (remap image_raw to the camera's topic)"
+                else f"nobody publishes there ({self._remedy_for_no_publisher(image.topic)})"
             )
             self._problems.tell("silence", Level.WARN, f"no image on {image.topic}: {cause}")
+
+    def _remedy_for_no_publisher(self, topic: str) -> str:
+        """What makes images come, by what is published beside an image topic."""
+
+        def types(name: str) -> set[str]:
+            return {info.topic_type for info in self.get_publishers_info_by_topic(name)}
+
+        if self._processor.options.image_transport == "raw":
+            if "sensor_msgs/msg/CompressedImage" in types(f"{topic}/compressed"):
+                return (
+                    f"but {topic}/compressed is published: set image_transport to compressed, and "
+                    f"leave image_raw at the base topic {topic}"
+                )
+        else:
+            base = topic.removesuffix("/compressed")
+            if "sensor_msgs/msg/Image" in types(base):
+                return f"but {base} is published: set image_transport to raw"
+            if base.endswith("/compressed") and types(base):
+                return (
+                    f"but {base} is published: remap image_raw to the base topic "
+                    f"{base.removesuffix('/compressed')}, image_transport adds /compressed"
+                )
+        return "remap image_raw to the camera's topic"
 
     # ---------------------------------------------------------------- telling
 

@@ -533,6 +533,25 @@ def test_a_topic_of_the_other_transport_is_told(rig, node_parameters):
     assert "set image_transport" in status[1]
 
 
+@pytest.mark.parametrize(
+    ("transport", "topic", "kind", "told"),
+    [
+        ("raw", "/image_raw", "png", "set image_transport to compressed"),
+        ("compressed", "/image_raw", "rgb8", "set image_transport to raw"),
+        ("compressed", "/image_raw/compressed", "png", "image_raw to the base topic /image_raw,"),
+        ("raw", "/elsewhere", "png", "remap image_raw to the camera's topic"),
+    ],
+)
+def test_images_that_come_beside_the_topic_are_told(
+    rig, node_parameters, transport, topic, kind, told
+):
+    parameters = {**node_parameters, "image_transport": transport, "silence_timeout": 0.5}
+    rig.camera(send=kind)
+    rig.start_node(**parameters, remap=[f"image_raw:={topic}"])
+    rig.wait_for_status("WARN", f"no image on {topic}", "nobody publishes there", told)
+    assert told in rig.log
+
+
 @pytest.mark.parametrize("consumer", ["vins_mono", "vins_fusion"])
 def test_tracks_for_vins(rig, node_parameters, consumer):
     from sensor_msgs.msg import PointCloud, PointCloud2
