@@ -62,7 +62,11 @@ def generate_launch_description() -> LaunchDescription:
 def _actions(context: LaunchContext) -> list[LaunchDescriptionEntity]:
     """The nodes; a list of cameras can only be split when the arguments' values are known."""
     values = {name: LaunchConfiguration(name).perform(context) for name in ARGUMENTS}
-    cameras = [name.strip() for name in values["cameras"].split(",") if name.strip()]
+    cameras = [name.strip(" /") for name in values["cameras"].split(",") if name.strip(" /")]
+    if len(set(cameras)) < len(cameras):
+        raise ValueError(f"cameras '{values['cameras']}' must be of different names")
+    if not Path(values["params_file"]).is_file():  # the node would start with its defaults
+        raise ValueError(f"params_file '{values['params_file']}' is no file")
     image = values["image"]
     camera_info = values["camera_info"] or str(Path(image).parent / "camera_info")
     if len(cameras) > 1 and (image.startswith("/") or camera_info.startswith("/")):
@@ -79,7 +83,8 @@ def _actions(context: LaunchContext) -> list[LaunchDescriptionEntity]:
         if values[name]:
             parameters[name] = values[name]
     namespaces = [
-        "/".join(part for part in (values["namespace"], camera) if part) for camera in cameras
+        "/".join(part for part in (values["namespace"].rstrip("/"), camera) if part)
+        for camera in cameras
     ] or [values["namespace"]]
     nodes = [
         Node(

@@ -7,6 +7,7 @@ import shlex
 
 from launch import LaunchContext, LaunchDescription
 from launch.actions import DeclareLaunchArgument, ExecuteProcess, OpaqueFunction, Shutdown
+from launch.events.process import ProcessExited
 from launch.launch_description_entity import LaunchDescriptionEntity
 from launch.substitutions import LaunchConfiguration
 from launch_ros.substitutions import ExecutableInPackage
@@ -48,6 +49,13 @@ def _actions(context: LaunchContext) -> list[LaunchDescriptionEntity]:
                 *shlex.split(values["options"]),
             ],
             output="screen",
-            on_exit=Shutdown(),
+            on_exit=_end,
         )
     ]
+
+
+def _end(event: ProcessExited, context: LaunchContext) -> Shutdown:
+    """End with the job; an exception is what gives `ros2 launch` a status other than 0."""
+    if event.returncode != 0:
+        raise RuntimeError(f"scfeat bag ended with status {event.returncode}, see above")
+    return Shutdown()

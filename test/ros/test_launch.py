@@ -144,6 +144,48 @@ def test_absolute_topics_cannot_be_of_several_cameras(run):
     assert "must be relative topics with several cameras" in result.stdout + result.stderr
 
 
+@pytest.mark.parametrize(
+    ("argument", "told"),
+    [
+        ("cameras:=front,left,/front", "must be of different names"),
+        ("params_file:=/no/such.yaml", "params_file '/no/such.yaml' is no file"),
+        ("params_file:=/", "params_file '/' is no file"),
+    ],
+)
+def test_arguments_that_cannot_be_are_told_and_nothing_starts(run, argument, told):
+    result = run("ros2", "launch", "scfeat_ros", "extractor.launch.py", argument)
+    output = result.stdout + result.stderr
+    assert result.returncode != 0
+    assert told in output and "Traceback" not in output and "process started" not in output
+
+
+def test_slashes_around_names_of_cameras_do_not_matter(rig, workspace, parameter_file):
+    process = launch(
+        rig,
+        workspace,
+        "namespace:=robot/",
+        "cameras:=/front, left/",
+        f"params_file:={parameter_file}",
+    )
+    for camera in ("front", "left"):
+        wait_for(
+            lambda camera=camera: f"images from /robot/{camera}/image_raw" in rig.log,
+            lambda: rig.log,
+        )
+    end(rig, process)
+
+
+def test_a_failed_offline_job_is_one_line_and_a_status(run, tmp_path):
+    bag = tmp_path / "none.mcap"
+    result = run(
+        *("ros2", "launch", "scfeat_ros", "offline.launch.py", f"bag:={bag}"),
+        f"output:={tmp_path / 'result'}",
+    )
+    output = result.stdout + result.stderr
+    assert result.returncode != 0
+    assert "scfeat bag ended with status 1" in output and "Traceback" not in output
+
+
 def test_offline_launch_runs_the_offline_job(run, weights, tmp_path):
     messages = [
         (bags.IMAGE_TOPIC, bags.stamp(i), bags.image_message(image, bags.stamp(i)))
