@@ -180,11 +180,12 @@ class ExtractorNode(LifecycleNode):
 
     def _on_set_parameters(self, parameters: list[Parameter]) -> SetParametersResult:
         for parameter in parameters:
-            name, now = parameter.name, self.get_parameter_or(parameter.name)
-            if now.to_parameter_msg() == parameter.to_parameter_msg():
-                continue  # such as of a file that `ros2 param dump` has made of this node
-            reason = refusal(name, parameter.value, self._processor is not None)
-            if any(name.startswith(overrides_of(s.topic)) for s in self._inputs.values()):
+            name, value = parameter.name, parameter.value
+            now = self.get_parameter_or(name).value
+            reason = refusal(name, value, self._processor is not None, now)
+            if value != now and name.startswith(
+                tuple(overrides_of(subscription.topic) for subscription in self._inputs.values())
+            ):
                 reason = f"{name} takes effect when the node is activated: deactivate it first"
             if reason:
                 return SetParametersResult(successful=False, reason=reason)

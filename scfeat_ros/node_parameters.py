@@ -119,21 +119,23 @@ def build(group: type, values: dict[str, Any]) -> Any:
     return group(**{f.name: values[f.name] for f in fields(group)})
 
 
-def refusal(name: str, value: Any, configured: bool) -> str | None:
+def refusal(name: str, value: Any, configured: bool, now: Any = None) -> str | None:
     """Why a parameter cannot take a value now, None where it can.
 
     Args:
         name: of the parameter.
         value: the new value.
         configured: whether the node is configured; then only live parameters can change.
+        now: the present value; one that stays is no change.
     """
     f = parameter_fields().get(name)
     if f is None:
         return None
-    if configured and not f.metadata["live"]:
+    value = as_declared(f, value)
+    if configured and not f.metadata["live"] and value != as_declared(f, now):
         return (
             f"{name} takes effect when the node is configured and cannot change while it runs: "
             "deactivate and clean up first (ros2 lifecycle set NODE deactivate; ... cleanup), "
             "set it, then configure and activate"
         )
-    return check_value(f, as_declared(f, value))
+    return check_value(f, value)

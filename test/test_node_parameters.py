@@ -46,6 +46,13 @@ def test_defaults_are_valid_and_build_their_group():
         assert refusal(name, value, configured=False) is None
 
 
+def test_a_value_that_stays_is_no_change():
+    assert refusal("weights", "mine", True, "mine") is None
+    assert refusal("tracks", False, True, "off") is None  # as `ros2 param load` reads off
+    assert "cannot change while it runs" in refusal("tracks", "off", True, "vins_mono")
+    assert "must be of type int" in refusal("threads", True, True, 1)
+
+
 @pytest.mark.parametrize(
     ("name", "value", "configured", "told"),
     [

@@ -279,6 +279,8 @@ def test_values_that_stay_are_no_change(listening, node_parameters):
         value = value if isinstance(value, int) else str(value)
         assert listening.set_parameter(name, value) == (True, "")
     assert listening.set_parameter("compile", "auto") == (True, "")
+    assert listening.set_parameter("tracks", False) == (True, "")  # how YAML reads `off`
+    assert listening.set_parameter("tracks", "off") == (True, "")
 
 
 # ------------------------------------------------------------------ quality of service
