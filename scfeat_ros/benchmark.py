@@ -32,10 +32,10 @@ from scfeat_ros.model.fused import Conv, FusedSCFeat
 from scfeat_ros.model.scfeat import STRIDE
 from scfeat_ros.native import library, matching
 from scfeat_ros.native.awake import keeps_cores_awake
-from scfeat_ros.offline import OutputOptions
+from scfeat_ros.offline import OutputOptions, peak_memory
 from scfeat_ros.offline import run as run_offline
 from scfeat_ros.sources import FolderSource
-from scfeat_ros.staging import staged_file
+from scfeat_ros.staging import check_file, make_parent, staged_file
 
 SCALING_SIZES = "320x240,640x480,960x720,1280x960,1920x1080"
 SCALING_TOP_K = "512,1024,2048,4096,8192"
@@ -71,8 +71,8 @@ class Row:
     first_use_s: float | None = None
     """Loading, compiling, self-check and the first frame."""
     seconds: list[float] = field(default_factory=list)
-    peak_memory_mib: float = 0.0
-    """CPU: of the process while this ran; CUDA: what PyTorch allocated."""
+    peak_memory_mib: float | None = None
+    """What PyTorch allocated on a GPU; on the CPU memory is the process's, see `main`'s report."""
 
     def figures(self, peaks: dict[str, float]) -> dict[str, Any]:
         """The row as it is written to JSON."""
@@ -112,6 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
         cv2.setNumThreads(arguments.threads)
+    _check_outputs(arguments.json, arguments.plot)
     sizes = [_size(text) for text in arguments.sizes.split(",")]
     pictures = {size: _picture(arguments.image, size) for size in sizes}
     top_k, stages = _integers(arguments.top_k), arguments.stages.split(",")
@@ -129,6 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         peaks = _measure(cases, list(devices.values()), arguments.rounds, arguments.warm_up)
     report = {
         "machine": _machine(),
+        "peak_memory_mib": peak_memory(),
         "measured_peaks": peaks,
         "rows": [case.row.figures(peaks) for case in cases],
     }
@@ -179,6 +181,22 @@ def _parser() -> argparse.ArgumentParser:
     add("--json", type=Path, metavar="FILE", help="write all figures")
     add("--plot", type=Path, metavar="FILE.png", help="plot how cost grows (needs matplotlib)")
     return parser
+
+
+def _check_outputs(json_file: Path | None, plot: Path | None) -> None:
+    """Find before the measurement what would stop the writing after it.
+
+    Raises:
+        InputError: a file cannot be written there.
+        ValueError: matplotlib is missing or has no format of the plot's ending.
+    """
+    for path in filter(None, (json_file, plot)):
+        check_file(path, overwrite=True)
+        make_parent(path)
+    if plot is not None:
+        known = _pyplot().FigureCanvasBase.get_supported_filetypes()
+        if _picture_format(plot) not in known:
+            raise ValueError(f"--plot {plot}: the name must end with one of .{', .'.join(known)}")
 
 
 def _integers(text: str) -> list[int]:
@@ -261,7 +279,7 @@ def _stage_cases(
         extractor.clear()
     _reset_peak_memory(device)
     first, second = extractor(picture), extractor(moved)
-    peak_memory = _peak_memory(device)  # a CUDA graph takes its memory when it is captured
+    peak_memory = _peak_gpu_memory(device)  # a CUDA graph takes its memory when it is captured
     front_end = FrontEnd(extractor)
     front_end.process(moved, 0)
     result = front_end.process(picture, 1)
@@ -406,7 +424,9 @@ def _measure(
             if case.device.type == "cuda":
                 torch.cuda.synchronize(case.device)
             seconds = time.perf_counter() - started
-            case.row.peak_memory_mib = max(case.row.peak_memory_mib, _peak_memory(case.device))
+            if case.device.type == "cuda":
+                peak = case.row.peak_memory_mib or 0.0
+                case.row.peak_memory_mib = max(peak, _peak_gpu_memory(case.device))
             if number >= warm_up:
                 case.row.seconds.append(seconds / case.frames)
         _progress(number + 1, warm_up + rounds)
@@ -450,20 +470,11 @@ def _time(run: Callable[[], object], device: torch.device, times: int) -> float:
 def _reset_peak_memory(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    elif sys.platform == "linux":
-        Path("/proc/self/clear_refs").write_text("5")  # the highest resident size starts anew
 
 
-def _peak_memory(device: torch.device) -> float:
-    """MiB since the last reset."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    if sys.platform != "linux":
-        return float("nan")
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) / 1024
-    return float("nan")
+def _peak_gpu_memory(device: torch.device) -> float | None:
+    """MiB since the last reset; None on the CPU."""
+    return torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
 
 
 def _progress(done: int, total: int) -> None:
@@ -505,11 +516,13 @@ def table(report: dict[str, Any]) -> str:
     waiting.append(f"cores kept awake: {'yes' if machine['keeps_cores_awake'] else 'no'}")
     head.append(", ".join(waiting))
     head += machine["gpus"]
+    if report["peak_memory_mib"] is not None:
+        head.append(f"peak memory of the whole process: {report['peak_memory_mib']:.0f} MiB")
     for name, value in report["measured_peaks"].items():
         unit = "" if "GB/s" in name else " GFLOP/s"
         head.append(f"measured best, {name}: {value:.0f}{unit}")
     titles = ("stage", "model", "size", "top-K", "path", "median", "p95", "min ms")
-    titles += ("GFLOP", "of peak", "MiB", "first use s")
+    titles += ("GFLOP", "of peak", "GPU MiB", "first use s")
     lines = [titles]
     for row in report["rows"]:
         lines.append(
@@ -524,7 +537,7 @@ def table(report: dict[str, Any]) -> str:
                 f"{row['min_ms']:.2f}",
                 "" if row["gflop"] is None else f"{row['gflop']:.1f}",
                 f"{row['share_of_peak']:.0%}" if "share_of_peak" in row else "",
-                f"{row['peak_memory_mib']:.0f}",
+                "" if row["peak_memory_mib"] is None else f"{row['peak_memory_mib']:.0f}",
                 "" if row["first_use_s"] is None else f"{row['first_use_s']:.1f}",
             )
         )
@@ -537,19 +550,32 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join([*head, "", *text])
 
 
+def _pyplot() -> Any:
+    """matplotlib's module for figures, set to draw into files."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError as error:
+        raise ValueError("--plot needs matplotlib: pip install matplotlib") from error
+    return pyplot
+
+
+def _picture_format(path: Path) -> str:
+    """Of a plot, by its ending."""
+    return path.suffix.lstrip(".").lower() or "png"
+
+
 def plot_scaling(report: dict[str, Any], path: Path) -> None:
     """Extraction over pixels and matching over keypoints, both axes logarithmic.
 
     Raises:
         ValueError: matplotlib is missing.
     """
-    try:
-        import matplotlib
+    pyplot = _pyplot()
+    from matplotlib import ticker
 
-        matplotlib.use("Agg")
-        from matplotlib import pyplot, ticker
-    except ImportError as error:
-        raise ValueError("--plot needs matplotlib: pip install matplotlib") from error
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
     largest = max(row["top_k"] for row in report["rows"])
     smallest_size = min((r["size"] for r in report["rows"]), key=_pixels)
@@ -580,7 +606,7 @@ def plot_scaling(report: dict[str, Any], path: Path) -> None:
     left.set_title("extraction")
     right.set_title("matching")
     with staged_file(path, overwrite=True) as partial:
-        figure.savefig(partial, format=path.suffix.lstrip(".") or "png", dpi=110)
+        figure.savefig(partial, format=_picture_format(path), dpi=110)
     pyplot.close(figure)
 
 

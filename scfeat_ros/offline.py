@@ -370,7 +370,7 @@ class _Writer:
             "duration_s": (self.statistics.last_stamp - self.statistics.first_stamp) * 1e-9,
             "processing_s": round(seconds, 3),
             "frames_per_second": round(self.statistics.frames / seconds, 3),
-            "peak_memory_mib": _peak_memory(),
+            "peak_memory_mib": peak_memory(),
             "thresholds_px": {
                 "epipolar_inlier": INLIER_THRESHOLD,
                 "right_by_ground_truth": RIGHT_WITHIN,
@@ -400,7 +400,7 @@ class _Writer:
                 self._video.close()
 
 
-def _peak_memory() -> float | None:
+def peak_memory() -> float | None:
     """Largest resident memory of this process in MiB, None where the system does not say."""
     try:
         import resource

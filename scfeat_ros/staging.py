@@ -63,8 +63,8 @@ def staged_file(path: Path, overwrite: bool) -> Iterator[Path]:
     path = Path(path).resolve()
     check_file(path, overwrite)
     partial = path.with_name(_partial(path.stem, path.suffix))
+    make_parent(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         _remove_stale(path.parent, path.stem, path.suffix)
         _remove(partial)
     except OSError as error:
@@ -117,6 +117,21 @@ def _remove(path: Path) -> None:
         return
     for beside in ("", "-wal", "-shm", "-journal"):
         path.with_name(path.name + beside).unlink(missing_ok=True)
+
+
+def make_parent(path: str | Path) -> None:
+    """Make the folder of a file that will be written, before the work that goes into it.
+
+    Raises:
+        InputError: it cannot be made or written to.
+    """
+    folder = Path(path).resolve().parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror}") from error
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"{path}: cannot be written: no permission in {folder}")
 
 
 def check_file(path: Path, overwrite: bool) -> None:

@@ -8,6 +8,7 @@ from test_fused import needs_compiler
 
 from scfeat_ros import benchmark
 from scfeat_ros.benchmark import count_gflop, main
+from scfeat_ros.errors import InputError
 from scfeat_ros.extractor import Extractor
 from scfeat_ros.model.scfeat import CONFIGS, SCFeat
 
@@ -29,7 +30,8 @@ def test_every_stage_of_every_way_is_measured(report):
     for row in rows:
         assert 0 < row["min_ms"] <= row["median_ms"] <= row["p95_ms"]
         assert row["rounds"] == 2
-        assert row["peak_memory_mib"] > 10
+        assert row["peak_memory_mib"] is None  # on the CPU it is the process's, and of no row
+    assert report["peak_memory_mib"] > 10
     paths = [row["path"] for row in rows if row["stage"] == "extract"]
     assert paths[0].startswith("fp32, fused") and paths[1] == "fp32, plain"
 
@@ -91,6 +93,7 @@ def test_table_names_paths_and_machine(capsys):
     assert "GFLOP/s" in printed and "copy GB/s" in printed and "load average" in printed
     assert f"OMP_WAIT_POLICY {os.environ['OMP_WAIT_POLICY']}" in printed
     assert "cores kept awake: " in printed
+    assert "peak memory of the whole process: " in printed
 
 
 def test_plot(tmp_path):
@@ -101,6 +104,21 @@ def test_plot(tmp_path):
     assert main([*options, "--plot", str(file)]) == 0
     assert file.read_bytes().startswith(b"\x89PNG")
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_outputs_that_cannot_be_written_are_found_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, "_measure", None)
+    (tmp_path / "file").write_text("")
+    for outputs, message in (
+        (["--json", str(tmp_path)], "this is a folder"),
+        (["--json", str(tmp_path / "file" / "a.json")], "cannot be written"),
+        (["--plot", str(tmp_path / "file" / "a.png")], "cannot be written"),
+    ):
+        with pytest.raises(InputError, match=message):
+            main([*SMALL, *outputs])
+    pytest.importorskip("matplotlib")
+    with pytest.raises(ValueError, match=r"a\.txt: the name must end with one of .*\.png"):
+        main([*SMALL, "--plot", str(tmp_path / "a.txt")])
 
 
 @pytest.mark.parametrize(
