@@ -53,7 +53,8 @@ def run(arguments: argparse.Namespace) -> list[JobResult]:
         One result per input, in the order of the inputs.
 
     Raises:
-        InputError: two inputs would have the same output folder.
+        InputError: two inputs would have the same output folder, or no machine of the cluster has
+            the cores or the GPU that a task asks for.
         ScfeatError: Ray is not installed or the cluster cannot be reached.
     """
     outputs = _outputs(arguments.input, arguments.output)
@@ -97,6 +98,7 @@ def _collect(ray: object, arguments: argparse.Namespace, outputs: dict) -> list[
     gpus = ray.cluster_resources().get("GPU", 0)
     wants_gpu = arguments.device.startswith("cuda") or (arguments.device == "auto" and gpus)
     threads = arguments.threads or 1
+    _check_resources(ray, threads, arguments.device if wants_gpu else None)
     task = ray.remote(num_cpus=threads, num_gpus=1 if wants_gpu else 0, max_retries=MAX_RETRIES)(
         _process_one
     )
@@ -124,6 +126,24 @@ def _collect(ray: object, arguments: argparse.Namespace, outputs: dict) -> list[
                 tqdm.write(f"scfeat: error: {results[path].error}", file=sys.stderr)
             bar.update()
     return [results[path] for path in outputs]
+
+
+def _check_resources(ray: object, threads: int, gpu: str | None) -> None:
+    """Ray itself waits forever for a machine that could run a task.
+
+    gpu: the device that was asked for where tasks want a GPU.
+    """
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if gpu:
+        machines = [machine for machine in machines if machine.get("GPU", 0) >= 1]
+        if not machines:
+            raise InputError(f"--device {gpu}: no machine of the cluster has a GPU; use cpu")
+    most = max((machine.get("CPU", 0) for machine in machines), default=0)
+    if most < threads:
+        raise InputError(
+            f"--threads {threads}: no machine of the cluster {'with a GPU ' if gpu else ''}has "
+            f"more than {most:.0f} cores; give no more than it has"
+        )
 
 
 def _process_one(arguments: argparse.Namespace) -> JobResult:

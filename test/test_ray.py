@@ -80,6 +80,24 @@ def test_a_lost_worker_costs_nothing_but_time(tmp_path, capfd):
         ray.shutdown()
 
 
+def test_more_cores_than_a_machine_has_are_refused(tmp_path, capsys):
+    inputs = [make_folder(tmp_path / "in" / name) for name in "ab"]
+    output = tmp_path / "out"
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
+    try:
+        arguments = ["images", *inputs, "-o", str(output), "--ray", "auto", *OPTIONS]
+        for more, says in (
+            (["--threads", "3"], "--threads 3: no machine of the cluster has more than 2 cores"),
+            (["--device", "cuda"], "--device cuda: no machine of the cluster has a GPU"),
+        ):
+            assert cli.main([*arguments, *more]) == cli.ERROR
+            assert says in capsys.readouterr().err
+    finally:
+        ray.shutdown()
+    assert not output.exists()
+
+
 def test_two_inputs_with_one_output_are_refused(tmp_path, capsys):
     inputs = [make_folder(tmp_path / side / "photos") for side in ("left", "right")]
     assert cli.main(["images", *inputs, "-o", str(tmp_path / "out"), "--ray", "local"]) == 1
