@@ -64,7 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             where = getattr(arguments, "output", None)
         return _fail(f"{where}: {error.strerror or error}" if where else str(error))
     except KeyboardInterrupt:
-        print("scfeat: interrupted; what was not complete is removed", file=sys.stderr)
+        # training and evaluation keep what they have
+        removed = "" if argv and argv[0] in _DELEGATED else "; what was not complete is removed"
+        print(f"scfeat: interrupted{removed}", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
         if not (is_out_of_memory(error) and hasattr(arguments, "max_size")):

@@ -14,7 +14,7 @@ import pytest
 import sample_bags
 
 from scfeat_ros import __version__
-from scfeat_ros.cli import DAMAGED, ERROR, OK, USAGE, main
+from scfeat_ros.cli import DAMAGED, ERROR, INTERRUPTED, OK, USAGE, main
 
 
 @pytest.fixture
@@ -267,3 +267,12 @@ def test_an_interrupted_run_cleans_up(tmp_path, tiny_weights, number, code):
     assert process.returncode == code
     assert "Traceback" not in error
     assert [f.name for f in tmp_path.iterdir()] == ["bag"]
+
+
+def test_an_interrupted_training_claims_no_clean_up(monkeypatch, capsys):
+    def interrupted(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("scfeat_training.train.main", interrupted)
+    assert main(["train", "warmup"]) == INTERRUPTED
+    assert capsys.readouterr().err == "scfeat: interrupted\n"
