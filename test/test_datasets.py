@@ -372,6 +372,14 @@ def test_photometric_changes_move_nothing():
             assert (y * weight).sum() / weight.sum() == pytest.approx(20, abs=0.25)
 
 
+def test_what_is_set_to_0_is_off():
+    image = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
+    off = Photometric(*[0.0] * 4, grey=0.0, noise=0.0, blur=0.0, motion=0, jpeg=0, shadow=0.0,
+                      probability=1.0)  # fmt: skip
+    for seed in range(5):
+        assert (augment(image, np.random.default_rng(seed), off) == image).all()
+
+
 def test_uneven_light_is_smooth():
     image = np.full((120, 160, 3), 90, np.uint8)
     still = Photometric(0.0, 0.0, 0.0, 0.0, grey=0.0, probability=1.0, shadow=0.0, noise=0.0)

@@ -422,13 +422,34 @@ def test_damaged_checkpoint_is_named(tmp_path):
     ("values", "message"),
     [
         ({"stepz": 3}, "unknown field 'stepz'"),
-        ({"batch": "four"}, "'batch' must be int"),
+        ({"batch": "four"}, "'batch' must be a whole number, got 'four'"),
+        ({"batch": 0}, "warmup.yaml: 'batch' is 0, but must be at least 1"),
+        ({"batch": True}, "'batch' must be a whole number, got True"),
+        ({"checkpoint_every": 0}, "'checkpoint_every' is 0, but must be at least 1"),
+        ({"seed": -1}, "'seed' is -1, but must be at least 0"),
+        ({"lr": float("nan")}, "'lr' is nan, but must be at least 0"),
+        ({"clip": 0}, "'clip' is 0, but must be above 0"),
+        ({"ema": 2}, "'ema' is 2, but must be from 0 to 1"),
+        ({"posed_share": 1.5}, "'posed_share' is 1.5, but must be from 0 to 1"),
+        ({"size": [64, "a"]}, "'size' must be a list of 2 whole numbers, got 'a'"),
+        ({"size": [64.0, 48.0]}, "'size' must be a list of 2 whole numbers, got 64.0"),
+        ({"photos": [1]}, "'photos' must be a list of names, got 1"),
+        ({"encoder_weights": 5}, "'encoder_weights' must be text, got 5"),
         ({"lr": "fast"}, "'lr' must be a number"),
         ({"size": [100, 64]}, "multiples of 16"),
         ({"schedule": "linear"}, "neither constant nor cosine"),
         ({"model": "scfeat-xl"}, "none of scfeat, scfeat-m, scfeat-s"),
         ({"loss": {"temprature": 1}}, "unknown field 'temprature'"),
-        ({"photometric": {"glow": 1}}, "config section 'photometric': unknown field 'glow'"),
+        ({"loss": {"temperature": "a"}}, "section 'loss': 'temperature' must be a number, got 'a'"),
+        ({"loss": {"temperature": 0}}, "'temperature' is 0, but must be above 0"),
+        ({"photometric": {"glow": 1}}, "warmup.yaml: section 'photometric': unknown field 'glow'"),
+        ({"photometric": {"jpeg": 200}}, "'jpeg' is 200, but must be from 0 to 95"),
+        ({"homography": {"rotation": 5}}, "'rotation' must be a list of 2 numbers, got 5"),
+        ({"homography": {"scale": [2.0]}}, "'scale' must be a list of 2 numbers, got [2.0]"),
+        ({"homography": {"scale": [2, 1]}}, "'scale' is [2, 1], but the smaller value comes first"),
+        ({"homography": {"overlap": 2}}, "'overlap' is 2, but must be from 0 to 1"),
+        ({"network": {"decoder_channels": 5}}, "'decoder_channels' must be a list of 2 whole"),
+        ({"network": {"encoder": "vgg"}}, "network: unknown encoder 'vgg', choose one of resnet"),
         ({"homography": {"photometric": {"blur": 1}}}, "'photometric' takes no fields"),
         ({"data": "/nowhere"}, "/nowhere"),
         ({"encoder_weights": "/nowhere.pth"}, "/nowhere.pth"),
@@ -442,6 +463,13 @@ def test_wrong_settings_give_one_line(values, message, settings, tmp_path, capsy
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_numbers_are_taken_as_yaml_reads_them(settings):
+    values = {"lr": "1e-3", "clip": float("inf"), "homography": {"scale": [1, "2e0"]}}
+    config = read_config(settings("warmup", **values), "warmup")
+    assert (config.lr, config.clip) == (1e-3, float("inf"))
+    assert homography_pairs(config, read_scenes(config.data), False).config.scale == (1.0, 2.0)
 
 
 def test_photometric_section_holds_for_all_pairs(data):

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+import math
+import sys
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
 from scfeat_ros.errors import InputError
+from scfeat_ros.model.scfeat import CONFIGS
+from scfeat_training.datasets import HomographyPairsConfig, PosedPairsConfig
+from scfeat_training.descriptor_loss import DescriptorOptions
+from scfeat_training.distillation import DistillationOptions
+from scfeat_training.keypoint_policy import PolicyOptions
+from scfeat_training.photometric import Photometric
+from scfeat_training.synthetic import SyntheticPairsConfig
+from scfeat_training.warmup_loss import WarmupOptions
 
 T = TypeVar("T")
 
@@ -81,13 +91,90 @@ class TrainConfig:
 
 
 STAGES = ("warmup", "descriptor", "detector", "adaptation", "distillation")
+LOSSES = {
+    "warmup": WarmupOptions,
+    "descriptor": DescriptorOptions,
+    "detector": PolicyOptions,
+    "distillation": DistillationOptions,
+}
+"""What the section `loss` holds; the stage that is missing has none."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """Numbers that a field may have.
+
+    least, most: the smallest and the largest one. above: `least` itself is too little.
+    """
+
+    least: float
+    most: float = sys.float_info.max
+    above: bool = False
+
+    def holds(self, value: float) -> bool:
+        """Whether a number lies within; NaN lies in no range."""
+        return self.least <= value <= self.most and not (self.above and value == self.least)
+
+    def __str__(self) -> str:
+        if self.most < sys.float_info.max:
+            return f"from {self.least} to {self.most}"
+        return f"{'above' if self.above else 'at least'} {self.least}"
+
+
+WORDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    dict: "a section of fields",
+}
+LISTED = {int: "whole numbers", float: "numbers", str: "names"}
+"""What types are called in messages, and those of the values of a list."""
+
+RANGES = {
+    name: allowed
+    for allowed, names in (
+        (
+            Range(1),
+            "batch steps log_every picture_every validate_every checkpoint_every length textures "
+            "refresh supersample anchors grid place_points bridged_points cell "
+            "line_samples draws resamples decoder_channels descriptor_dim head_channels "
+            "upsampled_kernel",
+        ),
+        (
+            Range(0),
+            "seed lr lr_encoder weight_decay warmup_steps workers threads validation_pairs "
+            "curriculum tracks perspective translation brightness contrast gamma colour noise "
+            "blur motion light near window jitter place_weight bridged_weight contrast_weight "
+            "false_match penalty_rise keypoint_cost regularization layers scores",
+        ),
+        (
+            Range(0, above=True),
+            "scale crop_scale focal temperature place_sharpness sharpness threshold max_cost",
+        ),
+        (Range(0, math.inf, above=True), "clip"),
+        (
+            Range(0, 1),
+            "ema posed_share synthetic_share overlap lines_inside filled mirror grey shadow "
+            "probability precision",
+        ),
+        (Range(0, 180), "rotation roll"),
+        (Range(16), "texture_size"),
+        (Range(0, 95), "jpeg"),
+    )
+    for name in names.split()
+}
+"""By field, of whichever section; a list's values must all lie within."""
+ASCENDING = ("scale", "crop_scale", "focal")
+"""Fields that values are drawn between."""
 
 
 def read_config(path: str | Path, stage: str, **changes: Any) -> TrainConfig:
     """Read a YAML file of `TrainConfig` fields; `changes` that are not None replace its values.
 
     Raises:
-        InputError: the file is missing or no mapping, or a field is unknown or of another type.
+        InputError: the file is missing or no mapping, or a field is unknown, of another type or
+            outside its range; the line names file, field, value and what is allowed.
     """
     path = Path(path)
     try:
@@ -116,46 +203,91 @@ def make_config(values: dict[str, Any], where: str) -> TrainConfig:
         if key not in known:
             raise InputError(f"{where}: unknown field '{key}'; known: {', '.join(known)}")
     defaults = TrainConfig(stage="warmup")
-    for key, value in values.items():
-        default = getattr(defaults, key)
-        if isinstance(default, float) and isinstance(value, str):
-            value = values[key] = _number(value, key, where)  # YAML reads 1e-3 as a string
-        if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
-            value = values[key] = float(value)
-        if default is not None and not isinstance(value, type(default)):
-            raise InputError(f"{where}: '{key}' must be {type(default).__name__}, got {value!r}")
-    config = TrainConfig(**values)
+    config = TrainConfig(
+        **{key: _taken(value, getattr(defaults, key), key, where) for key, value in values.items()}
+    )
     if config.stage not in STAGES:
         raise InputError(f"{where}: stage '{config.stage}' is none of {', '.join(STAGES)}")
-    if config.steps < 1 or min(config.threads, config.workers) < 0:
-        raise InputError(f"{where}: steps must be at least 1, threads and workers not negative")
+    if config.model not in CONFIGS:
+        raise InputError(f"{where}: model '{config.model}' is none of {', '.join(CONFIGS)}")
     if config.schedule not in ("constant", "cosine"):
         raise InputError(f"{where}: schedule '{config.schedule}' is neither constant nor cosine")
     if len(config.size) != 2 or any(side % 16 or side <= 0 for side in config.size):
         raise InputError(f"{where}: size {config.size} must be [width, height], multiples of 16")
+    for name, start in _sections(config).items():
+        options_of(start, getattr(config, name), f"{where}: section '{name}'")
     return config
 
 
-def _number(text: str, key: str, where: str) -> float:
-    try:
-        return float(text)
-    except ValueError as error:
-        raise InputError(f"{where}: '{key}' must be a number, got {text!r}") from error
+def _sections(config: TrainConfig) -> dict[str, Any]:
+    """The options that sections of the configuration begin with; their defaults."""
+    sections = {
+        "network": CONFIGS[config.model],
+        "homography": HomographyPairsConfig(),
+        "posed": PosedPairsConfig(),
+        "synthetic": SyntheticPairsConfig(),
+        "photometric": Photometric(),
+    }
+    if config.stage in LOSSES:
+        sections["loss"] = LOSSES[config.stage]()
+    return sections
 
 
-def options_of(kind: type[T], values: dict[str, Any], where: str) -> T:
-    """A dataclass of options from a section of the configuration; lists become tuples.
+def options_of(start: T, values: dict[str, Any], where: str) -> T:
+    """A dataclass of options changed by a section of the configuration; lists become tuples.
+
+    Args:
+        start: the options that the section does not name; it is left as it is.
+        values: the section.
+        where: names it in errors.
 
     Raises:
-        InputError: an unknown field, or a section inside of the section.
+        InputError: an unknown field, a value of another type than the one in `start` or outside
+            its range, or a section inside of the section.
     """
-    known = [f.name for f in fields(kind)]
-    for key in values:
+    known = [f.name for f in fields(start)]
+    taken = {}
+    for key, value in values.items():
         if key not in known:
-            raise InputError(f"config section '{where}': unknown field '{key}'; known: {known}")
-        if isinstance(values[key], dict):
+            raise InputError(f"{where}: unknown field '{key}'; known: {', '.join(known)}")
+        if isinstance(value, dict):
             raise InputError(
-                f"config section '{where}': '{key}' takes no fields; a section stands at the top "
-                "level of the file"
+                f"{where}: '{key}' takes no fields; a section stands at the top level of the file"
             )
-    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        taken[key] = _taken(value, getattr(start, key), key, where)
+    return replace(start, **taken)
+
+
+def _taken(value: Any, default: Any, name: str, where: str) -> Any:
+    """The value of a field in the type of its default."""
+    if isinstance(default, list | tuple):
+        kind = type(default[0]) if default else str
+        count = f"{len(default)} " if default else ""
+        wanted = f"a list of {count}{LISTED[kind]}"
+        fits = isinstance(value, list | tuple)
+        if not fits or (isinstance(default, tuple) and len(value) != len(default)):
+            raise InputError(f"{where}: '{name}' must be {wanted}, got {value!r}")
+        taken = type(default)(_plain(one, kind, name, where, wanted) for one in value)
+        if name in ASCENDING and taken[0] > taken[1]:
+            raise InputError(f"{where}: '{name}' is {value!r}, but the smaller value comes first")
+        return taken
+    if default is None or is_dataclass(default):  # a value may be None as well
+        kind = str if default is None else type(default)
+        return None if value is None else _plain(value, kind, name, where, WORDS.get(kind, "null"))
+    return _plain(value, type(default), name, where, WORDS[type(default)])
+
+
+def _plain(value: Any, kind: type, name: str, where: str, wanted: str) -> Any:
+    """A single value; a float may be given as an int or, as YAML reads 1e-3, as a string."""
+    taken = value
+    if kind is float and isinstance(value, int | str) and not isinstance(value, bool):
+        try:
+            taken = float(value)
+        except (ValueError, OverflowError):
+            pass
+    if type(taken) is not kind:
+        raise InputError(f"{where}: '{name}' must be {wanted}, got {value!r}")
+    allowed = RANGES.get(name) if kind in (int, float) else None
+    if allowed is not None and not allowed.holds(taken):
+        raise InputError(f"{where}: '{name}' is {value!r}, but must be {allowed}")
+    return taken

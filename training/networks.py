@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ from scfeat_ros.errors import InputError
 from scfeat_ros.model.scfeat import (
     CONFIGS,
     SCFeat,
-    SCFeatConfig,
     available_models,
     find_weights,
     load_model,
@@ -27,13 +25,13 @@ def make_model(config: TrainConfig) -> SCFeat:
     """The network at its start: random weights, with the encoder's file where one is given.
 
     Raises:
-        InputError: an unknown model, or an encoder file that cannot be read or does not fit.
+        InputError: no such network, or an encoder file that cannot be read or does not fit.
     """
-    if config.model not in CONFIGS:
-        raise InputError(f"model '{config.model}' is none of {', '.join(CONFIGS)}")
     torch.manual_seed(config.seed)
-    network = options_of(SCFeatConfig, asdict(CONFIGS[config.model]) | config.network, "network")
-    model = SCFeat(network)
+    try:
+        model = SCFeat(options_of(CONFIGS[config.model], config.network, "network"))
+    except ValueError as error:
+        raise InputError(f"network: {error}") from error
     if config.encoder_weights:
         path = Path(config.encoder_weights)
         try:
@@ -66,8 +64,11 @@ def load_trained(checkpoint: str | Path) -> tuple[SCFeat, dict[str, Any]]:
         InputError: see `load_checkpoint`.
     """
     state = load_checkpoint(checkpoint)
-    settings = dict(state["history"][-1]["config"], encoder_weights=None)
-    model = make_model(make_config(settings, str(checkpoint)))
+    # of the settings those that make the network: others may have had other ranges once
+    settings = state["history"][-1]["config"]
+    made_of = ("stage", "model", "network", "cross_norm")
+    network = {key: settings[key] for key in made_of if key in settings}
+    model = make_model(make_config(network, str(checkpoint)))
     model.load_state_dict(state["ema"])
     return model.eval().to(memory_format=torch.channels_last), state
 

@@ -10,7 +10,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Photometric:
-    """How strong each change may be; `probability` is that of each of the optional ones."""
+    """How strong each change may be, 0 for none; `probability` is that of each optional one."""
 
     brightness: float = 0.15  # added, as a share of full scale
     contrast: float = 0.3  # log of the factor about mid grey
@@ -20,7 +20,7 @@ class Photometric:
     noise: float = 0.04  # standard deviation, as a share of full scale
     blur: float = 1.2  # standard deviation in pixels
     motion: int = 7  # longest motion blur in pixels
-    jpeg: int = 30  # lowest quality
+    jpeg: int = 30  # lowest quality, 95 at most
     shadow: float = 0.6  # darkest shadow, as a share taken away
     light: float = 0.0  # log of the gain of a smooth field of light, 0 for even light
     probability: float = 0.3
@@ -76,11 +76,15 @@ def _shadow(image: np.ndarray, rng: np.random.Generator, options: Photometric) -
 
 
 def _blur(image: np.ndarray, rng: np.random.Generator, options: Photometric) -> np.ndarray:
-    return cv2.GaussianBlur(image, (0, 0), rng.uniform(0.3, options.blur))
+    if not options.blur:
+        return image
+    return cv2.GaussianBlur(image, (0, 0), rng.uniform(min(0.3, options.blur), options.blur))
 
 
 def _motion(image: np.ndarray, rng: np.random.Generator, options: Photometric) -> np.ndarray:
     """A straight blur, symmetric about each pixel so that nothing moves."""
+    if options.motion < 2:
+        return image
     size = int(rng.integers(1, options.motion // 2 + 1)) * 2 + 1
     angle = rng.uniform(0, np.pi)
     reach = (size - 1) / 2 * np.array([np.cos(angle), np.sin(angle)])
@@ -103,6 +107,8 @@ def _noise(image: np.ndarray, rng: np.random.Generator, options: Photometric) ->
 
 
 def _jpeg(image: np.ndarray, rng: np.random.Generator, options: Photometric) -> np.ndarray:
+    if not options.jpeg:
+        return image
     quality = int(rng.integers(options.jpeg, 96))
     _, coded = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, quality])
     return cv2.imdecode(coded, cv2.IMREAD_COLOR)  # the order of channels passes through

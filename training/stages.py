@@ -178,7 +178,7 @@ def size_of(config: TrainConfig) -> tuple[int, int]:
 
 def common_options(config: TrainConfig) -> dict[str, Any]:
     """What all kinds of pairs share; the section of a kind may give another value."""
-    photometric = options_of(Photometric, config.photometric, "photometric")
+    photometric = options_of(Photometric(), config.photometric, "photometric")
     return {"size": list(config.size), "seed": config.seed, "photometric": photometric}
 
 
@@ -191,11 +191,11 @@ def posed_pairs(
 ) -> PosedPairs | WithSynthetic:
     """Pairs of posed scenes and of synthetic ones as the configuration says."""
     common = {**common_options(config), "tracks": tracks}
-    options = options_of(PosedPairsConfig, {**common, **config.posed}, "posed")
+    options = options_of(PosedPairsConfig(), {**common, **config.posed}, "posed")
     posed = PosedPairs(scenes, options, images, skip_bad)
     if not config.synthetic_share:
         return posed
-    options = options_of(SyntheticPairsConfig, {**common, **config.synthetic}, "synthetic")
+    options = options_of(SyntheticPairsConfig(), {**common, **config.synthetic}, "synthetic")
     photos = photo_paths(scenes)
     synthetic = SyntheticPairs(options, photos, images=posed.images, skip_bad=skip_bad)
     return WithSynthetic(posed, synthetic, config.synthetic_share)
@@ -206,7 +206,7 @@ def homography_pairs(
 ) -> HomographyPairs:
     """Pairs of views of single photos as the configuration says."""
     values = {**common_options(config), **config.homography}
-    options = options_of(HomographyPairsConfig, values, "homography")
+    options = options_of(HomographyPairsConfig(), values, "homography")
     photos = photo_paths(scenes) + [p for folder in config.photos for p in read_photos(folder)]
     return HomographyPairs(photos, options, skip_bad=skip_bad)
 
@@ -228,7 +228,7 @@ class WarmupStage(Stage):
 
     def __init__(self, config: TrainConfig, model: SCFeat) -> None:
         super().__init__(config, model)
-        self.options = options_of(WarmupOptions, config.loss, "loss")
+        self.options = options_of(WarmupOptions(), config.loss, "loss")
         self.network = Describe(model)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -263,7 +263,7 @@ class DescriptorStage(Stage):
 
     def __init__(self, config: TrainConfig, model: SCFeat) -> None:
         super().__init__(config, model)
-        self.options = options_of(DescriptorOptions, config.loss, "loss")
+        self.options = options_of(DescriptorOptions(), config.loss, "loss")
         if self.options.contrast_weight == 0 and config.posed_share != 1:
             raise InputError("config: without contrast_weight, posed_share must be 1 in stage 1")
         self.contrast = WarmupOptions()
@@ -334,7 +334,7 @@ class DetectorStage(Stage):
 
     def __init__(self, config: TrainConfig, model: SCFeat) -> None:
         super().__init__(config, model)
-        self.options = options_of(PolicyOptions, config.loss, "loss")
+        self.options = options_of(PolicyOptions(), config.loss, "loss")
         width, height = size_of(config)
         if width % self.options.cell or height % self.options.cell:
             raise InputError(f"config: size {config.size} is no multiple of cell")
@@ -513,7 +513,7 @@ class DistillationStage(HomographyStage):
 
     def __init__(self, config: TrainConfig, model: SCFeat) -> None:
         super().__init__(config, model)
-        self.options = options_of(DistillationOptions, config.loss, "loss")
+        self.options = options_of(DistillationOptions(), config.loss, "loss")
 
     def start(self, earlier: SCFeat, where: str) -> None:
         start_from(earlier, self.model)
