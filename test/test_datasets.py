@@ -13,6 +13,7 @@ from scfeat_training.config import TrainConfig
 from scfeat_training.datasets import (
     HomographyPairs,
     HomographyPairsConfig,
+    ImageCache,
     PosedPairs,
     PosedPairsConfig,
     validation_pairs,
@@ -25,6 +26,7 @@ from scfeat_training.geometry import (
     rotation_angle,
     transform_points,
 )
+from scfeat_training.image_files import image_size, read_image
 from scfeat_training.photometric import Photometric, augment
 from scfeat_training.scenes import (
     photo_paths,
@@ -226,6 +228,12 @@ def test_rotation_grows_with_the_index(scene):
     assert pairs.max_rotation(500) == pytest.approx(37.5)
 
 
+def test_posed_pairs_want_pairs(scene):
+    alone = replace(scene, pairs=scene.pairs[:0], overlap=scene.overlap[:0])
+    with pytest.raises(InputError, match="no scene has covisible pairs"):
+        PosedPairs([alone], plain())
+
+
 def test_overlap_limits_the_pairs(tmp_path):
     folder = write_scene(tmp_path / "s", count=4)
     change(folder, overlap=lambda overlap: np.linspace(0.05, 0.9, len(overlap)))
@@ -279,6 +287,16 @@ def test_validation_pairs_are_fixed_and_plain(scene):
         same(first[index], again[index])
         for k in "12":  # neither noise nor roll: the third channel stays as it was drawn
             assert (first[index][f"image{k}"][2] == 128).all()
+
+
+def test_validation_takes_the_pairs_there_are(scene):
+    near = replace(scene, overlap=np.full(len(scene.pairs), 0.85))  # neighbours in a video
+    assert len(validation_pairs([near], 5, (96, 64))[0]) > 5
+    mixed = replace(scene, overlap=np.where(np.arange(len(scene.pairs)) < 3, 0.5, 0.85))
+    pairs = validation_pairs([mixed], 5, (96, 64))
+    wanted = {frozenset(scene.paths[i].name for i in pair) for pair in scene.pairs[:3]}
+    names = [{pairs[i][k].split("/")[1] for k in ("name1", "name2")} for i in range(9)]
+    assert {frozenset(both) for both in names} <= wanted
 
 
 # --- homography pairs ---------------------------------------------------------------------------
@@ -420,10 +438,26 @@ def break_nan(folder):
     change(folder, t=put((2, 1), np.nan))
 
 
+def break_content(folder):
+    (folder / "images/002.png").write_bytes(b"no image" * 100)
+
+
+def break_end(folder):
+    path = folder / "images/002.png"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def break_size(folder):
+    cv2.imwrite(str(folder / "images/002.png"), np.zeros((75, 100, 3), np.uint8))
+
+
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
         (break_missing, "missing"),
+        (break_content, "no image that can be decoded"),
+        (break_end, "ends too early"),
+        (break_size, "is 100x75, but its K is for 200x150"),
         (break_rotation, "rotation"),
         (break_mirror, "rotation"),
         (break_focal, "K is no intrinsic"),
@@ -448,32 +482,78 @@ def test_a_bad_image_is_named_or_skipped(tmp_path, damage, says):
     assert epipolar_distance(pairs[0]["F"].double(), tracks[:, :2], tracks[:, 2:]).max() < 1e-3
 
 
-def test_unreadable_images_are_named_or_skipped(tmp_path):
+def test_images_found_unreadable_while_drawing_are_named_or_skipped(tmp_path):
     folder = write_scene(tmp_path / "s")
+    scene = read_scene(folder)
     bad = folder / "images/001.png"
     bad.write_bytes(bad.read_bytes()[:40])
-    scene = read_scene(folder)
     with pytest.raises(InputError, match=r"001\.png"):
         for index in range(40):
             PosedPairs([scene], plain())[index]
     pairs = PosedPairs([scene], plain(), skip_bad=True)
     names = {pairs[i][k] for i in range(40) for k in ("name1", "name2")}
     assert "s/001.png" not in names and len(names) == 5
-    assert list(pairs.bad) == [bad]
+    assert list(pairs.images.bad) == [bad]
     with pytest.raises(InputError, match=r"001\.png"):
         for index in range(40):
             HomographyPairs(photo_paths([scene]))[index]
     photos = HomographyPairs(photo_paths([scene]), skip_bad=True)
     assert all(photos[i]["name"] != "s/001.png" for i in range(40))
-    assert list(photos.bad) == [bad]
+    assert list(photos.images.bad) == [bad]
 
 
-def test_an_image_of_another_size_than_its_k(tmp_path):
-    folder = write_scene(tmp_path / "s")
-    for path in (folder / "images").iterdir():
-        cv2.imwrite(str(path), np.zeros((75, 100, 3), np.uint8))
-    with pytest.raises(InputError, match=r"100x75.*200x150"):
-        PosedPairs([read_scene(folder)], plain())[0]
+def test_an_unreadable_image_is_tried_once(tmp_path):
+    path = tmp_path / "a.png"
+    path.write_bytes(b"no image")
+    images = ImageCache()
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"a\.png: no image"):
+            images(path)
+        cv2.imwrite(str(path), coordinate_picture())
+    assert list(images.bad) == [path]
+
+
+@pytest.mark.parametrize("ending", ["jpg", "progressive.jpg", "png", "bmp", "webp", "ppm", "tif"])
+def test_the_size_of_an_image_is_read_from_its_header(tmp_path, ending, monkeypatch):
+    path = tmp_path / f"a.{ending}"
+    progressive = [cv2.IMWRITE_JPEG_PROGRESSIVE, 1] if ending.startswith("progressive") else []
+    cv2.imwrite(str(path), coordinate_picture(), progressive)
+    assert image_size(path) == (WIDTH, HEIGHT)
+    content = path.read_bytes()
+    path.write_bytes(content + b"what a camera adds")
+    assert image_size(path) == (WIDTH, HEIGHT)
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(InputError, match=r"a\..*replace or remove the file"):
+        image_size(path)
+    if ending in ("jpg", "progressive.jpg", "png"):
+        path.write_bytes(content)
+        monkeypatch.setattr("scfeat_training.image_files.read_image", None)
+        assert image_size(path) == (WIDTH, HEIGHT)  # without it
+
+
+def test_a_jpeg_file_with_an_unusual_header_is_decoded(tmp_path):
+    path = tmp_path / "a.jpg"
+    cv2.imwrite(str(path), coordinate_picture())
+    content = path.read_bytes()
+    at = content.index(b"\xff\xdb")
+    path.write_bytes(content[:at] + b"zz" + content[at:])
+    assert read_image(path).shape == (HEIGHT, WIDTH, 3)
+    assert image_size(path) == (WIDTH, HEIGHT)
+
+
+def test_scenes_that_are_not_asked_for_are_not_looked_at(tmp_path):
+    write_scene(tmp_path / "good")
+    write_caps(tmp_path)
+    for name in ("bad", "worse"):
+        write_scene(tmp_path / name)
+        (tmp_path / name / "scene.npz").write_bytes(b"nothing")
+    assert [scene.name for scene in read_scenes(tmp_path, names=["good"])] == ["good"]
+    both = read_scenes(tmp_path, names=["0042_dense0", "good"])
+    assert [scene.name for scene in both] == ["good", "0042_dense0"]
+    with pytest.raises(InputError, match=r"no scene 'better'; it has \['0042_dense0', 'bad', 'go"):
+        read_scenes(tmp_path, names=["good", "better"])
+    with pytest.raises(InputError, match=r"scene\.npz: unreadable"):
+        read_scenes(tmp_path, names=["bad"])
 
 
 def test_broken_scene_files(tmp_path):
@@ -629,6 +709,13 @@ def test_caps_layout(tmp_path):
     assert scene.pairs.tolist() == [[0, 1], [1, 2]]
     sample = PosedPairs([scene], plain())[0]
     assert sample["depth_range1"].tolist() == [4, 400]
+    # the list of pairs may be absent
+    (folder / "pairs.txt").rename(folder / "kept.txt")
+    said = []
+    (alone,) = read_scenes(tmp_path, on_bad=said.append)
+    assert len(alone) == 3 and len(alone.pairs) == 0
+    assert len(said) == 1 and "pairs.txt: is not there" in said[0]
+    (folder / "kept.txt").rename(folder / "pairs.txt")
     # errors name file and line
     listing = folder / "img_cam.txt"
     lines = listing.read_text().splitlines()

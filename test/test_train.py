@@ -1,7 +1,9 @@
 """The training loop on a small scene: resuming, signals, several processes, export."""
 
 import json
+import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +26,7 @@ from scfeat_training.correspondences import CorrespondencePairs, MixedPairs, tex
 from scfeat_training.datasets import (
     HomographyPairs,
     HomographyPairsConfig,
+    ImageCache,
     PosedPairs,
     PosedPairsConfig,
 )
@@ -265,6 +268,64 @@ def test_terminated_run_leaves_a_checkpoint(settings, tmp_path):
         process.kill()
     assert process.returncode == 128 + signal.SIGTERM
     assert load_checkpoint(run)["step"] >= 1
+
+
+# --- damaged and missing data -------------------------------------------------------------------
+
+
+def damage_pixels(path):
+    """Write a JPEG file whose header is right and whose pixels cannot be decoded."""
+    picture = cv2.imread(str(path))
+    content = bytearray(cv2.imencode(".jpg", picture)[1].tobytes())
+    tables = content.index(b"\xff\xc4")
+    content[tables + 6 : tables + 30] = 24 * b"\xff"
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_damage_found_while_loading_is_one_line(settings, data, tmp_path, workers, capfd):
+    shutil.copytree(data / "wall", tmp_path / "data" / "wall")
+    bad = tmp_path / "data/wall/images/2.png"
+    damage_pixels(bad)
+    values = {"data": str(tmp_path / "data"), "steps": 12, "workers": workers, "posed_share": 0.5}
+    config = str(settings("warmup", **values))
+    assert main(["warmup", "--config", config, "--run", str(tmp_path / "strict")]) == 1
+    lines = [line for line in capfd.readouterr().err.splitlines() if "step" not in line]
+    assert len(lines) == 1 and f"{bad}: no image that can be decoded" in lines[0]
+    assert not multiprocessing.active_children()
+    run = tmp_path / "run"
+    assert main(["warmup", "--config", config, "--run", str(run), "--skip-bad"]) == 0
+    printed = capfd.readouterr()
+    assert printed.err.count(f"left out: {bad}") == printed.err.count("left out") == 1
+    assert "at step 12 of 12, 1 bad inputs left out;" in printed.out
+    assert not multiprocessing.active_children()
+
+
+def test_posed_pairs_of_the_warm_up_want_points(settings, data, tmp_path, capsys):
+    shutil.copytree(data / "wall", tmp_path / "data" / "wall")
+    (tmp_path / "data/wall/points.npz").unlink()
+    values = {"data": str(tmp_path / "data"), "steps": 1}
+    arguments = ["--run", str(tmp_path / "run")]
+    assert main(["warmup", "--config", str(settings("warmup", **values)), *arguments]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "sparse 3D points" in error and "posed_share: 0" in error
+    config = str(settings("warmup", **values, posed_share=0.0))
+    assert main(["warmup", "--config", config, *arguments]) == 0
+
+
+def test_all_pairs_of_a_stage_share_their_images(settings, data):
+    for stage in ("warmup", "descriptor", "detector"):
+        values = {"synthetic_share": 0.5, "posed_share": 0.5, "loss": {}}
+        if stage == "descriptor":
+            values["loss"] = {"contrast_weight": 0.5}
+        config = read_config(settings(stage, **values), stage)
+        images = ImageCache()
+        mixed = STAGE_CLASSES[stage](config, make_model(config)).dataset(
+            read_scenes(data), False, images
+        )
+        posed = mixed.second.pairs
+        for pairs in (mixed.first.pairs, posed.posed, posed.synthetic):
+            assert pairs.images is images
 
 
 def test_two_processes_train_like_one(settings, tmp_path):

@@ -31,15 +31,21 @@ from scfeat_training.geometry import (
     symmetric_epipolar_distance,
     transform_points,
 )
+from scfeat_training.image_files import read_image
 from scfeat_training.photometric import Photometric, augment
-from scfeat_training.scenes import Scene
+from scfeat_training.scenes import Scene, has_pairs
 
 
 class ImageCache:
-    """Decoded RGB images by path, the least recently used dropped beyond `max_bytes`."""
+    """Decoded RGB images by path, the least recently used dropped beyond `max_bytes`.
+
+    Attributes:
+        bad: what is wrong with files that could not be read, by path; they are not tried again.
+    """
 
     def __init__(self, max_bytes: int = 2 << 30) -> None:
         self.max_bytes = max_bytes
+        self.bad: dict[Path, str] = {}
         self._bytes = 0
         self._images: OrderedDict[Path, np.ndarray] = OrderedDict()
 
@@ -49,26 +55,18 @@ class ImageCache:
         if image is not None:
             self._images.move_to_end(path)
             return image
-        image = read_image(path)
+        if path in self.bad:
+            raise InputError(self.bad[path])
+        try:
+            image = read_image(path)
+        except InputError as error:
+            self.bad[path] = str(error)
+            raise
         self._images[path] = image
         self._bytes += image.nbytes
         while self._bytes > self.max_bytes and len(self._images) > 1:
             self._bytes -= self._images.popitem(last=False)[1].nbytes
         return image
-
-
-def read_image(path: str | Path) -> np.ndarray:
-    """Read an image file as (H, W, 3) uint8 RGB; InputError names a file that cannot be read."""
-    try:
-        data = np.frombuffer(Path(path).read_bytes(), np.uint8)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-    # The stored pixels, not the EXIF orientation, are what poses and K belong to.
-    flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
-    image = cv2.imdecode(data, flags) if len(data) else None
-    if image is None:
-        raise InputError(f"{path}: no image that can be decoded; replace or remove the file")
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
 def warp(
@@ -137,7 +135,7 @@ class PosedPairs(Dataset):
 
     A crop may be turned about its optical axis, which leaves a pinhole camera and is part of R.
     An image that cannot be read raises InputError, or with skip_bad is drawn no more:
-    `bad` counts such files. Draws that depend on a broken file are the one exception to
+    `images.bad` has such files. Draws that depend on a broken file are the one exception to
     "sample i from (seed, i) alone".
     """
 
@@ -151,7 +149,6 @@ class PosedPairs(Dataset):
         self.config = config or PosedPairsConfig()
         self.images = images or ImageCache()
         self.skip_bad = skip_bad
-        self.bad: dict[Path, str] = {}
         self.scenes: list[Scene] = []
         self._pairs: list[np.ndarray] = []  # of each scene, sorted by relative rotation
         self._angles: list[np.ndarray] = []
@@ -168,6 +165,11 @@ class PosedPairs(Dataset):
             self._pairs.append(pairs[order])
             self._angles.append(angles[order])
         if not self.scenes:
+            if not has_pairs(scenes):
+                raise InputError(
+                    "no scene has covisible pairs of images, which posed pairs are drawn from; "
+                    "set posed_share: 0 where the stage allows it, or give scenes with pairs"
+                )
             raise InputError(
                 f"no scene has pairs with an overlap of {low} to {high}; widen the range"
             )
@@ -205,17 +207,10 @@ class PosedPairs(Dataset):
         for path in (scene.paths[i], scene.paths[j]):
             try:
                 images.append(self.images(path))
-            except InputError as error:
+            except InputError:
                 if not self.skip_bad:
                     raise
-                self.bad[path] = str(error)
                 return None
-        for index, image in zip((i, j), images, strict=True):
-            if (image.shape[1], image.shape[0]) != tuple(scene.size_wh[index]):
-                raise InputError(
-                    f"{scene.paths[index]}: is {image.shape[1]}x{image.shape[0]}, but its K is for "
-                    f"{scene.size_wh[index][0]}x{scene.size_wh[index][1]}; scale K or the image"
-                )
         return self._crop_pair(scene, int(i), int(j), images, rng)
 
     def _crop_pair(
@@ -434,24 +429,32 @@ def _share_hit(F: np.ndarray, width: int, height: int) -> float:
 
 
 def validation_pairs(
-    scenes: Sequence[Scene], count: int = 200, size: tuple[int, int] = (320, 240)
+    scenes: Sequence[Scene],
+    count: int = 200,
+    size: tuple[int, int] = (320, 240),
+    images: ImageCache | None = None,
+    skip_bad: bool = False,
 ) -> PosedPairs:
     """A fixed list of `count` plain pairs of the held-out scenes (`split_scenes` gives them).
 
     No photometric change, no roll, crops as large as the images allow; overlap of 0.1 to 0.7 and
-    rotations up to 60 degrees: about what pose benchmarks ask.
+    rotations up to 60 degrees: about what pose benchmarks ask. Where no pair overlaps so, as of a
+    video's neighbours, any overlap will do.
     """
+    low, high = 0.1, 0.7
+    if not any(((s.overlap >= low) & (s.overlap <= high)).any() for s in scenes):
+        low, high = 0.0, 1.0
     config = PosedPairsConfig(
         size=size,
         length=count,
         seed=20_000,
-        overlap=(0.1, 0.7),
+        overlap=(low, high),
         rotation=(60.0, 60.0),
         roll=0.0,
         scale=(0.5, 0.5),
         photometric=None,
     )
-    return PosedPairs(scenes, config)
+    return PosedPairs(scenes, config, images, skip_bad)
 
 
 @dataclass(frozen=True)
@@ -505,7 +508,6 @@ class HomographyPairs(Dataset):
         self._cumulative = np.cumsum(weights / weights.sum())
         self.images = images or ImageCache()
         self.skip_bad = skip_bad
-        self.bad: dict[Path, str] = {}
 
     def __len__(self) -> int:
         return self.config.length
@@ -522,10 +524,9 @@ class HomographyPairs(Dataset):
             try:
                 photo = self.images(path)
                 break
-            except InputError as error:
+            except InputError:
                 if not self.skip_bad:
                     raise
-                self.bad[path] = str(error)
         else:
             raise InputError("100 photos in a row cannot be read")
         if config.mirror and rng.random() < config.mirror:

@@ -11,7 +11,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, Sampler, default_collate
+
+from scfeat_ros.errors import ScfeatError
+from scfeat_training.datasets import ImageCache
 
 
 class StepSampler(Sampler[list[int]]):
@@ -40,16 +43,39 @@ class StepSampler(Sampler[list[int]]):
 
 
 class Numbered(Dataset):
-    """Adds `index`, the sample's number, to the samples of a dataset."""
+    """What the training loop gets of a dataset, in whichever process its samples are made.
 
-    def __init__(self, pairs: Dataset) -> None:
+    Samples have in addition index, the sample's number, and left_out, lines about files that
+    were found to be bad since the sample before. Instead of an error that a user can mend comes
+    the error itself, which would else arrive as the text of a traceback.
+
+    Args:
+        pairs: of a stage.
+        images: those that the pairs are made of.
+    """
+
+    def __init__(self, pairs: Dataset, images: ImageCache) -> None:
         self.pairs = pairs
+        self.images = images
+        self._told = 0
 
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {**self.pairs[index], "index": index}
+    def __getitem__(self, index: int) -> dict[str, Any] | ScfeatError:
+        try:
+            sample = self.pairs[index]
+        except ScfeatError as error:
+            return error
+        lines = list(self.images.bad.values())[self._told :]
+        self._told += len(lines)
+        return {**sample, "index": index, "left_out": "\n".join(lines)}
+
+
+def collate(samples: list[dict[str, Any] | ScfeatError]) -> dict[str, Any] | ScfeatError:
+    """A batch of the samples of `Numbered`, or the first error among them."""
+    errors = [sample for sample in samples if isinstance(sample, ScfeatError)]
+    return errors[0] if errors else default_collate(samples)
 
 
 def generator_of(seed: int, index: int) -> torch.Generator:

@@ -23,6 +23,7 @@ import numpy as np
 
 from scfeat_ros.errors import InputError
 from scfeat_ros.sources import IMAGE_SUFFIXES, image_files
+from scfeat_training.image_files import image_size
 
 SCENE_FILE = "scene.npz"
 POINTS_FILE = "points.npz"
@@ -115,6 +116,25 @@ def check_camera(where: str, K: np.ndarray, R: np.ndarray, t: np.ndarray) -> str
     return None
 
 
+def check_file(path: Path, size_wh: np.ndarray) -> str | None:
+    """What is wrong with an image's file, as one line that names it and the remedy, or None.
+
+    size_wh: (width, height) of the image that K belongs to.
+    """
+    if not path.is_file():
+        return f"{path}: missing; put the file there or remove it from the scene"
+    try:
+        width, height = image_size(path)
+    except InputError as error:
+        return str(error)
+    if (width, height) != tuple(size_wh):
+        return (
+            f"{path}: is {width}x{height}, but its K is for {size_wh[0]}x{size_wh[1]}; scale K or "
+            "the image"
+        )
+    return None
+
+
 def is_scene(folder: Path) -> bool:
     """Whether a folder holds scene.npz."""
     return (folder / SCENE_FILE).is_file()
@@ -179,9 +199,8 @@ def without_bad_images(
     """
     good = []
     for i, path in enumerate(scene.paths):
-        problem = check_camera(str(path), scene.K[i], scene.R[i], scene.t[i])
-        if not path.is_file():
-            problem = f"{path}: missing; put the file there or remove it from the scene"
+        problem = check_file(path, scene.size_wh[i])
+        problem = problem or check_camera(str(path), scene.K[i], scene.R[i], scene.t[i])
         if problem is None:
             good.append(i)
         elif skip_bad:
@@ -194,12 +213,16 @@ def without_bad_images(
 
 
 def read_scenes(
-    root: str | Path, skip_bad: bool = False, on_bad: Callable[[str], None] = lambda line: None
+    root: str | Path,
+    skip_bad: bool = False,
+    on_bad: Callable[[str], None] = lambda line: None,
+    names: Sequence[str] = (),
 ) -> list[Scene]:
-    """Read all scenes of a folder, of any layout: those in its folders, or the one it is.
+    """Read the scenes of a folder, of any layout: those in its folders, or the one it is.
 
     With skip_bad, scenes and images that cannot be used are left out, and `on_bad` gets a line
-    for each; otherwise the first raises InputError.
+    for each; otherwise the first raises InputError. With `names` only these scenes are looked at;
+    one that is not there raises InputError.
     """
     root = Path(root)
     if not root.is_dir():
@@ -210,8 +233,14 @@ def read_scenes(
             f"{root}: no scene in it; want folders with {SCENE_FILE}, with a COLMAP model "
             f"(sparse/0) and images/, or scene/dense*/{CAPS_CAMERAS}"
         )
+    known = {name for name, _, _ in readers}
+    for name in names:
+        if name not in known:
+            raise InputError(f"{root}: has no scene '{name}'; it has {sorted(known)}")
     scenes = []
-    for reader, folder in readers:
+    for name, reader, folder in readers:
+        if names and name not in names:
+            continue
         try:
             scenes.append(reader(folder, skip_bad, on_bad))
         except InputError as error:
@@ -219,24 +248,26 @@ def read_scenes(
                 raise
             on_bad(str(error))
     if not scenes:
-        raise InputError(f"{root}: none of its {len(readers)} scenes is usable")
+        count = len(names) or len(readers)
+        raise InputError(f"{root}: none of its {count} scenes is usable")
     return scenes
 
 
 Reader = Callable[[Path, bool, Callable[[str], None]], Scene]
 
 
-def _scene_readers(root: Path) -> list[tuple[Reader, Path]]:
-    """The scene folders in or at `root`, by name, each with what reads it."""
-    found: list[tuple[Reader, Path]] = []
+def _scene_readers(root: Path) -> list[tuple[str, Reader, Path]]:
+    """The scenes in or at `root`, by name: the name, what reads it and its folder."""
+    found: list[tuple[str, Reader, Path]] = []
     children = sorted(child for child in root.iterdir() if child.is_dir())
     for folder in (root, *children):
         if is_scene(folder):
-            found.append((read_scene, folder))
+            found.append((folder.name, read_scene, folder))
         elif (folder / "images").is_dir() and colmap_model(folder) is not None:
-            found.append((read_colmap, folder))
+            found.append((folder.name, read_colmap, folder))
     for depth in ("", "dense*/", "*/dense*/", "*/*/dense*/"):
-        found += [(read_caps, path.parent) for path in sorted(root.glob(depth + CAPS_CAMERAS))]
+        for path in sorted(root.glob(depth + CAPS_CAMERAS)):
+            found.append((_caps_name(path.parent), read_caps, path.parent))
     return found
 
 
@@ -431,7 +462,8 @@ def read_caps(
 
     img_cam.txt has a line per image: name, width, height, fx, fy, cx, cy, nine entries of R row
     by row, three of t (world to camera); pairs.txt two names a line. The covisibility of pairs
-    is not known and counts as `UNKNOWN_OVERLAP`; the depth range is `CAPS_DEPTH`.
+    is not known and counts as `UNKNOWN_OVERLAP`; the depth range is `CAPS_DEPTH`. pairs.txt may be
+    absent: then the scene has no pairs, its photos serve for homographies, and `on_bad` is told.
     """
     folder = Path(folder)
     listing, pair_file = folder / "img_cam.txt", folder / "pairs.txt"
@@ -457,7 +489,10 @@ def read_caps(
     K[:, :2, 2] = table[:, 4:6] - HALF_PIXEL
     index = {name: number for number, name in enumerate(names)}
     pairs = []
-    for number, words in _words(pair_file):
+    lines = _words(pair_file) if pair_file.exists() else []
+    if not pair_file.exists():
+        on_bad(f"{pair_file}: is not there, so the scene has no posed pairs; its photos are used")
+    for number, words in lines:
         if len(words) != 2 or not all(word in index for word in words):
             line = f"{pair_file}, line {number}: not two images of {listing.name}; remove the line"
             if not skip_bad:
@@ -466,7 +501,7 @@ def read_caps(
             continue
         pairs.append(sorted(index[word] for word in words))
     scene = Scene(
-        name="_".join(folder.parts[-3:-1]),
+        name=_caps_name(folder),
         images=folder / "images",
         names=names,
         K=K,
@@ -478,6 +513,11 @@ def read_caps(
         depth_range=np.tile(CAPS_DEPTH, (len(names), 1)),
     )
     return without_bad_images(scene, skip_bad, on_bad)
+
+
+def _caps_name(folder: Path) -> str:
+    """What the scene of an `aligned` folder is called, 0042_dense0."""
+    return "_".join(folder.parts[-3:-1])
 
 
 def _words(path: Path) -> list[tuple[int, list[str]]]:
@@ -510,6 +550,11 @@ def split_scenes(scenes: Sequence[Scene]) -> tuple[list[Scene], list[Scene]]:
         else:
             train.append(scene)
     return train, held_out
+
+
+def has_pairs(scenes: Sequence[Scene]) -> bool:
+    """Whether any of the scenes has covisible pairs of images."""
+    return any(len(scene.pairs) for scene in scenes)
 
 
 def photo_paths(scenes: Sequence[Scene]) -> list[Path]:

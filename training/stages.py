@@ -98,8 +98,10 @@ class Stage:
         """Trained parameters with their peak learning rate; all others are frozen here."""
         raise NotImplementedError
 
-    def dataset(self, scenes: Sequence[Scene], skip_bad: bool) -> Dataset:
-        """Pairs of the training scenes."""
+    def dataset(
+        self, scenes: Sequence[Scene], skip_bad: bool, images: ImageCache | None = None
+    ) -> Dataset:
+        """Pairs of the training scenes; `images` is for all of them."""
         raise NotImplementedError
 
     def losses(self, network: Callable, batch: Batch) -> tuple[torch.Tensor, Terms]:
@@ -202,20 +204,27 @@ def posed_pairs(
 
 
 def homography_pairs(
-    config: TrainConfig, scenes: Sequence[Scene], skip_bad: bool
+    config: TrainConfig,
+    scenes: Sequence[Scene],
+    skip_bad: bool,
+    images: ImageCache | None = None,
 ) -> HomographyPairs:
     """Pairs of views of single photos as the configuration says."""
     values = {**common_options(config), **config.homography}
     options = options_of(HomographyPairsConfig(), values, "homography")
     photos = photo_paths(scenes) + [p for folder in config.photos for p in read_photos(folder)]
-    return HomographyPairs(photos, options, skip_bad=skip_bad)
+    return HomographyPairs(photos, options, images, skip_bad)
 
 
 def correspondence_pairs(
-    config: TrainConfig, scenes: Sequence[Scene], posed_scenes: Sequence[Scene], skip_bad: bool
+    config: TrainConfig,
+    scenes: Sequence[Scene],
+    posed_scenes: Sequence[Scene],
+    skip_bad: bool,
+    images: ImageCache | None,
 ) -> Dataset:
     """Homographies of the photos of `scenes`, and `posed_share` of pairs of `posed_scenes`."""
-    homographies = homography_pairs(config, scenes, skip_bad)
+    homographies = homography_pairs(config, scenes, skip_bad, images)
     pairs = CorrespondencePairs(homographies, POINTS)
     if not config.posed_share:
         return pairs
@@ -234,9 +243,16 @@ class WarmupStage(Stage):
     def parameter_groups(self) -> list[dict[str, Any]]:
         return description_groups(self.config, self.model)
 
-    def dataset(self, scenes: Sequence[Scene], skip_bad: bool) -> Dataset:
+    def dataset(
+        self, scenes: Sequence[Scene], skip_bad: bool, images: ImageCache | None = None
+    ) -> Dataset:
         tracked = [scene for scene in scenes if scene.tracks is not None]
-        return correspondence_pairs(self.config, scenes, tracked, skip_bad)
+        if self.config.posed_share and not tracked:
+            raise InputError(
+                "config: posed_share wants sparse 3D points in stage warmup, and no scene has any; "
+                "set posed_share: 0, or give COLMAP models or points.npz"
+            )
+        return correspondence_pairs(self.config, scenes, tracked, skip_bad, images)
 
     def losses(self, network: Callable, batch: Batch) -> tuple[torch.Tensor, Terms]:
         before, after = network(images_of(batch))
@@ -272,10 +288,12 @@ class DescriptorStage(Stage):
     def parameter_groups(self) -> list[dict[str, Any]]:
         return description_groups(self.config, self.model)
 
-    def dataset(self, scenes: Sequence[Scene], skip_bad: bool) -> Dataset:
+    def dataset(
+        self, scenes: Sequence[Scene], skip_bad: bool, images: ImageCache | None = None
+    ) -> Dataset:
         if self.options.contrast_weight == 0:
-            return GeometryPairs(posed_pairs(self.config, scenes, skip_bad))
-        return correspondence_pairs(self.config, scenes, scenes, skip_bad)
+            return GeometryPairs(posed_pairs(self.config, scenes, skip_bad, images=images))
+        return correspondence_pairs(self.config, scenes, scenes, skip_bad, images)
 
     def losses(self, network: Callable, batch: Batch) -> tuple[torch.Tensor, Terms]:
         before, after = network(images_of(batch))
@@ -343,15 +361,18 @@ class DetectorStage(Stage):
     def parameter_groups(self) -> list[dict[str, Any]]:
         return detector_groups(self.config, self.model)
 
-    def dataset(self, scenes: Sequence[Scene], skip_bad: bool) -> Dataset:
-        posed = posed_pairs(self.config, scenes, skip_bad)
-        if self.config.posed_share >= 1:
-            return GeometryPairs(posed)
-        homographies = homography_pairs(self.config, scenes, skip_bad)
-        posed.images = homographies.images
-        return MixedPairs(
-            GeometryPairs(homographies), GeometryPairs(posed), self.config.posed_share
-        )
+    def dataset(
+        self, scenes: Sequence[Scene], skip_bad: bool, images: ImageCache | None = None
+    ) -> Dataset:
+        images = images or ImageCache()
+        share = self.config.posed_share
+        if share == 1:
+            return GeometryPairs(posed_pairs(self.config, scenes, skip_bad, images=images))
+        homographies = GeometryPairs(homography_pairs(self.config, scenes, skip_bad, images))
+        if not share:
+            return homographies
+        posed = GeometryPairs(posed_pairs(self.config, scenes, skip_bad, images=images))
+        return MixedPairs(homographies, posed, share)
 
     def losses(self, network: Callable, batch: Batch) -> tuple[torch.Tensor, Terms]:
         scores, maps = network(images_of(batch))
@@ -445,8 +466,10 @@ class HomographyStage(Stage):
                 f"config: stage {config.stage} takes homographies alone; no posed_share"
             )
 
-    def dataset(self, scenes: Sequence[Scene], skip_bad: bool) -> Dataset:
-        return GeometryPairs(homography_pairs(self.config, scenes, skip_bad))
+    def dataset(
+        self, scenes: Sequence[Scene], skip_bad: bool, images: ImageCache | None = None
+    ) -> Dataset:
+        return GeometryPairs(homography_pairs(self.config, scenes, skip_bad, images))
 
 
 class DetectTwice(nn.Module):

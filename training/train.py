@@ -182,8 +182,7 @@ def _train(args: argparse.Namespace, argv: list[str]) -> int:
     if dist.is_initialized():
         dist.destroy_process_group()
     if trainer.rank == 0:
-        left_out = f", {len(trainer.bad)} bad inputs left out" if trainer.bad else ""
-        print(f"{args.command}: at step {step} of {config.steps}{left_out}; {args.run}")
+        print(f"{args.command}: at step {step} of {config.steps}{trainer.left_out}; {args.run}")
     if trainer.signal is not None and step < config.steps:
         if trainer.rank == 0:
             print("stopped by a signal; --resume goes on", file=sys.stderr)

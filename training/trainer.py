@@ -30,11 +30,12 @@ from scfeat_ros.extractor import select_device
 from scfeat_ros.memory import keep_freed_memory
 from scfeat_training.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
 from scfeat_training.config import TrainConfig
+from scfeat_training.datasets import ImageCache
 from scfeat_training.ema import Ema
 from scfeat_training.fast_conv import accelerate, cpu_has_bfloat16
 from scfeat_training.networks import load_network, load_weights, make_model
-from scfeat_training.sampling_order import Numbered, StepSampler
-from scfeat_training.scenes import Scene, read_scenes, split_scenes
+from scfeat_training.sampling_order import Numbered, StepSampler, collate
+from scfeat_training.scenes import Scene, has_pairs, read_scenes, split_scenes
 from scfeat_training.stages import STAGE_CLASSES
 from scfeat_training.validation import Validation
 
@@ -63,6 +64,28 @@ def _start_worker(number: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends the run
 
 
+class LeftOut:
+    """Inputs that were left out as bad: told once each, and counted.
+
+    Args:
+        tell: print the lines; else they are only counted.
+    """
+
+    def __init__(self, tell: bool = True) -> None:
+        self.tell = tell
+        self.lines: dict[str, None] = {}
+
+    def __call__(self, line: str) -> None:
+        """Take in the line about an input."""
+        if self.tell and line not in self.lines:
+            print(f"left out: {line}", file=sys.stderr)
+        self.lines[line] = None
+
+    def __str__(self) -> str:
+        """The end of a sentence about what was done."""
+        return f", {len(self.lines)} bad inputs left out" if self.lines else ""
+
+
 class Trainer:
     """Trains one stage.
 
@@ -77,6 +100,8 @@ class Trainer:
         command: the command line, for the record.
 
     Attributes:
+        left_out: the bad inputs that were left out, by this process or, once the training has
+            ended, by all.
         signal: number of the signal that ended the training, None where none did.
 
     With torchrun's environment variables set, the process joins the group and takes its share
@@ -110,8 +135,9 @@ class Trainer:
                 "give another folder by --run"
             )
         self.run.mkdir(parents=True, exist_ok=True)
-        self.bad: list[str] = []
-        self.train_scenes, self.held_out = _scenes(config, skip_bad, self._note_bad)
+        self.left_out = LeftOut(tell=self.rank == 0)
+        self.train_scenes, self.held_out = _scenes(config, skip_bad, self.left_out)
+        self.left_out.tell = True  # of what one process finds the others do not know
         self.skip_bad = skip_bad
 
         self.model = make_model(config).eval()  # batch norm stays frozen; nothing else differs
@@ -161,10 +187,6 @@ class Trainer:
         self.signal: int | None = None
         self._skipped_in_a_row = 0
 
-    def _note_bad(self, line: str) -> None:
-        self.bad.append(line)
-        print(f"left out: {line}", file=sys.stderr)
-
     def _restore(self, state: dict[str, Any]) -> None:
         if state["stage"] != self.config.stage:
             raise InputError(
@@ -197,18 +219,36 @@ class Trainer:
 
     def _loader(self, end: int) -> Iterator[dict[str, Any]]:
         config = self.config
-        dataset = Numbered(self.stage.dataset(self.train_scenes, self.skip_bad))
-        return iter(
-            DataLoader(
-                dataset,
-                batch_sampler=StepSampler(self.step, end, config.batch, self.rank, self.world),
-                num_workers=config.workers,
-                worker_init_fn=_start_worker,
-                prefetch_factor=4 if config.workers else None,
-                multiprocessing_context="forkserver" if config.workers else None,
-                pin_memory=self.device.type == "cuda",
-            )
+        images = ImageCache()
+        dataset = self.stage.dataset(self.train_scenes, self.skip_bad, images)
+        loader = DataLoader(
+            Numbered(dataset, images),
+            batch_sampler=StepSampler(self.step, end, config.batch, self.rank, self.world),
+            num_workers=config.workers,
+            collate_fn=collate,
+            worker_init_fn=_start_worker,
+            prefetch_factor=4 if config.workers else None,
+            multiprocessing_context="forkserver" if config.workers else None,
+            pin_memory=self.device.type == "cuda",
         )
+        return iter(loader)
+
+    def _validation(self) -> Validation | None:
+        """Figures on what is held out; None, with a line that says so, where nothing is."""
+        config = self.config
+        if not config.validation_pairs:
+            return None
+        if not self.held_out:
+            print("no validation: no scene has images enough to hold some out", file=sys.stderr)
+            return None
+        if not has_pairs(self.held_out):
+            print(
+                "validation by homographies alone: the held-out images are in no posed pairs",
+                file=sys.stderr,
+            )
+        size = tuple(config.size)
+        pairs = config.validation_pairs
+        return Validation(self.held_out, pairs, size, self.skip_bad, self.left_out)
 
     def rate(self, step: int) -> float:
         """Share of the peak learning rate at a step."""
@@ -230,11 +270,7 @@ class Trainer:
         started = time.monotonic()
         before = self.history[-1]["seconds"]
         log = _Log(self.run) if self.rank == 0 else None
-        validation = (
-            Validation(self.held_out, config.validation_pairs, tuple(config.size))
-            if self.rank == 0 and self.held_out and config.validation_pairs
-            else None
-        )
+        validation = self._validation() if self.rank == 0 else None
         handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
         means = _Means()
         bar = tqdm(total=end, initial=self.step, unit="step", disable=None if log else True)
@@ -245,7 +281,7 @@ class Trainer:
                 # all processes leave the loop together
                 if self._any(torch.tensor(late or self.signal is not None)):
                     break
-                batch = _to_device(next(batches), self.device)
+                batch = _to_device(self._usable(next(batches)), self.device)
                 means.add(self._one_step(batch, log))
                 self.step += 1
                 bar.update()
@@ -268,6 +304,8 @@ class Trainer:
                 if self.step % config.checkpoint_every == 0:
                     self.checkpoint()
             self.checkpoint()
+            for lines in self._of_all_processes(list(self.left_out.lines)):
+                self.left_out.lines |= dict.fromkeys(lines)
         finally:
             bar.close()
             for number, handler in handlers.items():
@@ -275,6 +313,14 @@ class Trainer:
             if log:
                 log.close()
         return self.step
+
+    def _usable(self, batch: dict[str, Any] | ScfeatError) -> dict[str, Any]:
+        """A batch of `Numbered`, without what it tells beside the pairs, or the error it is."""
+        if isinstance(batch, ScfeatError):
+            raise batch
+        for line in "\n".join(filter(None, batch.pop("left_out"))).splitlines():
+            self.left_out(line)
+        return batch
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
@@ -315,12 +361,16 @@ class Trainer:
         dist.all_reduce(flag, dist.ReduceOp.MAX)
         return bool(flag)
 
+    def _of_all_processes(self, value: Any) -> list[Any]:
+        """What each of the processes gives, in the order of their ranks."""
+        values = [value] * self.world
+        if self.world > 1:
+            dist.all_gather_object(values, value)
+        return values
+
     def _over_processes(self, terms: dict[str, float]) -> dict[str, float]:
         """Means over the processes; a term may be absent in some of them."""
-        if self.world == 1:
-            return terms
-        rows: list[Any] = [None] * self.world
-        dist.all_gather_object(rows, terms)
+        rows = self._of_all_processes(terms)
         names = sorted({name for row in rows for name in row})
         found = {name: [row[name] for row in rows if name in row] for name in names}
         return {name: sum(values) / len(values) for name, values in found.items()}
@@ -395,14 +445,10 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _scenes(config: TrainConfig, skip_bad: bool, on_bad: Any) -> tuple[list[Scene], list[Scene]]:
-    scenes = read_scenes(config.data, skip_bad, on_bad)
-    if config.scenes:
-        known = {scene.name for scene in scenes}
-        missing = [name for name in config.scenes if name not in known]
-        if missing:
-            raise InputError(f"{config.data}: has no scene '{missing[0]}'; it has {sorted(known)}")
-        scenes = [scene for scene in scenes if scene.name in config.scenes]
+def _scenes(
+    config: TrainConfig, skip_bad: bool, on_bad: LeftOut
+) -> tuple[list[Scene], list[Scene]]:
+    scenes = read_scenes(config.data, skip_bad, on_bad, config.scenes)
     train, held_out = split_scenes(scenes)
     if not train:
         raise InputError(f"{config.data}: all scenes are held out for validation, none to train on")

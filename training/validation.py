@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import cv2
@@ -17,10 +17,11 @@ from scfeat_ros.selection import is_local_maximum, subpixel_offsets
 from scfeat_training.datasets import (
     HomographyPairs,
     HomographyPairsConfig,
+    ImageCache,
     match_errors,
     validation_pairs,
 )
-from scfeat_training.scenes import Scene, photo_paths
+from scfeat_training.scenes import Scene, has_pairs, photo_paths
 
 CORNERS = 500
 NEAR = 2.0
@@ -58,28 +59,46 @@ def mutual_matches(first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Ten
 
 
 def held_out_pairs(
-    scenes: Sequence[Scene], count: int, size: tuple[int, int]
+    scenes: Sequence[Scene],
+    count: int,
+    size: tuple[int, int],
+    skip_bad: bool = False,
+    on_bad: Callable[[str], None] = lambda line: None,
 ) -> list[dict[str, Any]]:
-    """A fixed list of `count` homography pairs, then as many posed pairs.
+    """A fixed list of `count` homography pairs, then as many posed pairs if the scenes have any.
 
     Args:
         scenes: held-out scenes (`split_scenes` gives them).
         count: of each kind.
         size: (width, height) of the crops.
+        skip_bad: leave out unreadable images instead of raising InputError; `on_bad` gets a line
+            for each.
     """
     config = HomographyPairsConfig(
         size=size, length=count, seed=10_000, rotation=(30.0, 30.0), scale=(0.6, 1.6)
     )
-    homographies = HomographyPairs(photo_paths(scenes), config)
-    posed = validation_pairs(scenes, count, size)
-    return [pairs[i] for pairs in (homographies, posed) for i in range(count)]
+    images = ImageCache()
+    kinds = [HomographyPairs(photo_paths(scenes), config, images, skip_bad)]
+    if has_pairs(scenes):
+        kinds.append(validation_pairs(scenes, count, size, images, skip_bad))
+    pairs = [kind[i] for kind in kinds for i in range(count)]
+    for line in images.bad.values():
+        on_bad(line)
+    return pairs
 
 
 class Validation:
     """Figures on `held_out_pairs`, which see for the arguments."""
 
-    def __init__(self, scenes: Sequence[Scene], count: int, size: tuple[int, int]) -> None:
-        self.pairs = held_out_pairs(scenes, count, size)
+    def __init__(
+        self,
+        scenes: Sequence[Scene],
+        count: int,
+        size: tuple[int, int],
+        skip_bad: bool = False,
+        on_bad: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        self.pairs = held_out_pairs(scenes, count, size, skip_bad, on_bad)
 
     @torch.inference_mode()
     def __call__(self, model: SCFeat, keypoints: int = 500, detector: bool = True) -> dict:
