@@ -1,12 +1,13 @@
 """Projection and reliability: how they are fitted, on their own and by the command."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_train import data  # noqa: F401 - a fixture
+from test_train import damage_pixels, data  # noqa: F401 - a fixture
 
 from scfeat_ros.errors import InputError
 from scfeat_ros.model.scfeat import available_models, find_weights, load_model, read_metadata
@@ -75,6 +76,50 @@ def test_fit_changes_what_is_fitted_alone(data, tmp_path, capsys):  # noqa: F811
     assert made["history"] == read_metadata(find_weights("scfeat-s"))["provenance"]["history"]
     assert main([*arguments, "--pairs", "60"]) == 1
     assert "exists already" in capsys.readouterr().err
+
+
+def test_fit_finds_early_what_it_cannot_do(data, tmp_path, capsys, monkeypatch):  # noqa: F811
+    def never(*_):
+        raise AssertionError("features were extracted")
+
+    monkeypatch.setattr("scfeat_training.fitting.Extractor.__call__", never)
+    arguments = ["fit", "scfeat-s", "--data", str(data), "--size", "160", "112", "-o"]
+    output = tmp_path / "new" / "folder" / "model.safetensors"
+    assert main([*arguments, str(output), "--pairs", "1"]) == 1
+    error = capsys.readouterr().err
+    assert "at most 1000 places" in error and "give more pairs" in error
+    assert output.parent.is_dir()
+    (tmp_path / "file").write_text("")
+    assert main([*arguments, str(tmp_path / "file" / "model.safetensors")]) == 1
+    assert "model.safetensors: cannot be written" in capsys.readouterr().err
+    for wrong in (["--pairs", "0"], ["--size", "0", "64"]):
+        assert main([*arguments, str(output), *wrong]) == 1
+        assert "must be at least 1" in capsys.readouterr().err
+
+
+def test_fit_goes_on_without_damaged_images(data, tmp_path, capsys, monkeypatch):  # noqa: F811
+    def drawn(model, kinds):
+        assert sum(1 for kind in kinds for _ in kind) == 24
+        return model.projection
+
+    monkeypatch.setattr("scfeat_training.projection.fit_projection", drawn)
+    monkeypatch.setattr(
+        "scfeat_training.reliability.fit_reliability", lambda model, _: model.detector.reliability
+    )
+    monkeypatch.setattr("scfeat_training.fitting.Extractor.__call__", lambda *_: None)
+    shutil.copytree(data, tmp_path / "data")
+    damage_pixels(tmp_path / "data/wall/images/2.png")
+    (tmp_path / "data/wall/images/3.png").write_bytes(b"no image")
+    output = tmp_path / "model.safetensors"
+    arguments = ["fit", "scfeat-s", "--data", str(tmp_path / "data"), "-o", str(output)]
+    arguments += ["--size", "160", "112", "--pairs", "12"]
+    assert main(arguments) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "3.png: no image" in error and "--skip-bad" in error
+    assert main([*arguments, "--skip-bad"]) == 0
+    printed = capsys.readouterr()
+    assert printed.err.count("left out: ") == 2
+    assert printed.out == f"wrote {output}, 2 bad inputs left out\n"
 
 
 def test_older_weights_without_what_is_fitted(tmp_path):

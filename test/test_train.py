@@ -301,6 +301,32 @@ def test_damage_found_while_loading_is_one_line(settings, data, tmp_path, worker
     assert not multiprocessing.active_children()
 
 
+def test_damage_in_held_out_images(settings, data, tmp_path, capsys):
+    shutil.copytree(data, tmp_path / "data")
+    bad = tmp_path / "data/fern/images/2.png"
+    damage_pixels(bad)
+    values = {"data": str(tmp_path / "data"), "steps": 1, "validation_pairs": 6}
+    arguments = ["warmup", "--config", str(settings("warmup", **values)), "--run"]
+    assert main([*arguments, str(tmp_path / "strict")]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and str(bad) in error
+    assert main([*arguments, str(tmp_path / "run"), "--skip-bad"]) == 0
+    printed = capsys.readouterr()
+    assert printed.err.count(f"left out: {bad}") == 1 and ", 1 bad inputs left out" in printed.out
+    run = f"ours={tmp_path / 'run'}"
+    ablation = ["ablation", run, "--data", values["data"], "--pairs", "6", "--size", "96", "64"]
+    assert main(ablation) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and str(bad) in error
+    assert main([*ablation, "--skip-bad"]) == 0
+    assert "1 bad inputs left out" in capsys.readouterr().err
+
+
+def change_scene(folder, **arrays):
+    with np.load(folder / "scene.npz") as file:
+        np.savez(folder / "scene.npz", **(dict(file) | arrays))
+
+
 def test_posed_pairs_of_the_warm_up_want_points(settings, data, tmp_path, capsys):
     shutil.copytree(data / "wall", tmp_path / "data" / "wall")
     (tmp_path / "data/wall/points.npz").unlink()
@@ -311,6 +337,25 @@ def test_posed_pairs_of_the_warm_up_want_points(settings, data, tmp_path, capsys
     assert error.count("\n") == 1 and "sparse 3D points" in error and "posed_share: 0" in error
     config = str(settings("warmup", **values, posed_share=0.0))
     assert main(["warmup", "--config", config, *arguments]) == 0
+
+
+def test_validation_goes_without_what_is_not_there(settings, data, tmp_path, capsys):
+    shutil.copytree(data, tmp_path / "data")
+    nothing = {"pairs": np.zeros((0, 2), int), "overlap": np.zeros(0)}
+    change_scene(tmp_path / "data/fern", **nothing)
+    values = {"data": str(tmp_path / "data"), "steps": 1, "validation_pairs": 2}
+    config = str(settings("detector", **values))
+    assert main(["detector", "--config", config, "--run", str(tmp_path / "run")]) == 0
+    assert "validation by homographies alone" in capsys.readouterr().err
+    rows = [json.loads(line) for line in (tmp_path / "run" / LOG).read_text().splitlines()]
+    (figures,) = [row["validation"] for row in rows if "validation" in row]
+    assert "own/mma3" in figures and "own/line" not in figures
+    ablation = ["ablation", f"ours={tmp_path / 'run'}", "--data", values["data"], "--pairs", "1"]
+    assert main([*ablation, "--size", "96", "64"]) == 0
+    assert capsys.readouterr().out.splitlines()[2].split("|")[5].strip() == "-"
+    shutil.rmtree(tmp_path / "data/fern")
+    assert main(["detector", "--config", config, "--run", str(tmp_path / "more")]) == 0
+    assert capsys.readouterr().err.count("no validation: ") == 1
 
 
 def test_all_pairs_of_a_stage_share_their_images(settings, data):
@@ -463,6 +508,8 @@ def test_ablation_table(settings, data, tmp_path, capsys):
     assert all(0 <= float(cell) <= 1 for row in rows[2:] for cell in row[1:5])
     assert main(["ablation", str(run), "--data", str(data)]) == 1
     assert "NAME=RUN" in capsys.readouterr().err
+    assert main([*arguments, "--pairs", "0"]) == 1
+    assert "--pairs" in capsys.readouterr().err
 
 
 def test_mma_score_weighs_small_thresholds_more():

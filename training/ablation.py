@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +38,8 @@ def measure(extractor: Extractor, pairs: Sequence[dict]) -> dict[str, float]:
 
     Returns:
         mma1, mma3, mma_score: on homographies, a pair without matches counts 0; line: share of
-        matches within `NEAR` px of the epipolar line; matches: mutual matches a pair.
+        matches within `NEAR` px of the epipolar line, NaN without posed pairs; matches: mutual
+        matches a pair.
     """
     accuracies, line, counts = [], [], []
     for pair in pairs:
@@ -55,13 +56,18 @@ def measure(extractor: Extractor, pairs: Sequence[dict]) -> dict[str, float]:
         "mma1": float(mean[0]),
         "mma3": float(mean[2]),
         "mma_score": mma_score(mean),
-        "line": float(np.mean(line)),
+        "line": float(np.mean(line)) if line else float("nan"),
         "matches": float(np.mean(counts)),
     }
 
 
 def table(
-    runs: dict[str, str | Path], scenes: Sequence[Scene], count: int, size: tuple[int, int]
+    runs: dict[str, str | Path],
+    scenes: Sequence[Scene],
+    count: int,
+    size: tuple[int, int],
+    skip_bad: bool = False,
+    on_bad: Callable[[str], None] = lambda line: None,
 ) -> str:
     """A Markdown table: every run, and the first one with every variant of the extractor.
 
@@ -70,8 +76,9 @@ def table(
         scenes: held-out scenes.
         count: homography pairs, and as many posed pairs.
         size: (width, height) of the pairs.
+        skip_bad, on_bad: see `held_out_pairs`.
     """
-    pairs = held_out_pairs(scenes, count, size)
+    pairs = held_out_pairs(scenes, count, size, skip_bad, on_bad)
     lines = [
         "| variant | MMA@1 | MMA@3 | MMAScore | within 2 px of the line | matches |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -86,6 +93,7 @@ def table(
             plain = {"precision": "fp32", "compile": "off", "max_keypoints": 1000}
             figures = measure(Extractor(model, "cpu", **plain, **options), pairs)
             row = [f"{name}, {variant}" if variant else name]
-            row += [f"{figures[key]:.3f}" for key in ("mma1", "mma3", "mma_score", "line")]
+            shown = (figures[key] for key in ("mma1", "mma3", "mma_score", "line"))
+            row += ["-" if np.isnan(figure) else f"{figure:.3f}" for figure in shown]
             lines.append("| " + " | ".join([*row, f"{figures['matches']:.0f}"]) + " |")
     return "\n".join(lines) + "\n"

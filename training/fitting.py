@@ -17,6 +17,7 @@ from scfeat_ros.model.scfeat import SCFeat
 from scfeat_training.datasets import (
     HomographyPairs,
     HomographyPairsConfig,
+    ImageCache,
     pair_images,
     validation_pairs,
 )
@@ -44,16 +45,23 @@ class SampledPairs:
         self._pairs = pairs
         self._extractor = extractor
 
+    def __len__(self) -> int:
+        return len(self._pairs)
+
     def __iter__(self) -> Iterator[tuple[dict[str, Any], Features, Features]]:
-        count = len(self._pairs)
-        for i in tqdm(range(count), self.name, unit="pair", disable=None):
+        for i in tqdm(range(len(self)), self.name, unit="pair", disable=None):
             pair = self._pairs[i]
             first, second = map(self._extractor, pair_images(pair))
             yield pair, first, second
 
 
 def sampled_pairs(
-    model: SCFeat, scenes: Sequence[Scene], pairs: int, size: tuple[int, int]
+    model: SCFeat,
+    scenes: Sequence[Scene],
+    pairs: int,
+    size: tuple[int, int],
+    images: ImageCache | None = None,
+    skip_bad: bool = False,
 ) -> list[SampledPairs]:
     """Both kinds of pairs, the same ones in every call.
 
@@ -62,7 +70,10 @@ def sampled_pairs(
         scenes: posed scenes.
         pairs: homographies of the scenes' photos, and as many posed pairs.
         size: (width, height) of the views.
+        images: those that the pairs are made of; its `bad` has the ones that cannot be read.
+        skip_bad: go on without these.
     """
+    images = images or ImageCache()
     wide = HomographyPairsConfig(
         size=size,
         length=pairs,
@@ -72,8 +83,8 @@ def sampled_pairs(
         perspective=0.3,
         overlap=0.3,
     )
-    homographies = HomographyPairs(photo_paths(scenes), wide)
-    posed = validation_pairs(scenes, pairs, size)
+    homographies = HomographyPairs(photo_paths(scenes), wide, images, skip_bad)
+    posed = validation_pairs(scenes, pairs, size, images, skip_bad)
     model = copy.deepcopy(model)
     model.projection.matrix = torch.eye(model.projection.matrix.shape[1])
     model.detector.reliability = model.detector.reliability.unfitted()

@@ -24,7 +24,7 @@ from scfeat_ros.matcher import match
 from scfeat_ros.model.descriptors import Projection
 from scfeat_ros.model.scfeat import SCFeat
 from scfeat_training.datasets import match_errors
-from scfeat_training.fitting import SampledPairs, described
+from scfeat_training.fitting import KEYPOINTS, SampledPairs, described
 from scfeat_training.geometry import transform_points
 
 SAME_PLACE = 1.5
@@ -133,20 +133,27 @@ def fit_projection(model: SCFeat, kinds: Sequence[SampledPairs]) -> Projection:
 
 def _scatter(pairs: SampledPairs, start: Projection) -> Scatter:
     scatter = Scatter()
+    wanted, left = 10 * start.matrix.shape[1], len(pairs)
+    _check_places(pairs.name, left * KEYPOINTS, wanted)
     for pair, *features in pairs:
         first, second = features
-        if min(len(first), len(second)) <= LOOK_ALIKES:
-            continue
-        unfitted = [described(one, start) for one in features]
-        same = _same(*unfitted, pair)
-        alike = _look_alikes(*unfitted, same)
-        scatter.add(first.descriptors, second.descriptors, same, alike)
-    if scatter.places < 10 * start.matrix.shape[1]:
+        if min(len(first), len(second)) > LOOK_ALIKES:
+            unfitted = [described(one, start) for one in features]
+            same = _same(*unfitted, pair)
+            alike = _look_alikes(*unfitted, same)
+            scatter.add(first.descriptors, second.descriptors, same, alike)
+        left -= 1
+        _check_places(pairs.name, scatter.places + left * KEYPOINTS, wanted)
+    return scatter
+
+
+def _check_places(name: str, most: int, wanted: int) -> None:
+    """Raise InputError where pairs of that name cannot give more than `most` places, too few."""
+    if most < wanted:
         raise InputError(
-            f"{pairs.name}: {scatter.places} places that two images show are too few; "
+            f"{name}: at most {most} places that two images show, and {wanted} are wanted; "
             "give more pairs"
         )
-    return scatter
 
 
 def _same(first: Features, second: Features, pair: dict[str, Any]) -> np.ndarray:

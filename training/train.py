@@ -6,6 +6,7 @@ import argparse
 import os
 import shlex
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ from scfeat_ros import __version__
 from scfeat_ros.errors import InputError, OutputExistsError, ScfeatError
 from scfeat_ros.model.cross_norm import CrossNorm
 from scfeat_ros.model.scfeat import SCFeat, save_model
+from scfeat_ros.staging import make_parent, staged_file
 from scfeat_training.config import STAGES, read_config
+from scfeat_training.datasets import ImageCache
 from scfeat_training.networks import load_network
 from scfeat_training.scenes import read_scenes, split_scenes
-from scfeat_training.trainer import Trainer
+from scfeat_training.trainer import LeftOut, Trainer
 
 HELP = {
     "warmup": "stage 0: descriptors from homographies and known correspondences",
@@ -27,6 +30,7 @@ HELP = {
     "adaptation": "stage 3: the keypoint detector, by what it finds in other views",
     "distillation": "a smaller network, by the maps of the one given by --init",
 }
+SKIP_BAD = "go on without images that cannot be used"
 
 
 def export(checkpoint: str | Path, output: str | Path, overwrite: bool = False) -> None:
@@ -47,7 +51,8 @@ def fit(
     pairs: int,
     size: tuple[int, int],
     overwrite: bool = False,
-) -> None:
+    skip_bad: bool = False,
+) -> LeftOut:
     """Write weights with projection and reliability fitted on the training scenes.
 
     Args:
@@ -56,9 +61,13 @@ def fit(
         output: a .safetensors file.
         pairs, size: see `fitting.sampled_pairs`.
         overwrite: replace a file that is there.
+        skip_bad: go on without images that cannot be used.
+
+    Returns:
+        what was left out as bad.
 
     Raises:
-        InputError: the network or the scenes cannot be used.
+        InputError: the network or the scenes cannot be used, or the output cannot be written.
         OutputExistsError: the output is there and `overwrite` is not set.
     """
     # here, since training itself needs nothing of the extractor
@@ -67,15 +76,20 @@ def fit(
     from scfeat_training.reliability import fit_reliability
 
     model, provenance = _complete_network(run, output, overwrite)
-    scenes, _ = split_scenes(read_scenes(data))
+    left_out = LeftOut()
+    scenes, _ = split_scenes(read_scenes(data, skip_bad, left_out))
     if not scenes:
         raise InputError(f"{data}: all scenes are held out for validation, none to fit on")
-    kinds = sampled_pairs(model, scenes, pairs, size)
+    images = ImageCache()
+    kinds = sampled_pairs(model, scenes, pairs, size, images, skip_bad)
     model.projection = fit_projection(model, kinds)
     model.detector.reliability = fit_reliability(model, kinds)
     names = sorted(scene.name for scene in scenes)
     made = {"pairs": pairs, "size": list(size), "scenes": names, "version": __version__}
     save_model(model, output, {**provenance, "fitted": made})
+    for line in images.bad.values():
+        left_out(line)
+    return left_out
 
 
 def _complete_network(
@@ -86,6 +100,7 @@ def _complete_network(
         raise InputError(f"{output}: the name must end with .safetensors")
     if Path(output).exists() and not overwrite:
         raise OutputExistsError(f"{output}: exists already; use --overwrite")
+    make_parent(output)
     model, provenance = load_network(run)
     if not isinstance(model.bridge, CrossNorm):
         raise InputError(f"{run}: was trained without cross normalization; only for study")
@@ -114,9 +129,7 @@ def _parser() -> argparse.ArgumentParser:
         one.add_argument("--seed", type=int)
         one.add_argument("--device", default="auto", help="cpu, cuda or auto")
         one.add_argument("--compile", action="store_true", default=None, help="use torch.compile")
-        one.add_argument(
-            "--skip-bad", action="store_true", help="go on without images that cannot be used"
-        )
+        one.add_argument("--skip-bad", action="store_true", help=SKIP_BAD)
     study = commands.add_parser("ablation", help="table of trained variants on held-out pairs")
     study.add_argument(
         "runs", nargs="+", metavar="NAME=RUN", help="row's name and run's folder, or weights"
@@ -125,6 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     study.add_argument("--pairs", type=int, default=50, help="pairs of each kind")
     study.add_argument("--size", type=int, nargs=2, default=[320, 240], metavar=("W", "H"))
     study.add_argument("-o", "--output", help="Markdown file, in place of the screen")
+    study.add_argument("--skip-bad", action="store_true", help=SKIP_BAD)
     fitted = commands.add_parser(
         "fit", help="fit the projection to descriptors and the reliability, after the training"
     )
@@ -136,6 +150,7 @@ def _parser() -> argparse.ArgumentParser:
     fitted.add_argument("--pairs", type=int, default=250, help="pairs of each kind")
     fitted.add_argument("--size", type=int, nargs=2, default=[640, 480], metavar=("W", "H"))
     fitted.add_argument("--overwrite", action="store_true")
+    fitted.add_argument("--skip-bad", action="store_true", help=SKIP_BAD)
     out = commands.add_parser("export", help="checkpoint -> safetensors weights")
     out.add_argument("checkpoint", help="checkpoint file or a run's folder")
     out.add_argument("-o", "--output", required=True, help="a .safetensors file")
@@ -153,9 +168,11 @@ def main(argv: list[str] | None = None) -> int:
             print(f"wrote {args.output}")
             return 0
         if args.command == "fit":
+            _check_pairs(args)
             where = args.run, args.data, args.output
-            fit(*where, args.pairs, tuple(args.size), args.overwrite)
-            print(f"wrote {args.output}")
+            how = args.pairs, tuple(args.size), args.overwrite, args.skip_bad
+            left_out = fit(*where, *how)
+            print(f"wrote {args.output}{left_out}")
             return 0
         if args.command == "ablation":
             return _ablation(args)
@@ -190,27 +207,37 @@ def _train(args: argparse.Namespace, argv: list[str]) -> int:
     return 0
 
 
+def _check_pairs(args: argparse.Namespace) -> None:
+    if args.pairs < 1 or min(args.size) < 1:
+        raise InputError("--pairs and both values of --size must be at least 1")
+
+
 def _ablation(args: argparse.Namespace) -> int:
     # here, since training itself needs nothing of the evaluation
     from scfeat_training.ablation import table
 
+    _check_pairs(args)
     runs = {}
     for text in args.runs:
         name, equals, run = text.partition("=")
         if not equals:
             raise InputError(f"'{text}': wants NAME=RUN, say 'ours=runs/detector'")
         runs[name] = run
-    _, held_out = split_scenes(read_scenes(args.data))
-    if not held_out:
-        raise InputError(f"{args.data}: none of its scenes is held out, so nothing can be measured")
-    text = table(runs, held_out, args.pairs, tuple(args.size))
-    if args.output:
-        output = Path(args.output)
-        partial = output.with_name(output.name + ".partial")
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(output)
-    else:
-        print(text, end="")
+    # the output's folder is made, or found to be impossible, before anything is measured
+    with staged_file(args.output, overwrite=True) if args.output else nullcontext() as partial:
+        left_out = LeftOut()
+        _, held_out = split_scenes(read_scenes(args.data, args.skip_bad, left_out))
+        if not held_out:
+            raise InputError(
+                f"{args.data}: none of its scenes is held out, so nothing can be measured"
+            )
+        text = table(runs, held_out, args.pairs, tuple(args.size), args.skip_bad, left_out)
+        if partial is None:
+            print(text, end="")
+        else:
+            partial.write_text(text, encoding="utf-8")
+    if left_out.lines:
+        print(f"measured{left_out}", file=sys.stderr)
     return 0
 
 
