@@ -111,6 +111,10 @@ def settings(data, tmp_path):
     return write
 
 
+def losses_or_none(run):
+    return (run / LOG).exists() and losses(run)
+
+
 def losses(run):
     rows = [json.loads(line) for line in (run / LOG).read_text().splitlines()]
     return {row["step"]: row["train"]["loss"] for row in rows if "train" in row}
@@ -259,7 +263,7 @@ def test_terminated_run_leaves_a_checkpoint(settings, tmp_path):
         [*command, "--config", str(config), "--run", str(run)], stdout=subprocess.PIPE
     )
     try:
-        while not (run / LOG).exists() or not losses(run):
+        while not losses_or_none(run):
             assert process.poll() is None
             time.sleep(0.1)
         process.send_signal(signal.SIGTERM)
@@ -268,6 +272,81 @@ def test_terminated_run_leaves_a_checkpoint(settings, tmp_path):
         process.kill()
     assert process.returncode == 128 + signal.SIGTERM
     assert load_checkpoint(run)["step"] >= 1
+
+
+def start_training(settings, run, *more, **values):
+    """A process of its own, in a group of its own, that trains without end by one data worker."""
+    config = settings("warmup", steps=100_000, checkpoint_every=100_000, workers=1, **values)
+    command = [sys.executable, "-m", "scfeat_training.train", "warmup", "--config", str(config)]
+    return subprocess.Popen(
+        [*command, "--run", str(run), *more],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+
+
+def children(process):
+    """Process numbers of the children, and of theirs."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
+        except OSError:
+            continue
+        if int(parent) == process:
+            found += [int(folder.name), *children(int(folder.name))]
+    return found
+
+
+def is_running(process):
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+
+
+@needs_proc
+@pytest.mark.parametrize("waits", [True, False], ids=["before the first pair", "while it trains"])
+def test_a_signal_to_all_processes_leaves_a_checkpoint(waits, settings, tmp_path):
+    run = tmp_path / "run"
+    process = start_training(settings, run)
+    try:
+        # with a worker and the tracker of shared memory, the worker still importing
+        while len(children(process.pid)) < 2 if waits else not losses_or_none(run):
+            assert process.poll() is None
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGTERM)
+        _, error = process.communicate(timeout=120)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL) if process.poll() is None else None
+    assert process.returncode == 128 + signal.SIGTERM, error
+    assert error.splitlines()[-1] == "stopped by a signal; --resume goes on"
+    assert "Traceback" not in error
+    assert load_checkpoint(run)["step"] >= (not waits)
+
+
+@needs_proc
+def test_workers_end_with_a_trainer_that_is_killed(settings, tmp_path):
+    run = tmp_path / "run"
+    process = start_training(settings, run)
+    try:
+        while not losses_or_none(run):
+            assert process.poll() is None
+            time.sleep(0.1)
+        workers = children(process.pid)
+        assert len(workers) >= 1
+        process.kill()
+        process.communicate()
+        ends = time.monotonic() + 60  # PyTorch's workers look for their parent every five seconds
+        while any(map(is_running, workers)):
+            assert time.monotonic() < ends
+            time.sleep(0.1)
+    finally:
+        for worker in filter(is_running, workers):
+            os.kill(worker, signal.SIGKILL)
 
 
 # --- damaged and missing data -------------------------------------------------------------------

@@ -10,7 +10,9 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from multiprocessing import resource_tracker
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -40,6 +42,7 @@ from scfeat_training.stages import STAGE_CLASSES
 from scfeat_training.validation import Validation
 
 LOG = "log.jsonl"
+STOP_SIGNALS = signal.SIGTERM, signal.SIGINT
 MAX_SKIPPED_IN_A_ROW = 50
 KEPT_MEMORY = 2**31 - 1
 """Bytes of freed memory that a run on the CPU keeps for the next step."""
@@ -61,7 +64,20 @@ def hardware(device: torch.device) -> str:
 def _start_worker(number: int) -> None:
     cv2.setNumThreads(1)
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends the run
+
+
+@contextmanager
+def _signals_held_back() -> Iterator[None]:
+    """The signals that end a run wait; processes that are started meanwhile never get them.
+
+    A signal often goes to all processes of a group, and data are needed until the trainer ends.
+    """
+    resource_tracker.ensure_running()  # whose start would let the signals through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class LeftOut:
@@ -228,10 +244,12 @@ class Trainer:
             collate_fn=collate,
             worker_init_fn=_start_worker,
             prefetch_factor=4 if config.workers else None,
-            multiprocessing_context="forkserver" if config.workers else None,
+            # children of this very process: PyTorch ends them when their parent is gone
+            multiprocessing_context="spawn" if config.workers else None,
             pin_memory=self.device.type == "cuda",
         )
-        return iter(loader)
+        with _signals_held_back() if config.workers else nullcontext():
+            return iter(loader)
 
     def _validation(self) -> Validation | None:
         """Figures on what is held out; None, with a line that says so, where nothing is."""
@@ -271,9 +289,10 @@ class Trainer:
         before = self.history[-1]["seconds"]
         log = _Log(self.run) if self.rank == 0 else None
         validation = self._validation() if self.rank == 0 else None
-        handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGTERM, signal.SIGINT)}
+        handlers = {s: signal.signal(s, self._on_signal) for s in STOP_SIGNALS}
         means = _Means()
         bar = tqdm(total=end, initial=self.step, unit="step", disable=None if log else True)
+        batches = None
         try:
             batches = self._loader(end)
             while self.step < end:
@@ -307,6 +326,7 @@ class Trainer:
             for lines in self._of_all_processes(list(self.left_out.lines)):
                 self.left_out.lines |= dict.fromkeys(lines)
         finally:
+            batches = None  # the data workers end now, whatever an error still holds
             bar.close()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
