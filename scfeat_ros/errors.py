@@ -27,8 +27,13 @@ class OptionError(ScfeatError, ValueError):
     """An option outside its range, or one that does not go with the others."""
 
 
-def import_optional(name: str, purpose: str) -> Any:
+def import_optional(name: str, purpose: str, install: str | None = None) -> Any:
     """A module of a package that is not always installed.
+
+    Args:
+        name: of module and package.
+        purpose: what needs it.
+        install: what pip is to install, if not the package alone.
 
     Raises:
         ScfeatError: it cannot be imported; the message says what for and how to install it.
@@ -36,9 +41,9 @@ def import_optional(name: str, purpose: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ScfeatError(f"{purpose} needs the Python package {name}: pip install {name}") from (
-            error
-        )
+        raise ScfeatError(
+            f"{purpose} needs the Python package {name}: pip install {install or name}"
+        ) from error
 
 
 def without_numbers(text: str) -> str:

@@ -349,6 +349,51 @@ def test_workers_end_with_a_trainer_that_is_killed(settings, tmp_path):
             os.kill(worker, signal.SIGKILL)
 
 
+def test_a_resumed_run_logs_every_step_once(settings, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = tmp_path / "run"
+    config = str(settings("warmup", steps=8, checkpoint_every=3))
+    assert main(["warmup", "--config", config, "--run", str(run), "--stop-at", "3"]) == 0
+    kept = (run / CHECKPOINT).read_bytes()
+    arguments = ["warmup", "--config", config, "--run", str(run), "--resume"]
+    assert main([*arguments, "--stop-at", "5"]) == 0
+    (run / CHECKPOINT).write_bytes(kept)  # as if the run had been killed at step 5
+    with (run / LOG).open("a") as file:
+        file.write('{"step": 3, "skipped": ["a pair"]}\n{"step": 6, "tra')
+    assert main(arguments) == 0
+    rows = [json.loads(line) for line in (run / LOG).read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, 9))
+    assert all("train" in row for row in rows)
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0})
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 9))
+    assert not list(run.glob("*.partial"))
+
+
+def test_a_run_goes_on_with_the_parts_it_trains(settings, teacher, tmp_path, capsys):
+    run = ["--run", str(tmp_path / "run")]
+    config = str(settings("distillation", steps=1, frozen=["stem"]))
+    assert main(["distillation", "--config", config, *run, "--init", teacher]) == 0
+    for change in ({"frozen": ["layer1"]}, {"loss": {"scores": 0.3}, "frozen": ["stem"]}):
+        config = str(settings("distillation", steps=2, **change))
+        capsys.readouterr()
+        assert main(["distillation", "--config", config, *run, "--resume"]) == 1
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and str(tmp_path / "run") in error
+        assert ("'frozen: ['stem']'" in error) == (len(change) == 1), error
+        assert ("'loss: scores'" in error) == (len(change) == 2)
+        assert "another run" in error
+
+
+def test_without_tensorboard_one_line_says_so(settings, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    assert main(["warmup", "--config", str(settings("warmup")), "--run", str(tmp_path / "run")])
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "pip install '.[train]'" in error
+    assert not (tmp_path / "run").exists()
+
+
 # --- damaged and missing data -------------------------------------------------------------------
 
 
@@ -452,15 +497,13 @@ def test_all_pairs_of_a_stage_share_their_images(settings, data):
             assert pairs.images is images
 
 
-def test_two_processes_train_like_one(settings, tmp_path):
-    config = str(settings("warmup", steps=3))
-    one = ["--run", str(tmp_path / "one"), "--device", "cpu"]
-    assert main(["warmup", "--config", config, *one]) == 0
+def train_by_two_processes(*command):
+    """What a module or script of the training, run by torchrun, prints on stderr."""
     result = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
-            *("-m", "scfeat_training.train", "warmup", "--config", config),
-            *("-o", str(tmp_path / "two"), "--device", "cpu"),
+            *command,
+            *("--device", "cpu"),
         ],
         capture_output=True,
         text=True,
@@ -468,10 +511,42 @@ def test_two_processes_train_like_one(settings, tmp_path):
         timeout=300,
     )
     assert result.returncode == 0, result.stderr
+    return result.stderr
+
+
+def test_two_processes_train_like_one(settings, tmp_path):
+    config = str(settings("warmup", steps=3))
+    one = ["--run", str(tmp_path / "one"), "--device", "cpu"]
+    assert main(["warmup", "--config", config, *one]) == 0
+    two = ["warmup", "--config", config, "-o", str(tmp_path / "two")]
+    train_by_two_processes("-m", "scfeat_training.train", *two)
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert one.keys() == two.keys() == {1, 2, 3}
     assert list(two.values()) == pytest.approx(list(one.values()), rel=5e-3)
     assert len(load_checkpoint(tmp_path / "two")["history"]) == 1
+
+
+BROKEN_LOSS = """
+import os, sys, torch
+from scfeat_training import stages, train
+plain = stages.WarmupStage.losses
+def losses(self, network, batch):
+    values, terms = plain(self, network, batch)
+    return torch.where(batch["index"] == 3, torch.nan, values), terms
+stages.WarmupStage.losses = losses
+os._exit(train.main(sys.argv[1:]))
+"""
+
+
+def test_a_pair_of_another_process_is_named_once(settings, tmp_path):
+    script, run = tmp_path / "broken.py", tmp_path / "run"
+    script.write_text(BROKEN_LOSS)
+    config = str(settings("warmup", steps=2))
+    error = train_by_two_processes(str(script), "warmup", "--config", config, "-o", str(run))
+    rows = [json.loads(line) for line in (run / LOG).read_text().splitlines()]
+    (skipped,) = [row for row in rows if "skipped" in row]
+    assert skipped["step"] == 1 and len(skipped["skipped"]) == 1
+    assert error.count("not finite") == error.count(f"({skipped['skipped'][0]})") == 1
 
 
 SHIPPED = sorted((Path(scfeat_training.__file__).parent / "configs").glob("*.yaml"))

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from scfeat_ros.acceleration import has_bfloat16
-from scfeat_ros.errors import InputError, ScfeatError
+from scfeat_ros.errors import InputError, ScfeatError, import_optional
 from scfeat_ros.extractor import select_device
 from scfeat_ros.memory import keep_freed_memory
 from scfeat_training.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
@@ -134,6 +134,7 @@ class Trainer:
         device: str = "auto",
         command: str = "",
     ) -> None:
+        import_optional("tensorboard", "training", "'.[train]'")
         self.config = config
         self.run = Path(run)
         self.rank = int(os.environ.get("RANK", 0))
@@ -208,10 +209,23 @@ class Trainer:
             raise InputError(
                 f"{self.run}: holds a run of stage '{state['stage']}', not '{self.config.stage}'"
             )
+        frozen = state["history"][-1]["config"]["frozen"]
+        if set(frozen) != set(self.config.frozen):
+            raise InputError(
+                f"{self.run}: was begun with 'frozen: {frozen}', not {self.config.frozen}, and a "
+                f"run goes on with the parts it trains; set it back, or begin another run with "
+                f"--init {self.run}"
+            )
         load_weights(self.model, state["model"], str(self.run))
         load_weights(self.ema.model, state["ema"], str(self.run))
         self.stage.load_state_dict(state.get("stage_state", {}))
-        self.optimizer.load_state_dict(state["optimizer"])
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+        except ValueError as error:  # PyTorch's message says nothing to a user
+            raise InputError(
+                f"{self.run}: the run trains other parts of the network, since 'loss: scores' was "
+                f"0 and is not, or the reverse; set it back, or begin another run"
+            ) from error
         self.step = state["step"]
         self.history = state["history"]
         torch.set_rng_state(state["rng"])
@@ -287,7 +301,7 @@ class Trainer:
         end = config.steps if stop_at is None else min(stop_at, config.steps)
         started = time.monotonic()
         before = self.history[-1]["seconds"]
-        log = _Log(self.run) if self.rank == 0 else None
+        log = _Log(self.run, self.step) if self.rank == 0 else None
         validation = self._validation() if self.rank == 0 else None
         handlers = {s: signal.signal(s, self._on_signal) for s in STOP_SIGNALS}
         means = _Means()
@@ -397,9 +411,11 @@ class Trainer:
 
     def _skip(self, names: list[str], log: _Log | None) -> None:
         self._skipped_in_a_row += 1
-        where = "; ".join(names) or "another process's pairs"
-        print(f"step {self.step}: loss or gradient not finite, skipped ({where})", file=sys.stderr)
+        names = [name for some in self._of_all_processes(names) for name in some]
         if log:
+            where = "; ".join(names)
+            line = f"step {self.step}: loss or gradient not finite, skipped ({where})"
+            print(line, file=sys.stderr)
             log.row({"step": self.step, "skipped": names})
         if self._skipped_in_a_row > MAX_SKIPPED_IN_A_ROW:
             raise ScfeatError(
@@ -427,12 +443,19 @@ class _Means:
 
 
 class _Log:
-    """TensorBoard files and a file of JSON lines."""
+    """TensorBoard files and a file of JSON lines.
 
-    def __init__(self, run: Path) -> None:
+    Args:
+        run: their folder; what a run that was killed wrote there after step `step` is dropped,
+            since these steps come again.
+    """
+
+    def __init__(self, run: Path, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # slow to import
 
-        self.writer = SummaryWriter(str(run))
+        self.writer = SummaryWriter(str(run), purge_step=step + 1)
+        if (run / LOG).exists():
+            _drop_later_rows(run / LOG, step)
         self.file = (run / LOG).open("a", encoding="utf-8")
 
     def row(self, values: dict[str, Any]) -> None:
@@ -454,6 +477,22 @@ class _Log:
     def close(self) -> None:
         self.writer.close()
         self.file.close()
+
+
+def _drop_later_rows(path: Path, step: int) -> None:
+    """Leave of the log's rows those up to a step; written beside and renamed."""
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:  # the row that a killed run was writing
+            continue
+        # the row about a skipped step has the number of those that came before
+        if row["step"] + ("skipped" in row) <= step:
+            kept.append(line + "\n")
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text("".join(kept), encoding="utf-8")
+    partial.replace(path)
 
 
 def _device(name: str) -> torch.device:
