@@ -11,10 +11,12 @@ from scfeat_ros.errors import InputError, ScfeatError
 from scfeat_ros.features import Features
 from scfeat_ros.model.scfeat import CONFIGS, SCFeat, save_model
 from scfeat_training.evaluation.cache import Cache, CorruptImageError
+from scfeat_training.evaluation.estimators import estimate_pose_poselib
 from scfeat_training.evaluation.methods import (
     Method,
     create_methods,
     from_bits,
+    load_adapter,
     to_features,
 )
 
@@ -70,6 +72,27 @@ def test_scfeat_by_path_with_options(weights, image):
     assert changed.extractor.options.nms_radius == 4
     assert changed.extractor.options.score_threshold == 1.0
     assert sparse.extractor.options.score_threshold == 0.0
+
+
+def test_files_of_one_name_are_told_apart_by_their_paths(tmp_path, weights):
+    files = [
+        tmp_path / "x" / "a" / "model.safetensors",
+        tmp_path / "x" / "b" / "model.safetensors",
+        tmp_path / "y" / "b" / "model.safetensors",
+        tmp_path / "orb.safetensors",
+    ]
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(weights.read_bytes())
+    methods = create_methods(",".join(map(str, files[:2])), 100)
+    assert [m.label for m in methods] == ["a/model", "b/model"]
+    methods = create_methods(f"{files[0]}:nms_radius=3,{files[0]}", 100)
+    assert [m.label for m in methods] == ["model:nms_radius=3", "model"]
+    methods = create_methods(",".join(map(str, files)) + ",orb", 100)
+    parent = f"{tmp_path.name}/orb"
+    assert [m.label for m in methods] == ["a/model", "x/b/model", "y/b/model", parent, "orb"]
+    with pytest.raises(InputError, match="twice"):
+        create_methods(f"{files[0]},{files[0].parent}/./model.safetensors", 100)
 
 
 def test_ablation_with_pruning_changes_descriptors_alone(weights, image):
@@ -180,6 +203,44 @@ def test_extractors_of_lightglues_interface(tmp_path, monkeypatch, image):
     assert features.descriptors.shape == (20, 8)
     assert np.linalg.norm(features.descriptors, axis=1) == pytest.approx(1)
     monkeypatch.delitem(sys.modules, "lightglue")
+
+
+def test_adapters_are_told_apart_by_name_and_file(tmp_path):
+    file = tmp_path / "mine.py"
+    text = (
+        "from scfeat_training.evaluation.methods import Method, register, to_features\n"
+        "for count in (5, 9):\n"
+        "    @register(f'mine{count}')\n"
+        "    class Mine(Method):\n"
+        "        count = count\n"
+        "        def extract(self, image):\n"
+        "            points = image[:self.count, :2, 0]\n"
+        "            return to_features(points, points[:, 0], points, image)\n"
+    )
+    file.write_text(text)
+    load_adapter(file)
+    few, many = create_methods("mine5,mine9", 100)
+    assert few.fingerprint() != many.fingerprint()
+    load_adapter(file)
+    assert create_methods("mine5", 100)[0].fingerprint() == few.fingerprint()
+    file.write_text(text.replace("2, 0", "2, 1"))
+    load_adapter(file)
+    assert create_methods("mine5", 100)[0].fingerprint() != few.fingerprint()
+
+
+def test_poselibs_translation_has_unit_length(monkeypatch):
+    poselib = pytest.importorskip("poselib")
+    points, K = np.random.default_rng(0).uniform(0, 400, (30, 2)), np.diag([500.0, 500, 1])
+
+    def found(t):
+        pose = poselib.CameraPose()
+        pose.t = t
+        answer = pose, {"inliers": [True] * 30}
+        monkeypatch.setattr(poselib, "estimate_relative_pose", lambda *_: answer)
+        return estimate_pose_poselib(points, points, K, K, 1.0)
+
+    assert found([0.0, 3, 4])[1] == pytest.approx([0, 0.6, 0.8])
+    assert found([0.0, 0, 0]) is None
 
 
 def test_arrays_of_an_adapter(image):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 from collections.abc import Sequence
 
@@ -164,9 +165,11 @@ def estimate_pose_poselib(
         {},
     )
     inliers = np.asarray(info["inliers"], bool)
-    if inliers.sum() < 5:
+    t = np.asarray(pose.t)
+    length = np.linalg.norm(t)  # the refinement lets it drift from 1
+    if inliers.sum() < 5 or not 0 < length < np.inf:
         return None
-    return np.asarray(pose.R), np.asarray(pose.t), inliers
+    return np.asarray(pose.R), t / length, inliers
 
 
 POSE_ESTIMATORS = {
@@ -175,6 +178,13 @@ POSE_ESTIMATORS = {
     "poselib": estimate_pose_poselib,
 }
 """By the names that the commands take."""
+
+
+def poselib_version() -> str | None:
+    """Part of the cache's keys, as the version of OpenCV is; None where it is not installed."""
+    if importlib.util.find_spec("poselib") is None:
+        return None
+    return importlib.metadata.version("poselib")
 
 
 def check_estimators(names: Sequence[str], flag: str) -> None:
@@ -187,6 +197,8 @@ def check_estimators(names: Sequence[str], flag: str) -> None:
     Raises:
         InputError: names the flag and the remedy.
     """
+    if not names:
+        raise InputError(f"{flag} is empty; choose from {', '.join(POSE_ESTIMATORS)}")
     unknown = sorted(set(names) - set(POSE_ESTIMATORS))
     if unknown:
         raise InputError(f"{flag} {unknown[0]}: unknown; choose from {', '.join(POSE_ESTIMATORS)}")

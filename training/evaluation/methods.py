@@ -22,6 +22,7 @@ import importlib.util
 import json
 import sys
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -36,6 +37,7 @@ from scfeat_ros import __version__
 from scfeat_ros.errors import InputError, ModelError
 from scfeat_ros.extractor import Extractor, select_device
 from scfeat_ros.features import Features
+from scfeat_ros.matcher import match
 from scfeat_ros.model.scfeat import CONFIGS, find_weights
 
 PAPER_OPTIONS = {"nms_radius": 1, "score_threshold": 1.0}
@@ -63,7 +65,12 @@ class Method(ABC):
     """
 
     version: ClassVar[str] = "1"
-    """Change it when the features of an adapter change: it is part of the cache's key."""
+    """Change it when features change with something outside the adapter's file: it is part of the
+    cache's key, as the file itself is."""
+    registered_as: str = ""
+    """The name it was asked for by, if it is a registered one."""
+    adapter: str | None = None
+    """SHA-256 of the adapter file that registers this name."""
 
     def __init__(self, label: str, max_keypoints: int, device: str, **options: Any) -> None:
         self.label = label
@@ -85,6 +92,8 @@ class Method(ABC):
         """Everything that its features depend on besides the image."""
         return {
             "class": type(self).__qualname__,
+            "name": self.registered_as,
+            "adapter": self.adapter,
             "version": self.version,
             "max_keypoints": self.max_keypoints,
             "options": self.options,
@@ -105,6 +114,8 @@ class Method(ABC):
 
 
 REGISTRY: dict[str, Callable[..., Method]] = {}
+ADAPTERS: dict[str, str] = {}
+"""SHA-256 of the adapter file by the names that it registers."""
 
 
 def register(name: str) -> Callable[[type[Method]], type[Method]]:
@@ -155,6 +166,16 @@ def from_bits(packed: np.ndarray) -> np.ndarray:
     """
     bits = np.unpackbits(np.asarray(packed, np.uint8), axis=1)
     return (bits.astype(np.float32) * 2 - 1) / np.float32(np.sqrt(bits.shape[1]))
+
+
+def match_indices(first: Features, second: Features, ratio: float | None = None) -> np.ndarray:
+    """(M, 2) indices of mutual nearest neighbours; none where either side is empty.
+
+    An image on which a method failed has no descriptors, not even their length.
+    """
+    if not len(first) or not len(second):
+        return np.zeros((0, 2), np.int64)
+    return match(first, second, ratio).indices
 
 
 class OpenCVMethod(Method):
@@ -348,10 +369,15 @@ def load_adapter(path: str | Path) -> None:
     spec = importlib.util.spec_from_file_location(f"scfeat_adapter_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
+    before = dict(REGISTRY)
     try:
-        spec.loader.exec_module(module)
+        content = path.read_bytes()
+        # not by `exec_module`: kept bytecode may be that of another file of this size and second
+        exec(compile(content, path, "exec"), module.__dict__)
     except Exception as error:
         raise InputError(f"--adapter {path}: {type(error).__name__}: {error}") from error
+    digest = hashlib.sha256(content).hexdigest()
+    ADAPTERS.update({n: digest for n, cls in REGISTRY.items() if before.get(n) is not cls})
 
 
 def create_methods(specification: str, max_keypoints: int, device: str = "auto") -> list[Method]:
@@ -367,12 +393,41 @@ def create_methods(specification: str, max_keypoints: int, device: str = "auto")
     names = [name.strip() for name in specification.split(",") if name.strip()]
     if not names:
         raise InputError("--methods is empty; for example --methods scfeat-s,orb,rootsift")
-    if len(set(names)) < len(names):
-        raise InputError(f"--methods names a method twice: {specification}")
-    return [_create(name, max_keypoints, device) for name in names]
+    return [
+        _create(name, label, max_keypoints, device)
+        for name, label in zip(names, _labels(names), strict=True)
+    ]
 
 
-def _create(specification: str, max_keypoints: int, device: str) -> Method:
+def _labels(specifications: list[str]) -> list[str]:
+    """How tables call the methods: a file by its name and as much of its path as is needed.
+
+    Raises:
+        InputError: a method is named twice.
+    """
+    depths = [1] * len(specifications)
+    while True:
+        labels = [_label(s, depth) for s, depth in zip(specifications, depths, strict=True)]
+        counts = Counter(labels)
+        same = [i for i, label in enumerate(labels) if counts[label] > 1]
+        if not same:
+            return labels
+        # a name, or a path in its full length, cannot be lengthened
+        if all(_label(specifications[i], depths[i] + 1) == labels[i] for i in same):
+            raise InputError(f"--methods names a method twice: {','.join(specifications)}")
+        for i in same:
+            depths[i] += 1
+
+
+def _label(specification: str, depth: int) -> str:
+    """The method's name and options, of a path the last `depth` parts without the suffix."""
+    name, *assignments = specification.split(":")
+    if name.endswith(".safetensors") and "/" in name:
+        name = str(Path(*Path(name).absolute().with_suffix("").parts[-depth:]))
+    return ":".join([name, *assignments])
+
+
+def _create(specification: str, label: str, max_keypoints: int, device: str) -> Method:
     name, *assignments = specification.split(":")
     options = {}
     for assignment in assignments:
@@ -389,9 +444,10 @@ def _create(specification: str, max_keypoints: int, device: str) -> Method:
         word = value.strip().lower() in ("on", "off")
         options[key] = value.strip() if word else yaml.safe_load(value)
     if name in REGISTRY:
-        return REGISTRY[name](specification, max_keypoints, device, **options)
+        method = REGISTRY[name](label, max_keypoints, device, **options)
+        method.registered_as, method.adapter = name, ADAPTERS.get(name)
+        return method
     if name.endswith(".safetensors") or name in CONFIGS:
-        label = ":".join([Path(name).stem if "/" in name else name, *assignments])
         try:
             return SCFeatMethod(label, max_keypoints, device, weights=name, **options)
         except ModelError as error:
@@ -403,4 +459,4 @@ def _create(specification: str, max_keypoints: int, device: str) -> Method:
         raise InputError(
             f"method '{name}' is unknown; known are {known}, and paths of .safetensors files"
         ) from error
-    return SCFeatMethod(specification, max_keypoints, device, weights=name, **options)
+    return SCFeatMethod(label, max_keypoints, device, weights=name, **options)
