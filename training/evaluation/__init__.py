@@ -96,8 +96,10 @@ def _main(argv: list[str]) -> int:
         value = getattr(args, name, 1.0)
         if not 0 < value < math.inf:
             raise InputError(f"--{name.replace('_', '-')} must be positive, got {value}")
-    if getattr(args, "max_pairs", 0) < 0:
-        raise InputError("--max-pairs must be at least 0")
+    for name, least in (("max_pairs", 0), ("max_frames", 0), ("runs", 1)):
+        value = getattr(args, name, least)
+        if value < least:
+            raise InputError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
     from scfeat_training.evaluation.cache import Cache
     from scfeat_training.evaluation.methods import create_methods, load_adapter
     from scfeat_training.evaluation.report import write_report
@@ -109,6 +111,11 @@ def _main(argv: list[str]) -> int:
     methods = create_methods(args.methods, args.max_keypoints, args.device)
     cache = Cache(args.cache or args.output / "cache", args.max_size)
     report = module.run(args, methods, cache)
+    if cache.failures:
+        report.skipped += cache.failures.values()
+        count = len(cache.failures)
+        note = f"A method failed on an image {count} times: it counts as one without features."
+        report.tables[0].note = " ".join(filter(None, [report.tables[0].note, note]))
     report.protocol += [f"{m.label}: {m.remark()}." for m in methods if m.remark()]
     write_report(report, args.output, ["scfeat", "evaluate", *argv])
     return 0

@@ -37,7 +37,7 @@ class Extracted(NamedTuple):
     features: Features
     """Keypoints in pixels of the stored image, whatever size it was processed at."""
     seconds: float
-    """How long the extraction took when it was done."""
+    """How long the extraction took when it was done; NaN where it failed."""
     digest: str
     """SHA-256 of the file's content."""
 
@@ -89,6 +89,9 @@ class Cache:
         self._recent_limit = recent
         self._warm: set[str] = set()
         self._digests: dict[str, str] = {}
+        self.failures: dict[tuple[str, str], str] = {}
+        """Images on which a method failed, one sentence by label and path."""
+        self._failed = 0
 
     def digest(self, path: Path) -> str:
         """SHA-256 of a file, read once per run."""
@@ -103,6 +106,9 @@ class Cache:
     def extract(self, method: Method, path: Path) -> Extracted:
         """Features of an image file, from the cache or by the method.
 
+        Where the method fails, whatever it raises, the image counts as one without features and
+        is named in `failures`. That is not kept: the next run tries again.
+
         Raises:
             CorruptImageError: missing or undecodable.
         """
@@ -111,6 +117,8 @@ class Cache:
             self._recent.move_to_end(key)
             return self._recent[key]
         extracted = self._load_or_extract(method, Path(path))
+        if np.isnan(extracted.seconds):
+            return extracted
         self._recent[key] = extracted
         if len(self._recent) > self._recent_limit:
             self._recent.popitem(last=False)
@@ -128,16 +136,22 @@ class Cache:
                 pass  # an entry that cannot be read is made again
         image, _ = read_image(path)
         working = shrink(image, self.max_size)
-        if method.fingerprint() not in self._warm:  # the first image must not pay for start-up
-            method.extract(working)
-            self._warm.add(method.fingerprint())
-        started = time.perf_counter()
-        found = method.extract(working)
-        seconds = time.perf_counter() - started
         size = image.shape[1], image.shape[0]
         factors = np.float32(size) / np.float32(working.shape[1::-1])
-        keypoints = (found.keypoints + np.float32(0.5)) * factors - np.float32(0.5)
-        features = Features(keypoints, found.scores, found.descriptors, size)
+        try:
+            if method.fingerprint() not in self._warm:  # the first image must not pay for start-up
+                method.extract(working)
+                self._warm.add(method.fingerprint())
+            started = time.perf_counter()
+            found = method.extract(working)
+            seconds = time.perf_counter() - started
+            keypoints = (found.keypoints + np.float32(0.5)) * factors - np.float32(0.5)
+            features = Features(keypoints, found.scores, found.descriptors, size)
+        except Exception as error:  # of any library, or of an adapter's own code
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            self.failures[method.label, str(path)] = f"{path}: {method.label} failed ({reason})"
+            self._failed += 1
+            return Extracted(Features.empty(1, size), np.nan, digest)
         with staged_file(file, overwrite=True) as partial:
             np.savez(
                 partial,
@@ -150,8 +164,12 @@ class Cache:
         return Extracted(features, seconds, digest)
 
     def result(self, key: dict[str, Any], compute: Callable[[], Any]) -> Any:
-        """A JSON value that was computed before under the same key, or `compute()`."""
-        text = json.dumps({**key, "scfeat_ros": __version__}, sort_keys=True, default=str)
+        """A JSON value that was computed before under the same key, or `compute()`.
+
+        It is not kept if a method failed on an image meanwhile, so that every run says so.
+        """
+        versions = {"scfeat_ros": __version__, "opencv": cv2.__version__}
+        text = json.dumps({**key, **versions}, sort_keys=True, default=str)
         name = hashlib.sha256(text.encode()).hexdigest()[:32]
         file = self.folder / "results" / f"{name}.json"
         if file.is_file():
@@ -161,8 +179,10 @@ class Cache:
                     return stored["value"]
             except (OSError, ValueError, KeyError, TypeError):
                 pass
+        failed = self._failed
         value = compute()
-        write_json(file, {"key": json.loads(text), "value": value})
+        if self._failed == failed:
+            write_json(file, {"key": json.loads(text), "value": value})
         return value
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from scfeat_ros.errors import InputError
 from scfeat_ros.sources import image_files
-from scfeat_training.scenes import is_scene
+from scfeat_training.scenes import Scene, check_camera, is_scene, read_scene_file
 
 
 def require_folder(path: Path, layout: str) -> Path:
@@ -39,6 +39,33 @@ def find_scenes(folder: Path) -> list[Path]:
     if is_scene(folder):
         return [folder]
     return sorted(p for p in folder.iterdir() if p.is_dir() and is_scene(p))
+
+
+def read_usable_scene(folder: Path, K: np.ndarray | None = None) -> tuple[Scene, list[str]]:
+    """A scene without the images whose camera is wrong, and one sentence for each of these.
+
+    Args:
+        folder: with scene.npz.
+        K: (3, 3) intrinsics that go before those of the scene.
+
+    Raises:
+        InputError: scene.npz cannot be read, or no camera of it is right.
+    """
+    scene = read_scene_file(folder)
+    if K is not None:
+        scene.K[:] = K
+    good, problems = [], []
+    for i, path in enumerate(scene.paths):
+        problem = check_camera(str(path), scene.K[i], scene.R[i], scene.t[i])
+        if problem is None and scene.size_wh[i].min() < 1:
+            problem = f"{path}: size_wh is not positive"
+        if problem is None:
+            good.append(i)
+        else:
+            problems.append(problem)
+    if not good:
+        raise InputError(f"{folder}: no usable camera; first reason: {(problems or ['none'])[0]}")
+    return (scene.subset(good) if problems else scene), problems
 
 
 @dataclass(frozen=True)
@@ -81,17 +108,15 @@ def parse_pairs_file(file: Path, images: Path) -> tuple[list[PosedPair], list[st
         if values[:2].any():
             problems.append(f"{file.name}, line {number}: rotated images are not supported")
             continue
-        pose = values[20:].reshape(4, 4)
-        pairs.append(
-            PosedPair(
-                images / fields[0],
-                images / fields[1],
-                values[2:11].reshape(3, 3),
-                values[11:20].reshape(3, 3),
-                pose[:3, :3],
-                pose[:3, 3],
-            )
-        )
+        K1, K2, pose = (values[a:b] for a, b in ((2, 11), (11, 20), (20, 36)))
+        K1, K2, pose = K1.reshape(3, 3), K2.reshape(3, 3), pose.reshape(4, 4)
+        R, t = pose[:3, :3], pose[:3, 3]
+        where = f"{file.name}, line {number}"
+        problem = check_camera(where, K1, R, t) or check_camera(where, K2, R, t)
+        if problem is not None:
+            problems.append(problem)
+            continue
+        pairs.append(PosedPair(images / fields[0], images / fields[1], K1, K2, R, t))
     if not pairs:
         raise InputError(
             f"{file}: no line can be used as a pair ({problems[0] if problems else 'it is empty'})"

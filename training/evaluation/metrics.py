@@ -167,8 +167,10 @@ def similarity_transform(
 ) -> tuple[float, np.ndarray, np.ndarray]:
     """Least-squares scale, R (3, 3) and t (3,) with target = scale * R source + t (Umeyama 1991).
 
+    Points on a line leave R undetermined around it; what comes out is one of the best.
+
     Args:
-        source, target: (N, 3) corresponding points, at least three that are not on a line.
+        source, target: (N, 3) corresponding points.
     """
     mean_source, mean_target = source.mean(axis=0), target.mean(axis=0)
     a, b = source - mean_source, target - mean_target
@@ -196,6 +198,12 @@ def auc(errors: Sequence[float], thresholds: Sequence[float]) -> list[float]:
         x, y = np.r_[errors[:last], threshold], np.r_[recall[:last], recall[last - 1]]
         areas.append(float(np.sum((x[1:] - x[:-1]) * (y[1:] + y[:-1]) / 2) / threshold))
     return areas
+
+
+def median_milliseconds(seconds: Sequence[float]) -> float | None:
+    """Median of the times that are not NaN, in ms; None where there is none."""
+    known = [s for s in seconds if np.isfinite(s)]
+    return 1000 * float(np.median(known)) if known else None
 
 
 def track_lengths(matches: Sequence[np.ndarray], counts: Sequence[int]) -> np.ndarray:

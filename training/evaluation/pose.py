@@ -16,19 +16,24 @@ from typing import Any
 import numpy as np
 
 from scfeat_ros.errors import InputError
-from scfeat_ros.matcher import match
 from scfeat_training.evaluation.cache import Cache
 from scfeat_training.evaluation.data import (
     PosedPair,
     find_scenes,
     parse_pairs_file,
+    read_usable_scene,
     require_folder,
 )
-from scfeat_training.evaluation.estimators import POSE_ESTIMATORS, check_estimators
-from scfeat_training.evaluation.methods import Method
+from scfeat_training.evaluation.estimators import (
+    POSE_ESTIMATORS,
+    check_estimators,
+    poselib_version,
+)
+from scfeat_training.evaluation.methods import Method, match_indices
 from scfeat_training.evaluation.metrics import (
     auc,
     direction_error,
+    median_milliseconds,
     motion_errors,
     rotation_error,
 )
@@ -41,11 +46,11 @@ from scfeat_training.evaluation.report import (
     progress_bar,
 )
 from scfeat_training.geometry import relative_pose
-from scfeat_training.scenes import Scene, read_scene_file
+from scfeat_training.scenes import Scene
 
 DEFAULTS = {"max_keypoints": 2048}
 AUC_THRESHOLDS = (5, 10, 20)
-RESULT_VERSION = 2
+RESULT_VERSION = 3
 LAYOUT = (
     "a scene (images/ and scene.npz), a folder of scenes, or a SuperGlue pairs file "
     "(38 fields a line) with --images"
@@ -101,12 +106,11 @@ def check_data(args: argparse.Namespace) -> None:
     """Refuse a wrong folder or estimator before any model is loaded."""
     _groups(args)
     check_estimators(_estimators(args), "--estimators")
-    if args.runs < 1:
-        raise InputError(f"--runs {args.runs}: must be at least 1")
 
 
 def _estimators(args: argparse.Namespace) -> list[str]:
-    return [name.strip() for name in args.estimators.split(",") if name.strip()]
+    names = [name.strip() for name in args.estimators.split(",")]
+    return list(dict.fromkeys(name for name in names if name))
 
 
 def scene_pairs(scene: Scene, overlap: tuple[float, float], max_pairs: int = 0) -> list[PosedPair]:
@@ -131,17 +135,25 @@ def _groups(args: argparse.Namespace) -> tuple[dict[str, list[PosedPair]], list[
     require_folder(data, LAYOUT)
     scenes = find_scenes(data)
     if scenes:
-        groups = {
-            folder.name: scene_pairs(read_scene_file(folder), args.overlap, args.max_pairs)
-            for folder in scenes
-        }
-        groups = {name: pairs for name, pairs in groups.items() if pairs}
-        if not groups:
-            raise InputError(
-                f"--data {data}: no pair of its scenes has an overlap in "
-                f"{args.overlap[0]:g} to {args.overlap[1]:g}; widen --overlap"
-            )
-        return groups, []
+        groups, problems = {}, []
+        for folder in scenes:
+            try:
+                scene, bad = read_usable_scene(folder)
+            except InputError as error:
+                if len(scenes) == 1:
+                    raise
+                problems.append(str(error))
+                continue
+            problems += bad
+            groups[folder.name] = scene_pairs(scene, args.overlap, args.max_pairs)
+            if not groups[folder.name]:
+                problems.append(
+                    f"{folder}: no pair has an overlap in {args.overlap[0]:g} to "
+                    f"{args.overlap[1]:g}; widen --overlap"
+                )
+        if not any(groups.values()):
+            raise InputError(f"--data {data}: no pair can be used; first reason: {problems[0]}")
+        return groups, problems
     files = sorted(data.glob("*.txt"))
     if len(files) != 1:
         raise InputError(
@@ -159,7 +171,7 @@ def evaluate_pair(
     """All measures of one pair; by estimator a pose error for each run, None for a failure."""
     first, second = cache.extract(method, pair.first), cache.extract(method, pair.second)
     a, b = first.features, second.features
-    indices = match(a, b).indices
+    indices = match_indices(a, b)
     points_a, points_b = a.keypoints[indices[:, 0]], b.keypoints[indices[:, 1]]
     distances = motion_errors(pair.K1, pair.K2, pair.R, pair.t, points_a, points_b)
     right = int((distances <= args.precision_threshold).sum())
@@ -209,6 +221,7 @@ def run(args: argparse.Namespace, methods: list[Method], cache: Cache) -> Report
                             "max_size": cache.max_size,
                             "pair": [v.tolist() for v in (pair.K1, pair.K2, pair.R, pair.t)],
                             "estimators": estimators,
+                            "poselib": poselib_version(),
                             "thresholds": [args.threshold, args.precision_threshold],
                             "runs": args.runs,
                         }
@@ -250,6 +263,9 @@ def _report(
             values = results[method.label, group]
             row: list[Any] = [method.label, len(values)]
             for name in estimators:
+                if not values:
+                    row += [None] * (len(AUC_THRESHOLDS) + (args.runs > 1))
+                    continue
                 by_run = 100 * np.array(
                     [
                         auc(errors, AUC_THRESHOLDS)
@@ -261,7 +277,7 @@ def _report(
                     row.append(float(by_run[:, 1].std(ddof=1)))
             for key in ("precision", "matching_score", "matches", "features"):
                 row.append(float(np.mean([v[key] for v in values])) if values else None)
-            row.append(1000 * float(np.median([v["seconds"] for v in values])) if values else None)
+            row.append(median_milliseconds([s for v in values for s in v["seconds"]]))
             rows.append(row)
         columns = ["method", "pairs"]
         for name in estimators:
@@ -292,7 +308,11 @@ def _report(
             "when the features were made.",
         ],
         tables=tables,
-        figures=[_figure(methods, results, group, estimators[0], args.runs) for group in groups],
+        figures=[
+            _figure(methods, results, group, estimators[0], args.runs)
+            for group in groups
+            if all(results[method.label, group] for method in methods)
+        ],
         skipped=skipped,
         details={f"{label}, {group}": values for (label, group), values in results.items()},
     )
