@@ -19,23 +19,33 @@ from typing import Any
 import numpy as np
 
 from scfeat_ros.errors import InputError
-from scfeat_ros.matcher import match
 from scfeat_training.evaluation.cache import Cache, CorruptImageError, read_image
-from scfeat_training.evaluation.estimators import POSE_ESTIMATORS, check_estimators
-from scfeat_training.evaluation.methods import Method
-from scfeat_training.evaluation.metrics import motion_errors, track_lengths
+from scfeat_training.evaluation.estimators import (
+    POSE_ESTIMATORS,
+    check_estimators,
+    poselib_version,
+)
+from scfeat_training.evaluation.methods import Method, match_indices
+from scfeat_training.evaluation.metrics import (
+    median_milliseconds,
+    motion_errors,
+    similarity_transform,
+    track_lengths,
+)
 from scfeat_training.evaluation.report import (
     COLOURS,
     Figure,
     Report,
     Table,
     draw,
+    format_cell,
     progress_bar,
 )
 from scfeat_training.evaluation.sequences import Sequence, load_sequence
 
 DEFAULTS = {"max_keypoints": 1000}
-RESULT_VERSION = 1
+RESULT_VERSION = 2
+SCORES = ("ate", "rpe_translation", "rpe_rotation")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,6 +75,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=1.0,
         help="inlier threshold of the essential matrix, pixels (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--runs",
+        type=int,
+        default=1,
+        help="estimate every motion so many times, from matches in another order each time: ATE "
+        "and RPE are medians, and how far chance moves them is shown (default: %(default)s)",
     )
     parser.add_argument(
         "--precision-threshold",
@@ -109,44 +126,55 @@ def match_errors(
 def evaluate_method(
     method: Method, sequence: Sequence, cache: Cache, args: argparse.Namespace, progress: Any
 ) -> dict[str, Any]:
-    """Match consecutive frames and chain the motions; frames are readable."""
+    """Match consecutive frames and chain the motions, in every run; frames are readable."""
     before = cache.extract(method, sequence.frames[0])
     counts, seconds = [len(before.features)], [before.seconds]
     kept: list[np.ndarray] = []
-    shares, matches, inliers, estimated, failed = [], [], [], [], []
-    pose = np.eye(4) if sequence.poses is None else sequence.poses[0].copy()
-    trajectory = [pose.copy()]
-    motion = np.eye(4)
+    shares, matches, inliers = [], [], []
+    start = np.eye(4) if sequence.poses is None else sequence.poses[0]
+    runs: list[dict[str, Any]] = [
+        {"failures": 0, "estimated_share": [], "trajectory": [start]} for _ in range(args.runs)
+    ]
+    motions = [np.eye(4)] * args.runs
     for step, path in enumerate(sequence.frames[1:]):
         now = cache.extract(method, path)
-        indices = match(before.features, now.features).indices
+        indices = match_indices(before.features, now.features)
         first = sequence.undistort(before.features.keypoints[indices[:, 0]])
         second = sequence.undistort(now.features.keypoints[indices[:, 1]])
         usable = np.isfinite(first).all(axis=1) & np.isfinite(second).all(axis=1)
         indices, first, second = indices[usable], first[usable], second[usable]
         K = sequence.camera.K
-        found = POSE_ESTIMATORS[args.estimator](first, second, K, K, args.threshold)
-        agree = np.zeros(len(indices), bool) if found is None else found[2]
-        right = (
-            agree
-            if sequence.poses is None
-            else match_errors(sequence, step, first, second) <= args.precision_threshold
-        )
         length = 1.0
         if sequence.poses is not None:
             length = float(
                 np.linalg.norm(sequence.poses[step + 1][:3, 3] - sequence.poses[step][:3, 3])
             )
-        if found is not None:
-            motion = np.eye(4)
-            motion[:3, :3], motion[:3, 3] = found[0], length * found[1]
-        # else: the motion goes on as it was
-        failed.append(found is None)
-        pose = pose @ np.linalg.inv(motion)
-        trajectory.append(pose.copy())
+        agreements = []
+        for number, run in enumerate(runs):
+            # a fixed seed draws other samples from another order; the first run is in the own one
+            order = np.arange(len(indices))
+            if number:
+                order = np.random.default_rng(number).permutation(order)
+            found = POSE_ESTIMATORS[args.estimator](
+                first[order], second[order], K, K, args.threshold
+            )
+            agree = np.zeros(len(indices), bool)
+            if found is None:  # the motion goes on as it was
+                run["failures"] += 1
+            else:
+                agree[order] = found[2]
+                motions[number] = np.eye(4)
+                motions[number][:3, :3], motions[number][:3, 3] = found[0], length * found[1]
+            run["trajectory"].append(run["trajectory"][-1] @ np.linalg.inv(motions[number]))
+            run["estimated_share"].append(float(agree.mean()) if len(agree) else 0.0)
+            agreements.append(agree)
+        right = (
+            agreements[0]
+            if sequence.poses is None
+            else match_errors(sequence, step, first, second) <= args.precision_threshold
+        )
         matches.append(len(indices))
         shares.append(float(right.mean()) if len(right) else 0.0)
-        estimated.append(float(agree.mean()) if len(agree) else 0.0)
         inliers.append(int(right.sum()))
         kept.append(indices[right])
         counts.append(len(now.features))
@@ -159,27 +187,26 @@ def evaluate_method(
         "matches": matches,
         "inlier_share": shares,
         "inliers": inliers,
-        "estimated_share": estimated,
-        "failures": int(sum(failed)),
         "track_length": float(lengths.mean()) if len(lengths) else None,
-        "trajectory": [p.tolist() for p in trajectory],
         "seconds": seconds,
+        "runs": [{**run, "trajectory": np.array(run["trajectory"]).tolist()} for run in runs],
     }
 
 
-def score_trajectory(trajectory: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+def score_trajectory(trajectory: np.ndarray, truth: np.ndarray) -> dict[str, float | None]:
     """ATE and RPE by evo; both (N, 4, 4) camera to world.
 
     Returns:
-        ate: RMSE of positions after a rigid alignment, metres. rpe_translation (metres) and
-        rpe_rotation (degrees): RMSE from frame to frame.
+        ate: RMSE of positions after a rigid alignment, metres; None where any trajectory can be
+        aligned, that is with two frames or a camera that stands still. rpe_translation (metres)
+        and rpe_rotation (degrees): RMSE from frame to frame.
     """
     from evo.core.metrics import APE, RPE, PoseRelation, StatisticsType, Unit
     from evo.core.trajectory import PosePath3D
 
     reference = PosePath3D(poses_se3=list(_orthonormal(truth)))
     estimate = PosePath3D(poses_se3=list(_orthonormal(trajectory)))
-    scores = {}
+    scores: dict[str, float | None] = {}
     for name, relation in (
         ("rpe_translation", PoseRelation.translation_part),
         ("rpe_rotation", PoseRelation.rotation_angle_deg),
@@ -187,7 +214,16 @@ def score_trajectory(trajectory: np.ndarray, truth: np.ndarray) -> dict[str, flo
         metric = RPE(relation, delta=1, delta_unit=Unit.frames, all_pairs=True)
         metric.process_data((reference, estimate))
         scores[name] = float(metric.get_statistic(StatisticsType.rmse))
-    estimate.align(reference, correct_scale=False)
+    scores["ate"] = None
+    if len(truth) < 3 or np.ptp(truth[:, :3, 3], axis=0).max() < 1e-9:
+        return scores
+    # evo's own alignment refuses a straight path, around which the rotation is undetermined; the
+    # residuals are those of any rotation that fits best
+    alignment = np.eye(4)
+    _, alignment[:3, :3], _ = similarity_transform(trajectory[:, :3, 3], truth[:, :3, 3])
+    mean, mean_true = (poses[:, :3, 3].mean(axis=0) for poses in (trajectory, truth))
+    alignment[:3, 3] = mean_true - alignment[:3, :3] @ mean
+    estimate.transform(alignment)
     metric = APE(PoseRelation.translation_part)
     metric.process_data((reference, estimate))
     scores["ate"] = float(metric.get_statistic(StatisticsType.rmse))
@@ -234,6 +270,8 @@ def run(args: argparse.Namespace, methods: list[Method], cache: Cache) -> Report
                 "distortion": [sequence.camera.model, *sequence.camera.D.tolist()],
                 "poses": None if sequence.poses is None else sequence.poses.tolist(),
                 "estimator": args.estimator,
+                "poselib": poselib_version(),
+                "runs": args.runs,
                 "thresholds": [args.threshold, args.precision_threshold],
             }
             results[method.label] = cache.result(
@@ -251,6 +289,7 @@ def _report(
     skipped: list[str],
 ) -> Report:
     known = sequence.poses is not None
+    steps = len(sequence.frames) - 1
     rows, odometry_rows = [], []
     for method in methods:
         value = results[method.label]
@@ -262,22 +301,28 @@ def _report(
                 float(np.mean(value["inlier_share"])),
                 float(np.mean(value["inliers"])),
                 value["track_length"],
-                1000 * float(np.median(value["seconds"])),
+                median_milliseconds(value["seconds"]),
             ]
         )
         if known:
-            scores = score_trajectory(np.array(value["trajectory"]), sequence.poses)
-            results[method.label] = {**value, **scores}
-            odometry_rows.append(
-                [
-                    method.label,
-                    scores["ate"],
-                    scores["rpe_translation"],
-                    scores["rpe_rotation"],
-                    float(np.mean(value["estimated_share"])),
-                    value["failures"],
-                ]
-            )
+            runs = []
+            for one in value["runs"]:
+                # where no motion was ever found, there is nothing to score
+                scores = dict.fromkeys(SCORES)
+                if one["failures"] < steps:
+                    scores = score_trajectory(np.array(one["trajectory"]), sequence.poses)
+                runs.append({**one, **scores})
+            results[method.label] = {**value, "runs": runs}
+            row: list[Any] = [method.label]
+            for name in SCORES:
+                values = [one[name] for one in runs]
+                row.append(float(np.median([np.inf if v is None else v for v in values])))
+                if args.runs > 1:
+                    row.append(_range(values))
+            failures = [one["failures"] for one in runs]
+            row.append(float(np.mean([one["estimated_share"] for one in runs])))
+            row.append(failures[0] if args.runs == 1 else float(np.mean(failures)))
+            odometry_rows.append(row)
     tables = [
         Table(
             f"Consecutive frames: {sequence.name}, {len(sequence.frames)} frames",
@@ -297,13 +342,11 @@ def _report(
     figures = []
     if known:
         length = float(np.linalg.norm(np.diff(sequence.poses[:, :3, 3], axis=0), axis=1).sum())
-        tables.append(
-            Table(
-                f"Visual odometry over {length:.1f} m",
-                ["method", "ATE, m", "RPE, m", "RPE, deg", "RANSAC inlier share", "failures"],
-                odometry_rows,
-            )
-        )
+        columns = ["method"]
+        for name in ("ATE, m", "RPE, m", "RPE, deg"):
+            columns += [name, f"{name}: range"] if args.runs > 1 else [name]
+        columns += ["RANSAC inlier share", "failures"]
+        tables.append(Table(f"Visual odometry over {length:.1f} m", columns, odometry_rows))
         figures.append(_trajectories(methods, sequence, results))
     figures.append(_per_frame(methods, results, known))
     inlier = (
@@ -325,7 +368,8 @@ def _report(
             "each step, length of the step from ground truth, no bundle adjustment over frames, no "
             "loop closing; where no motion is found, the last one is repeated and counted as a "
             "failure.",
-            "ATE: RMSE of positions after rigid alignment; RPE: RMSE from frame to frame (evo).",
+            "ATE: RMSE of positions after rigid alignment; RPE: RMSE from frame to frame (evo)."
+            + _about_runs(args.runs),
             "ms / image: median time of one extraction on the machine named below, at the time "
             "when the features were made.",
         ],
@@ -334,6 +378,27 @@ def _report(
         skipped=skipped,
         details=results,
     )
+
+
+def _range(values: list[float | None]) -> str | None:
+    """The lowest and the highest value as text; None where there is none."""
+    known = [v for v in values if v is not None]
+    return f"{format_cell(min(known))} to {format_cell(max(known))}" if known else None
+
+
+def _about_runs(runs: int) -> str:
+    if runs == 1:
+        return ""
+    return (
+        f" Medians of {runs} runs on the same matches in different orders; range: of single runs. "
+        "Inlier shares of the estimator and failures are means over the runs."
+    )
+
+
+def _median_run(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The run whose ATE is in the middle."""
+    order = sorted(runs, key=lambda one: np.inf if one["ate"] is None else one["ate"])
+    return order[(len(order) - 1) // 2]
 
 
 def _trajectories(methods: list[Method], sequence: Sequence, results: dict) -> Figure:
@@ -345,7 +410,7 @@ def _trajectories(methods: list[Method], sequence: Sequence, results: dict) -> F
     def paint(axis: Any) -> None:
         axis.plot(truth[:, a], truth[:, b], "k--", linewidth=1.5, label="ground truth")
         for number, method in enumerate(methods):
-            path = np.array(results[method.label]["trajectory"])[:, :3, 3]
+            path = np.array(_median_run(results[method.label]["runs"])["trajectory"])[:, :3, 3]
             colour = COLOURS[number % len(COLOURS)]
             axis.plot(path[:, a], path[:, b], color=colour, label=method.label)
         axis.set(xlabel=f"{'xyz'[a]}, m", ylabel=f"{'xyz'[b]}, m")
@@ -356,7 +421,7 @@ def _trajectories(methods: list[Method], sequence: Sequence, results: dict) -> F
         "Trajectories",
         draw(paint, height=5),
         "Started at the true first pose, not aligned; the two axes in which the path reaches "
-        "farthest.",
+        "farthest. Of several runs, the one whose ATE is in the middle.",
     )
 
 

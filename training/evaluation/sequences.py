@@ -5,9 +5,10 @@ All become one `Sequence`: image files, intrinsics, distortion, and camera poses
 
 from __future__ import annotations
 
-import csv
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -17,8 +18,8 @@ from scfeat_ros.camera import Camera
 from scfeat_ros.errors import InputError
 from scfeat_ros.ground_truth import rotation_of
 from scfeat_ros.sources import BagSource
-from scfeat_training.evaluation.data import list_images, require_folder
-from scfeat_training.scenes import is_scene, read_scene_file
+from scfeat_training.evaluation.data import list_images, read_usable_scene, require_folder
+from scfeat_training.scenes import check_camera, is_scene
 
 LAYOUT = (
     "a scene (images/ and scene.npz), a KITTI sequence (image_0/ or image_2/, calib.txt, "
@@ -119,7 +120,7 @@ def camera_from_numbers(numbers: list[float]) -> Camera:
     """A pinhole camera from fx, fy, cx, cy and 0, 4, 5 or 8 distortion coefficients.
 
     Raises:
-        InputError: another count.
+        InputError: another count, or no focal length.
     """
     if len(numbers) not in (4, 8, 9, 12):
         raise InputError(
@@ -127,7 +128,10 @@ def camera_from_numbers(numbers: list[float]) -> Camera:
             "distortion coefficients (k1,k2,p1,p2,k3,...)"
         )
     model = "rational_polynomial" if len(numbers) == 12 else "plumb_bob"
-    return Camera(intrinsic_matrix(*numbers[:4]), np.array(numbers[4:]), model)
+    try:
+        return Camera(intrinsic_matrix(*numbers[:4]), np.array(numbers[4:]), model)
+    except InputError as error:
+        raise InputError(f"--intrinsics: {error}") from error
 
 
 def intrinsic_matrix(fx: float, fy: float, cx: float, cy: float) -> np.ndarray:
@@ -143,11 +147,69 @@ def invert(R: np.ndarray, t: np.ndarray) -> np.ndarray:
 
 
 def quaternion_pose(position: np.ndarray, xyzw: np.ndarray) -> np.ndarray:
-    """(4, 4) matrix from a position and a quaternion in the order x, y, z, w."""
+    """(4, 4) matrix from a position and a quaternion in the order x, y, z, w.
+
+    Raises:
+        ValueError: they are not seven finite numbers, or the quaternion is zero.
+    """
+    numbers = np.array([*position, *xyzw], np.float64)
+    norm = np.linalg.norm(numbers[3:])
+    if len(numbers) != 7 or not np.isfinite(numbers).all() or norm == 0:
+        raise ValueError("no finite position and quaternion")
     pose = np.eye(4)
-    pose[:3, :3] = rotation_of(np.asarray(xyzw, np.float64) / np.linalg.norm(xyzw))
+    pose[:3, :3] = rotation_of(numbers[3:] / norm)
     pose[:3, 3] = position
     return pose
+
+
+def read_rows(
+    file: Path, parse: Callable[[list[str]], Any], skipped: list[str], separator: str | None = None
+) -> list[Any]:
+    """What `parse` makes of the fields of each line that is neither empty nor a comment.
+
+    A line that it refuses by a ValueError gives None and one sentence in `skipped`.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: cannot be read ({error})") from error
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        try:
+            rows.append(parse([field.strip() for field in line.split(separator)]))
+        except ValueError as error:
+            skipped.append(f"{file}, line {number} left out: {error}")
+            rows.append(None)
+    return rows
+
+
+def read_stamped(
+    file: Path, parse: Callable[[list[str]], Any], skipped: list[str], separator: str | None = None
+) -> tuple[np.ndarray, list[Any]]:
+    """Time stamps (N,), seconds, and what belongs to them; lines that cannot be used are skipped.
+
+    Raises:
+        InputError: the file cannot be read, or no line can be used.
+    """
+    bad: list[str] = []
+    rows = [row for row in read_rows(file, parse, bad, separator) if row is not None]
+    if not rows:
+        raise InputError(f"{file}: no line can be used ({bad[0] if bad else 'it is empty'})")
+    skipped += bad
+    return np.array([row[0] for row in rows]), [row[1] for row in rows]
+
+
+def _stamp(text: str, unit: float = 1.0) -> float:
+    """Seconds from a number in the given unit; raises ValueError if it is not finite."""
+    stamp = (int(text) if unit < 1 else float(text)) * unit
+    if not np.isfinite(stamp):
+        raise ValueError(f"the time stamp {text} is not finite")
+    return stamp
 
 
 def attach_poses(sequence: Sequence, pose_stamps: np.ndarray, poses: np.ndarray) -> Sequence:
@@ -177,11 +239,12 @@ def attach_poses(sequence: Sequence, pose_stamps: np.ndarray, poses: np.ndarray)
 
 
 def _load_scene_sequence(folder: Path, camera: Camera | None) -> Sequence:
-    scene = read_scene_file(folder)
+    scene, skipped = read_usable_scene(folder, None if camera is None else camera.K)
     if np.abs(scene.K - scene.K[0]).max() > 1e-6:
         raise InputError(f"{folder}: the images have different intrinsics, so this is no sequence")
     poses = np.stack([invert(R, t) for R, t in zip(scene.R, scene.t, strict=True)])
-    return Sequence(folder.name, scene.paths, camera or Camera(scene.K[0]), poses)
+    camera = camera or Camera(scene.K[0])
+    return Sequence(folder.name, scene.paths, camera, poses, skipped=skipped)
 
 
 def _load_bag(
@@ -231,16 +294,20 @@ def _load_kitti(folder: Path, camera: Camera | None, poses_file: Path | None) ->
     if not found:
         raise InputError(f"{folder}: calib.txt, but no images in image_0/ or image_2/")
     images, key = list_images(folder / found[0]), cameras[found[0]]
-    K = None
+    P = None
     for line in (folder / "calib.txt").read_text(encoding="utf-8").splitlines():
         label, _, numbers = line.partition(":")
         if label.strip() == key:
-            values = np.array(numbers.split(), float)
-            if len(values) == 12:
-                P = values.reshape(3, 4)
-                K = P[:, :3]
-    if K is None:
+            try:
+                P = np.array(numbers.split(), float).reshape(3, 4)
+            except ValueError:
+                P = None
+    if P is None:
         raise InputError(f"{folder / 'calib.txt'}: no line '{key}:' with twelve numbers")
+    K = P[:, :3]
+    problem = check_camera(f"{folder / 'calib.txt'}, {key}", K, np.eye(3), P[:, 3])
+    if problem is not None:
+        raise InputError(problem)
     sequence = Sequence(folder.name, images, camera or Camera(K))
     if poses_file is not None and not poses_file.is_file():
         raise InputError(f"--poses {poses_file}: no such file")
@@ -248,14 +315,17 @@ def _load_kitti(folder: Path, camera: Camera | None, poses_file: Path | None) ->
     candidates = [poses_file, folder / "poses.txt", beside]
     file = next((f for f in candidates if f is not None and f.is_file()), None)
     if file is not None:
-        rows = np.loadtxt(file, ndmin=2)
-        if rows.shape != (len(images), 12):
+        rows = read_rows(file, _kitti_pose, sequence.skipped)
+        if len(rows) != len(images):
             raise InputError(
-                f"{file}: {rows.shape[0]} rows of {rows.shape[1]} numbers for {len(images)} "
-                "images, expected 12 numbers for each image"
+                f"{file}: {len(rows)} rows for {len(images)} images, expected 12 numbers for each "
+                "image"
             )
-        poses = np.tile(np.eye(4), (len(images), 1, 1))
-        poses[:, :3] = rows.reshape(-1, 3, 4)
+        good = [i for i, row in enumerate(rows) if row is not None]
+        if not good:
+            raise InputError(f"{file}: no pose can be used ({sequence.skipped[-1]})")
+        sequence = sequence.select(np.array(good))
+        poses = np.stack([rows[i] for i in good])
         # the poses are those of camera 0; another camera sits beside it by P[:, 3]
         offset = np.eye(4)
         offset[:3, 3] = -np.linalg.inv(K) @ P[:, 3]
@@ -263,9 +333,29 @@ def _load_kitti(folder: Path, camera: Camera | None, poses_file: Path | None) ->
     return sequence
 
 
-def _read_tum_list(file: Path) -> list[list[str]]:
-    lines = file.read_text(encoding="utf-8").splitlines()
-    return [line.split() for line in lines if line.strip() and not line.startswith("#")]
+def _kitti_pose(fields: list[str]) -> np.ndarray:
+    """(4, 4) camera to world from twelve numbers."""
+    if len(fields) != 12:
+        raise ValueError(f"{len(fields)} fields in place of 12")
+    pose = np.eye(4)
+    pose[:3] = np.array(fields, float).reshape(3, 4)
+    if check_camera("", np.eye(3), pose[:3, :3], pose[:3, 3]) is not None:
+        raise ValueError("no finite pose with a rotation")
+    return pose
+
+
+def _tum_image(fields: list[str]) -> tuple[float, str]:
+    if len(fields) != 2:
+        raise ValueError(f"{len(fields)} fields in place of 2")
+    return _stamp(fields[0]), fields[1]
+
+
+def _tum_pose(fields: list[str]) -> tuple[float, np.ndarray]:
+    """Seconds, position, and a quaternion as x, y, z, w."""
+    if len(fields) != 8:
+        raise ValueError(f"{len(fields)} fields in place of 8")
+    values = [float(v) for v in fields[1:]]
+    return _stamp(fields[0]), quaternion_pose(values[:3], values[3:])
 
 
 def _load_tum(folder: Path, camera: Camera | None) -> Sequence:
@@ -274,16 +364,29 @@ def _load_tum(folder: Path, camera: Camera | None) -> Sequence:
             f"{folder}: a TUM sequence does not hold its intrinsics; give --intrinsics, e.g. "
             "--intrinsics 517.3,516.5,318.6,255.3,0.2624,-0.9531,-0.0054,0.0026,1.1633 (freiburg1)"
         )
-    rows = [row for row in _read_tum_list(folder / "rgb.txt") if len(row) == 2]
-    stamps = np.array([float(row[0]) for row in rows])
-    frames = [folder / row[1] for row in rows]
-    sequence = Sequence(folder.name, frames, camera, stamps=stamps)
+    skipped: list[str] = []
+    stamps, names = read_stamped(folder / "rgb.txt", _tum_image, skipped)
+    frames = [folder / name for name in names]
+    sequence = Sequence(folder.name, frames, camera, stamps=stamps, skipped=skipped)
     file = folder / "groundtruth.txt"
     if not file.is_file():
         return sequence
-    truth = np.array([row for row in _read_tum_list(file) if len(row) == 8], float)
-    poses = np.stack([quaternion_pose(row[1:4], row[4:8]) for row in truth])
-    return attach_poses(sequence, truth[:, 0], poses)
+    pose_stamps, poses = read_stamped(file, _tum_pose, skipped)
+    return attach_poses(sequence, pose_stamps, np.stack(poses))
+
+
+def _euroc_image(fields: list[str]) -> tuple[float, str]:
+    if len(fields) < 2:
+        raise ValueError(f"{len(fields)} fields in place of 2")
+    return _stamp(fields[0], 1e-9), fields[1]
+
+
+def _euroc_pose(fields: list[str]) -> tuple[float, np.ndarray]:
+    """Nanoseconds, position, and a quaternion as w, x, y, z; what follows is not read."""
+    if len(fields) < 8:
+        raise ValueError(f"{len(fields)} fields in place of 8")
+    values = [float(v) for v in fields[1:8]]
+    return _stamp(fields[0], 1e-9), quaternion_pose(values[:3], [*values[4:], values[3]])
 
 
 def _load_euroc(folder: Path, camera: Camera | None) -> Sequence:
@@ -299,25 +402,20 @@ def _load_euroc(folder: Path, camera: Camera | None) -> Sequence:
             ),
         )
         camera_in_body = np.array(sensor["T_BS"]["data"], float).reshape(4, 4)
-        rows = _read_csv(source / "data.csv")
-    except (OSError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
-        raise InputError(f"{source}: sensor.yaml or data.csv cannot be read ({error})") from error
-    frames = [source / "data" / row[1].strip() for row in rows]
-    stamps = np.array([int(row[0]) * 1e-9 for row in rows])
-    sequence = Sequence(folder.name, frames, camera, stamps=stamps)
+        R, t = camera_in_body[:3, :3], camera_in_body[:3, 3]
+        if check_camera("", np.eye(3), R, t) is not None:
+            raise ValueError("T_BS is no finite pose with a rotation")
+    except (OSError, KeyError, TypeError, ValueError, yaml.YAMLError, InputError) as error:
+        raise InputError(f"{source / 'sensor.yaml'}: cannot be used ({error})") from error
+    skipped: list[str] = []
+    stamps, names = read_stamped(source / "data.csv", _euroc_image, skipped, ",")
+    frames = [source / "data" / name for name in names]
+    sequence = Sequence(folder.name, frames, camera, stamps=stamps, skipped=skipped)
     file = root / "state_groundtruth_estimate0" / "data.csv"
     if not file.is_file():
         return sequence
-    truth = _read_csv(file)
-    # position, then the quaternion as w, x, y, z
-    values = np.array([[float(v) for v in row[1:8]] for row in truth])
-    poses = np.stack([quaternion_pose(v[:3], v[[4, 5, 6, 3]]) @ camera_in_body for v in values])
-    return attach_poses(sequence, np.array([int(row[0]) * 1e-9 for row in truth]), poses)
-
-
-def _read_csv(file: Path) -> list[list[str]]:
-    with file.open(encoding="utf-8") as stream:
-        return [row for row in csv.reader(stream) if row and not row[0].startswith("#")]
+    pose_stamps, poses = read_stamped(file, _euroc_pose, skipped, ",")
+    return attach_poses(sequence, pose_stamps, np.stack(poses) @ camera_in_body)
 
 
 def _load_images(folder: Path, camera: Camera | None) -> Sequence:
