@@ -18,18 +18,18 @@ from typing import Any
 import numpy as np
 
 from scfeat_ros.errors import InputError
-from scfeat_ros.matcher import match
 from scfeat_ros.sources import IMAGE_SUFFIXES
 from scfeat_training.evaluation.cache import Cache
-from scfeat_training.evaluation.data import load_homography, require_folder
+from scfeat_training.evaluation.data import list_images, load_homography, require_folder
 from scfeat_training.evaluation.estimators import estimate_homography
-from scfeat_training.evaluation.methods import PAPER_OPTIONS, Method
+from scfeat_training.evaluation.methods import PAPER_OPTIONS, Method, match_indices
 from scfeat_training.evaluation.metrics import (
     MMA_THRESHOLDS,
     corner_error,
     homography_errors,
     homography_matching_score,
     matching_accuracy,
+    median_milliseconds,
     mma_score,
     repeatability,
 )
@@ -43,6 +43,8 @@ from scfeat_training.evaluation.report import (
 )
 
 DEFAULTS = {"max_keypoints": 8000}
+COMPLETE = {"illumination": 52, "viewpoint": 56}
+"""Sequences of the paper's protocol, with five pairs each."""
 
 LEFT_OUT = {
     "i_contruction",
@@ -59,7 +61,7 @@ LEFT_OUT = {
 HOMOGRAPHY_THRESHOLDS = (1, 3, 5)
 REPEATABILITY_THRESHOLD = 3.0
 PUBLISHED_STYLES = ("--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
-RESULT_VERSION = 1
+RESULT_VERSION = 2
 LAYOUT = (
     "one folder per sequence with images 1.ppm, 2.ppm, ... (or .jpg, .png) and homographies "
     "H_1_2, H_1_3, ..."
@@ -84,8 +86,8 @@ def check_data(args: argparse.Namespace) -> None:
     find_sequences(args.data, args.all_sequences)
 
 
-def find_sequences(folder: Path, all_sequences: bool = False) -> list[Path]:
-    """Sequence folders: those with a first image and at least one H_1_k file.
+def find_sequences(folder: Path, all_sequences: bool = False) -> tuple[list[Path], list[str]]:
+    """Sequence folders, those with an H_1_k file, and one sentence for each with images alone.
 
     Raises:
         InputError: no such folder, an empty one, or none of its folders is a sequence.
@@ -95,13 +97,16 @@ def find_sequences(folder: Path, all_sequences: bool = False) -> list[Path]:
     found = [p for p in candidates if any(p.glob("H_1_*"))]
     if not found:
         raise InputError(f"--data {folder}: no folder in it has a file H_1_2. Expected: {LAYOUT}")
-    kept = [p for p in found if all_sequences or p.name not in LEFT_OUT]
+    bare = [p for p in candidates[1:] if p not in found and list_images(p)]
+    kept, bare = (
+        [p for p in some if all_sequences or p.name not in LEFT_OUT] for some in (found, bare)
+    )
     if not kept:
         raise InputError(
             f"--data {folder}: all of its sequences are among the eight that the paper leaves out; "
             "--all-sequences keeps them"
         )
-    return kept
+    return kept, [f"{p}: images, but no homography H_1_2, H_1_3, ..." for p in bare]
 
 
 def _image(folder: Path, stem: str) -> Path:
@@ -123,13 +128,13 @@ def evaluate_pair(
     first = cache.extract(method, first_path)
     second = cache.extract(method, second_path)
     a, b = first.features, second.features
-    indices = match(a, b).indices
+    indices = match_indices(a, b)
     points_a, points_b = a.keypoints[indices[:, 0]], b.keypoints[indices[:, 1]]
     errors = homography_errors(H, points_a, points_b)
     corners = corner_error(estimate_homography(points_a, points_b), H, a.image_size)
     sizes = a.image_size, b.image_size
     return {
-        "features": (len(a) + len(b)) / 2,
+        "features": [len(a), len(b)],
         "matches": len(indices),
         "accuracy": matching_accuracy(errors, MMA_THRESHOLDS).tolist(),
         "repeatability": repeatability(
@@ -145,8 +150,7 @@ def evaluate_pair(
 
 def run(args: argparse.Namespace, methods: list[Method], cache: Cache) -> Report:
     """Evaluate all methods on all sequences."""
-    sequences = find_sequences(args.data, args.all_sequences)
-    skipped: list[str] = []
+    sequences, skipped = find_sequences(args.data, args.all_sequences)
     pairs: list[tuple[str, Path, Path, np.ndarray]] = []
     for sequence in sequences:
         for file in sorted(sequence.glob("H_1_*")):
@@ -213,18 +217,19 @@ def _report(
             mma = np.mean([v["accuracy"] for v in chosen], axis=0)
             curves[method.label, group] = mma
             homography = np.mean([v["homography"] for v in chosen], axis=0)
+            features, seconds = (_by_image(results[method.label], group, k) for k in KEYS)
             rows.append(
                 [
                     method.label,
                     len(chosen),
-                    float(np.mean([v["features"] for v in chosen])),
+                    float(np.mean(features)),
                     float(np.mean([v["matches"] for v in chosen])),
                     mma_score(mma),
                     *(float(mma[t - 1]) for t in (1, 3, 5, 10)),
                     float(np.mean([v["repeatability"] for v in chosen])),
                     float(np.mean([v["matching_score"] for v in chosen])),
                     *(float(h) for h in homography),
-                    1000 * float(np.median([v["seconds"] for v in chosen])),
+                    median_milliseconds(seconds),
                 ]
             )
         columns = ["method", "pairs", "features", "matches", "MMAScore"]
@@ -239,8 +244,7 @@ def _report(
         tables.append(_published_table())
     if skipped:
         tables[0].note = f"{len(skipped)} left out, see the list."
-    complete = {"illumination": 52, "viewpoint": 56}
-    is_hpatches = all(sum(split_of(n) == s for n in names) == c for s, c in complete.items())
+    differences = _differences(args, results, bool(skipped or cache.failures))
     limit = f"longer side at most {cache.max_size} px" if cache.max_size else "full size"
     return Report(
         task="hpatches",
@@ -258,11 +262,11 @@ def _report(
             "H@t: share of pairs whose homography (USAC_MAGSAC, 3 px, fixed seed) moves the four "
             "image corners by at most t px on average.",
             "ms / image: median time of one extraction on the machine named below, at the time "
-            "when the features were made.",
-            "This is the paper's protocol on all of its 108 sequences."
-            if is_hpatches
-            else "These are not the 108 sequences of the paper: compare the methods in this "
-            "table with one another, not with published figures.",
+            "when the features were made. It and the number of features are over distinct images.",
+            f"This is not the paper's protocol on its 108 sequences ({'; '.join(differences)}): "
+            "compare the methods in this table with one another, not with published figures."
+            if differences
+            else "This is the paper's protocol on all of its 108 sequences.",
         ],
         tables=tables,
         figures=[_figure(methods, curves, groups)],
@@ -272,6 +276,42 @@ def _report(
             for label, values in results.items()
         },
     )
+
+
+KEYS = ("features", "seconds")
+"""What a pair has two of, one for each image."""
+
+
+def _by_image(values: list[tuple[str, str, dict]], group: str, key: str) -> list[float]:
+    """One value for each image of a group's sequences; image 1 is in all pairs of its sequence."""
+    found = {}
+    for name, image, value in values:
+        if group in ("overall", split_of(name)):
+            found[name, "1"], found[name, image] = value[key]
+    return list(found.values())
+
+
+def _differences(
+    args: argparse.Namespace, results: dict[str, list[tuple[str, str, dict]]], incomplete: bool
+) -> list[str]:
+    """How a run differs from the paper's protocol on all of its sequences."""
+    names = {name for values in results.values() for name, _, _ in values}
+    counts = {split: sum(split_of(name) == split for name in names) for split in COMPLETE}
+    pairs = min(map(len, results.values()))
+    found = []
+    if counts != COMPLETE or len(names) != sum(COMPLETE.values()):
+        found.append(f"{len(names)} sequences")
+    if pairs != 5 * sum(COMPLETE.values()):
+        found.append(f"{pairs} pairs in place of 540")
+    if incomplete:
+        found.append("some images or pairs are left out")
+    if args.max_size:
+        found.append(f"images of at most {args.max_size} px")
+    if args.max_keypoints != DEFAULTS["max_keypoints"]:
+        found.append(f"{args.max_keypoints} keypoints in place of {DEFAULTS['max_keypoints']}")
+    if not args.paper_options:
+        found.append("SCFeat's options")
+    return found
 
 
 def _by_sequence(methods: list[Method], results: dict[str, list[tuple[str, str, dict]]]) -> Table:
