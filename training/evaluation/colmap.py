@@ -15,8 +15,8 @@ import numpy as np
 
 from scfeat_ros.errors import InputError
 from scfeat_ros.features import Features
-from scfeat_ros.matcher import match
 from scfeat_ros.staging import staged_file
+from scfeat_training.evaluation.methods import match_indices
 
 try:
     import pycolmap
@@ -65,6 +65,21 @@ def pinhole(K: np.ndarray, size: tuple[int, int]) -> Any:
     return camera
 
 
+def camera_key(camera: Any) -> list[Any]:
+    """Everything that a pycolmap camera says, for the cache's keys."""
+    return [camera.model.name, camera.width, camera.height, camera.params.tolist()]
+
+
+def camera_problem(camera: Any) -> str | None:
+    """What is wrong with a pycolmap camera's numbers; None if nothing is."""
+    if camera.width < 1 or camera.height < 1:
+        return "the image size is not positive"
+    K = np.asarray(camera.calibration_matrix())
+    if not np.isfinite(camera.params).all() or not (K[0, 0] > 0 and K[1, 1] > 0):
+        return "the parameters are not finite with a positive focal length"
+    return None
+
+
 def write_database(
     path: Path,
     images: list[ColmapImage],
@@ -111,7 +126,7 @@ def write_database(
             keypoints = features(image.name).keypoints.astype(np.float32) + PIXEL_CENTRE
             database.write_keypoints(ids[image.name], np.ascontiguousarray(keypoints))
         for first, second in pairs:
-            matches = match(features(first), features(second), ratio).indices
+            matches = match_indices(features(first), features(second), ratio)
             if len(matches):
                 database.write_matches(
                     ids[first], ids[second], np.ascontiguousarray(matches, np.uint32)
@@ -204,6 +219,11 @@ def model_from_poses(
         pose = pycolmap.Rigid3d(np.column_stack([R[number - 1], t[number - 1]]))
         model.add_image_with_trivial_frame(image, pose)
     return model
+
+
+def unique_pairs(listed: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Each pair once, in either direction, without those of an image with itself."""
+    return list(dict.fromkeys(tuple(sorted(pair)) for pair in listed if pair[0] != pair[1]))
 
 
 def read_pairs(file: Path) -> list[tuple[str, str]]:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,12 @@ import numpy as np
 import yaml
 
 from scfeat_ros.errors import InputError
-from scfeat_ros.matcher import match
 from scfeat_training.evaluation import colmap
 from scfeat_training.evaluation.cache import Cache, CorruptImageError, read_image
 from scfeat_training.evaluation.colmap import pycolmap
-from scfeat_training.evaluation.data import require_folder
-from scfeat_training.evaluation.methods import Method
-from scfeat_training.evaluation.metrics import rotation_error
+from scfeat_training.evaluation.data import read_usable_scene, require_folder
+from scfeat_training.evaluation.methods import Method, match_indices
+from scfeat_training.evaluation.metrics import median_milliseconds, rotation_error
 from scfeat_training.evaluation.report import (
     COLOURS,
     Figure,
@@ -40,13 +40,13 @@ from scfeat_training.evaluation.report import (
     draw,
     progress_bar,
 )
-from scfeat_training.evaluation.sequences import quaternion_pose
-from scfeat_training.scenes import is_scene, read_scene_file
+from scfeat_training.evaluation.sequences import quaternion_pose, read_rows
+from scfeat_training.scenes import check_camera, is_scene
 
 DEFAULTS = {"max_keypoints": 20_000}
 THRESHOLDS = ((0.25, 2.0), (0.5, 5.0), (5.0, 10.0))
 """Metres and degrees: the benchmark's high, medium and coarse precision."""
-RESULT_VERSION = 1
+RESULT_VERSION = 2
 MIN_OVERLAP = 0.1
 QUERY_PAIRS = 10
 AACHEN_MODEL = Path("3D-models/aachen_v_1_1")
@@ -86,6 +86,7 @@ class Layout:
         images, model, db_pairs, query_pairs: see the module's text.
         queries: files of queries with intrinsics.
         query_poses: None where not known.
+        skipped: images of a scene that are not used, one sentence each.
     """
 
     images: Path
@@ -94,6 +95,7 @@ class Layout:
     db_pairs: Path
     query_pairs: Path
     query_poses: Path | None
+    skipped: tuple[str, ...] = ()
 
 
 def check_data(args: argparse.Namespace) -> None:
@@ -113,7 +115,7 @@ def load_parameters(file: Path | None) -> dict[str, dict[str, Any]]:
     """The four groups of localization.yaml, those of `file` over the paper's.
 
     Raises:
-        InputError: unreadable, or an unknown group or name.
+        InputError: unreadable, an unknown group or name, or a value that is none.
     """
     default = Path(__file__).with_name("localization.yaml")
     parameters = yaml.safe_load(default.read_text(encoding="utf-8"))
@@ -123,6 +125,8 @@ def load_parameters(file: Path | None) -> dict[str, dict[str, Any]]:
         given = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
     except (OSError, yaml.YAMLError) as error:
         raise InputError(f"--config {file}: cannot be read ({error})") from error
+    if not isinstance(given, dict):
+        raise InputError(f"--config {file}: want the groups {', '.join(parameters)}")
     for group, values in given.items():
         if group not in parameters or not isinstance(values, dict):
             raise InputError(
@@ -133,6 +137,14 @@ def load_parameters(file: Path | None) -> dict[str, dict[str, Any]]:
         if unknown:
             raise InputError(f"--config {file}: unknown '{group}.{unknown.pop()}'")
         known.update(values)
+    for name, value, highest in (
+        ("matching.ratio", parameters["matching"]["ratio"], 1),
+        ("pose.threshold", parameters["pose"]["threshold"], np.inf),
+        ("pose.min_inliers", parameters["pose"]["min_inliers"], np.inf),
+    ):
+        # YAML's true is a number to Python
+        if type(value) not in (int, float) or not 0 <= value <= highest:
+            raise InputError(f"--config {file}: {name} is {value!r}, want a number from 0")
     return parameters
 
 
@@ -191,7 +203,7 @@ def scene_to_hloc(folder: Path, output: Path, every: int = 4) -> Layout:
     Raises:
         InputError: the scene has too few images, or no pairs.
     """
-    scene = read_scene_file(folder)
+    scene, skipped = read_usable_scene(folder)
     queries = list(range(every - 1, len(scene), every))
     references = [i for i in range(len(scene)) if i not in set(queries)]
     if len(references) < 3 or not queries or not len(scene.pairs):
@@ -221,6 +233,7 @@ def scene_to_hloc(folder: Path, output: Path, every: int = 4) -> Layout:
         output / "pairs-db.txt",
         output / "pairs-query.txt",
         output / "query-poses.txt",
+        tuple(skipped),
     )
     layout.model.mkdir()
     model.write(layout.model)
@@ -256,58 +269,54 @@ def pose_line(name: str, R: np.ndarray, t: np.ndarray) -> str:
     return " ".join([name, *(f"{float(v):.10g}" for v in (w, x, y, z, *t))])
 
 
-def read_poses(file: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def read_poses(file: Path, skipped: list[str]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """R (3, 3) and t (3,), world to camera, by image name; see `pose_line`.
 
-    Raises:
-        InputError: a line that is not a name and seven numbers.
+    Lines that cannot be used are named in `skipped`.
     """
-    poses = {}
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
-        name, *fields = line.split() or [""]
-        if not name:
-            continue
+
+    def parse(fields: list[str]) -> tuple[str, np.ndarray]:
+        if len(fields) != 8:
+            raise ValueError(f"{len(fields)} fields, expected name qw qx qy qz tx ty tz")
+        w, x, y, z, *t = (float(v) for v in fields[1:])
+        return fields[0], quaternion_pose(t, [x, y, z, w])
+
+    rows = [row for row in read_rows(file, parse, skipped) if row is not None]
+    return {name: (matrix[:3, :3], matrix[:3, 3]) for name, matrix in rows}
+
+
+def read_queries(files: list[Path], skipped: list[str]) -> dict[str, Any]:
+    """pycolmap cameras by query name; lines that cannot be used are named in `skipped`.
+
+    Raises:
+        InputError: no line can be used.
+    """
+
+    def parse(fields: list[str]) -> tuple[str, Any]:
         try:
-            w, x, y, z, *t = (float(v) for v in fields)
-            matrix = quaternion_pose(np.array(t).reshape(3), np.array([x, y, z, w]))
-        except ValueError as error:
-            raise InputError(
-                f"{file}, line {number}: expected name qw qx qy qz tx ty tz"
-            ) from error
-        poses[name] = matrix[:3, :3], matrix[:3, 3]
-    return poses
+            name, model, width, height, *parameters = fields
+            camera = pycolmap.Camera(
+                model=model,
+                width=int(width),
+                height=int(height),
+                params=[float(v) for v in parameters],
+            )
+            if not camera.verify_params():
+                raise ValueError("wrong number of parameters")
+        except (ValueError, TypeError, RuntimeError, OverflowError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"expected name MODEL width height parameters ({reason})") from error
+        problem = colmap.camera_problem(camera)
+        if problem is not None:
+            raise ValueError(problem)
+        return name, camera
 
-
-def read_queries(files: list[Path]) -> dict[str, Any]:
-    """pycolmap cameras by query name.
-
-    Raises:
-        InputError: a line that is not name, model, width, height and the model's parameters.
-    """
-    cameras = {}
-    for file in files:
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
-            fields = line.split()
-            if not fields:
-                continue
-            try:
-                name, model, width, height, *parameters = fields
-                camera = pycolmap.Camera(
-                    model=model,
-                    width=int(width),
-                    height=int(height),
-                    params=[float(v) for v in parameters],
-                )
-                if not camera.verify_params():
-                    raise ValueError("wrong number of parameters")
-            except (ValueError, TypeError, RuntimeError) as error:
-                raise InputError(
-                    f"{file}, line {number}: expected name MODEL width height parameters ({error})"
-                ) from error
-            cameras[name] = camera
-    if not cameras:
-        raise InputError(f"{files[0]}: no queries in it")
-    return cameras
+    bad: list[str] = []
+    rows = [row for file in files for row in read_rows(file, parse, bad) if row is not None]
+    if not rows:
+        raise InputError(f"{files[0]}: no query in it can be used ({(bad or ['it is empty'])[0]})")
+    skipped += bad
+    return dict(rows)
 
 
 @dataclass(frozen=True)
@@ -334,7 +343,7 @@ class Problem:
 
 
 def load_problem(layout: Layout) -> tuple[Problem, list[str]]:
-    """Read the layout; unreadable images are left out and named.
+    """Read the layout; unreadable images and wrong cameras are left out and named.
 
     Raises:
         InputError: the model cannot be read, or nothing is left to localize.
@@ -343,11 +352,11 @@ def load_problem(layout: Layout) -> tuple[Problem, list[str]]:
         reference = pycolmap.Reconstruction(layout.model)
     except (RuntimeError, ValueError, OSError) as error:
         raise InputError(f"{layout.model}: not a COLMAP model ({error})") from error
-    queries = read_queries(layout.queries)
-    truth = read_poses(layout.query_poses) if layout.query_poses else {}
-    skipped: list[str] = []
+    skipped = list(layout.skipped)
+    queries = read_queries(layout.queries, skipped)
+    truth = read_poses(layout.query_poses, skipped) if layout.query_poses else {}
     digests: dict[str, str] = {}
-    registered = list(colmap.camera_poses(reference))
+    registered = _usable_references(reference, layout.model, skipped)
     for name in [*registered, *queries]:
         try:
             digests[name] = read_image(layout.images / name)[1]
@@ -357,16 +366,14 @@ def load_problem(layout: Layout) -> tuple[Problem, list[str]]:
     queries = {name: camera for name, camera in queries.items() if name in digests}
     known = set(names)
     listed = colmap.read_pairs(layout.db_pairs)
-    db_pairs = list(
-        dict.fromkeys(tuple(sorted(p)) for p in listed if p[0] in known and p[1] in known)
-    )
+    db_pairs = colmap.unique_pairs(p for p in listed if p[0] in known and p[1] in known)
     query_pairs: dict[str, list[str]] = {name: [] for name in queries}
     unknown = 0
     for query, name in colmap.read_pairs(layout.query_pairs):
-        if query in query_pairs and name in known:
-            query_pairs[query].append(name)
-        else:
+        if query not in query_pairs or name not in known:
             unknown += 1
+        elif name not in query_pairs[query]:
+            query_pairs[query].append(name)
     if unknown:
         skipped.append(f"{unknown} pairs of {layout.query_pairs.name} name no query or reference")
     if not queries or not db_pairs or not any(query_pairs.values()):
@@ -375,6 +382,24 @@ def load_problem(layout: Layout) -> tuple[Problem, list[str]]:
             f"{len(db_pairs)} reference pairs, {sum(map(len, query_pairs.values()))} query pairs"
         )
     return Problem(reference, names, queries, db_pairs, query_pairs, truth, digests), skipped
+
+
+def _usable_references(reference: Any, file: Path, skipped: list[str]) -> list[str]:
+    """Registered images of a model whose camera and pose are right; the others are named."""
+    names = []
+    for image_id in reference.reg_image_ids():
+        image = reference.image(image_id)
+        matrix = image.cam_from_world().matrix()
+        where = f"{file}: {image.name}"
+        problem = colmap.camera_problem(reference.camera(image.camera_id))
+        if problem is not None:
+            problem = f"{where}: {problem}"
+        problem = problem or check_camera(where, np.eye(3), matrix[:, :3], matrix[:, 3])
+        if problem is None:
+            names.append(image.name)
+        else:
+            skipped.append(problem)
+    return names
 
 
 def evaluate_method(
@@ -395,10 +420,11 @@ def evaluate_method(
         return cache.extract(reference_method, images / name).features
 
     model = pycolmap.Reconstruction(problem.reference)
+    known = set(problem.names)
     cameras, entries = {}, []
     for image_id in model.reg_image_ids():
         image = model.image(image_id)
-        if image.name in problem.digests:
+        if image.name in known:
             camera = model.camera(image.camera_id)
             key = str(image.camera_id)
             # a copy, since the database numbers its cameras itself
@@ -443,7 +469,7 @@ def evaluate_method(
         seconds.append(extracted.seconds)
         rows: list[np.ndarray] = []
         for name in problem.query_pairs[query]:
-            indices = match(extracted.features, reference_features(name), ratio).indices
+            indices = match_indices(extracted.features, reference_features(name), ratio)
             ids = points[name][indices[:, 1]]
             rows.append(np.column_stack([indices[:, 0], ids])[ids >= 0])
             progress.update()
@@ -503,6 +529,11 @@ def run(args: argparse.Namespace, methods: list[Method], cache: Cache) -> Report
     parameters = args.parameters
     steps = len(problem.db_pairs) + sum(map(len, problem.query_pairs.values()))
     results, files = {}, {}
+    # the benchmark's site knows queries by their file names alone
+    bases = Counter(Path(name).name for name in problem.queries)
+    paths = {name: Path(name).name for name in problem.queries}
+    if max(bases.values()) > 1:
+        paths = {name: name for name in problem.queries}
     with progress_bar(steps * len(methods), "localization", "pair") as progress:
         for number, method in enumerate(methods):
             progress.set_postfix_str(method.label, refresh=False)
@@ -518,7 +549,12 @@ def run(args: argparse.Namespace, methods: list[Method], cache: Cache) -> Report
                     [name, R.tolist(), t.tolist()]
                     for name, (R, t) in colmap.camera_poses(problem.reference).items()
                 ],
-                "queries": {n: c.params_to_string() for n, c in problem.queries.items()},
+                "cameras": {
+                    image.name: colmap.camera_key(problem.reference.camera(image.camera_id))
+                    for image in problem.reference.images.values()
+                },
+                "names": problem.names,
+                "queries": {n: colmap.camera_key(c) for n, c in problem.queries.items()},
                 "max_size": cache.max_size,
                 "pairs": [problem.db_pairs, problem.query_pairs],
                 "parameters": [parameters["matching"], parameters["pose"]],
@@ -533,15 +569,17 @@ def run(args: argparse.Namespace, methods: list[Method], cache: Cache) -> Report
             progress.update((number + 1) * steps - progress.n)
             slug = "".join(c if c.isalnum() or c in "-_" else "_" for c in method.label)
             files[method.label] = args.output / f"poses-{slug}.txt"
+            if list(files.values()).count(files[method.label]) > 1:  # of labels like a/b and a_b
+                files[method.label] = args.output / f"poses-{slug}-{number + 1}.txt"
             colmap.write_text(
                 files[method.label],
                 [
-                    # the benchmark's site knows queries by their file names alone
-                    pose_line(Path(name).name, np.array(R), np.array(t))
+                    pose_line(paths[name], np.array(R), np.array(t))
                     for name, (R, t) in results[method.label]["poses"].items()
                 ],
             )
-    return _report(args, methods, problem, results, files, skipped)
+    whole = any("/" in path for path in paths.values())
+    return _report(args, methods, problem, results, files, whole, skipped)
 
 
 def _report(
@@ -550,6 +588,7 @@ def _report(
     problem: Problem,
     results: dict[str, dict],
     files: dict[str, Path],
+    whole_paths: bool,
     skipped: list[str],
 ) -> Report:
     queries = list(problem.queries)
@@ -576,7 +615,7 @@ def _report(
             value["track_length"],
             value["reprojection_error"],
             value["features"],
-            1000 * float(np.median(value["seconds"])),
+            median_milliseconds(value["seconds"]),
         ]
         rows.append(row)
     protocol = [
@@ -594,7 +633,9 @@ def _report(
         if known
         else "The poses of the queries are not known: hand the pose files in at "
         "https://www.visuallocalization.net.",
-        "Pose files: " + ", ".join(str(file) for file in files.values()),
+        "Pose files: "
+        + ", ".join(str(file) for file in files.values())
+        + (". Queries are named with their folders: file names repeat." if whole_paths else ""),
     ]
     if is_scene(args.data):
         protocol.insert(

@@ -19,9 +19,13 @@ from scfeat_ros.errors import InputError
 from scfeat_ros.export import exhaustive_pairs
 from scfeat_training.evaluation import colmap
 from scfeat_training.evaluation.cache import Cache, CorruptImageError, read_image
-from scfeat_training.evaluation.data import list_images, require_folder
+from scfeat_training.evaluation.data import list_images, read_usable_scene, require_folder
 from scfeat_training.evaluation.methods import PAPER_OPTIONS, Method
-from scfeat_training.evaluation.metrics import rotation_error, similarity_transform
+from scfeat_training.evaluation.metrics import (
+    median_milliseconds,
+    rotation_error,
+    similarity_transform,
+)
 from scfeat_training.evaluation.report import (
     COLOURS,
     Figure,
@@ -33,7 +37,9 @@ from scfeat_training.evaluation.report import (
 from scfeat_training.scenes import Scene, is_scene, read_scene_file
 
 DEFAULTS = {"max_keypoints": 20_000}
-RESULT_VERSION = 1
+RESULT_VERSION = 2
+POSE_LIMIT = (0.05, 0.5)
+"""Unit of the ground truth (metres) and degrees: a camera within both counts as right."""
 LAYOUT = "a folder of images, or images/ and scene.npz"
 
 
@@ -168,11 +174,18 @@ def pose_errors(
 def run(args: argparse.Namespace, methods: list[Method], cache: Cache) -> Report:
     """Reconstruct the images with every method."""
     root = image_root(args.data)
-    scene = read_scene_file(args.data) if is_scene(args.data) else None
-    fix_intrinsics = scene is not None and not args.self_calibrate
+    scene: Scene | None = None
     skipped: list[str] = []
+    listed: set[str] = set()
+    if is_scene(args.data):
+        listed = set(read_scene_file(args.data).names)
+        scene, skipped = read_usable_scene(args.data)
+    fix_intrinsics = scene is not None and not args.self_calibrate
     images, cameras, digests = [], {}, []
-    for file in list_images(root):
+    files = list_images(root)
+    there = {file.relative_to(root).as_posix() for file in files}
+    skipped += [f"{root / name}: in scene.npz, but missing" for name in sorted(listed - there)]
+    for file in files:
         name = file.relative_to(root).as_posix()
         try:
             picture, digest = read_image(file)
@@ -180,7 +193,8 @@ def run(args: argparse.Namespace, methods: list[Method], cache: Cache) -> Report
             skipped.append(str(error))
             continue
         if fix_intrinsics and name not in scene.names:
-            skipped.append(f"{file}: not in scene.npz")
+            if name not in listed:  # else its camera is wrong, which is said already
+                skipped.append(f"{file}: not in scene.npz")
             continue
         size = picture.shape[1], picture.shape[0]
         if fix_intrinsics:
@@ -195,10 +209,16 @@ def run(args: argparse.Namespace, methods: list[Method], cache: Cache) -> Report
         raise InputError(f"--data {args.data}: fewer than two readable images; {skipped[:1]}")
     names = [image.name for image in images]
     if args.pairs:
-        listed = colmap.read_pairs(args.pairs)
-        pairs = [(a, b) for a, b in listed if a in set(names) and b in set(names)]
-        if len(pairs) < len(listed):
-            skipped.append(f"{len(listed) - len(pairs)} pairs of {args.pairs} name no image here")
+        given = colmap.read_pairs(args.pairs)
+        known = [(a, b) for a, b in given if a in set(names) and b in set(names)]
+        pairs = colmap.unique_pairs(known)
+        if len(known) < len(given):
+            skipped.append(f"{len(given) - len(known)} pairs of {args.pairs} name no image here")
+        if len(pairs) < len(known):
+            skipped.append(
+                f"{len(known) - len(pairs)} pairs of {args.pairs} are there twice or of an image "
+                "with itself"
+            )
         if not pairs:
             raise InputError(f"--pairs {args.pairs}: none of its pairs names two images of {root}")
     else:
@@ -216,7 +236,7 @@ def run(args: argparse.Namespace, methods: list[Method], cache: Cache) -> Report
                 "pycolmap": colmap.pycolmap.__version__,
                 "method": method.fingerprint(),
                 "images": dict(zip(names, digests, strict=True)),
-                "cameras": {k: c.params_to_string() for k, c in cameras.items()},
+                "cameras": {k: colmap.camera_key(c) for k, c in cameras.items()},
                 "max_size": cache.max_size,
                 "pairs": pairs,
                 "ratio": args.ratio,
@@ -230,7 +250,9 @@ def run(args: argparse.Namespace, methods: list[Method], cache: Cache) -> Report
                 ),
             )
             progress.update((number + 1) * steps - progress.n)
-    return _report(args, methods, cache, results, scene, len(images), pairs, skipped)
+    posed = sum(name in scene.names for name in names) if scene is not None else 0
+    counts = len(images), len(there | listed), posed
+    return _report(args, methods, cache, results, scene, counts, pairs, skipped)
 
 
 def _report(
@@ -239,14 +261,18 @@ def _report(
     cache: Cache,
     results: dict[str, dict],
     scene: Scene | None,
-    image_count: int,
+    counts: tuple[int, int, int],
     pairs: list[tuple[str, str]],
     skipped: list[str],
 ) -> Report:
+    """counts: of images that are reconstructed, that the data have, and with a known pose."""
+    image_count, all_count, posed_count = counts
     columns = ["method", f"registered of {image_count}", "points", "track length"]
     columns += ["reproj. error, px", "features", "verified pairs", "inliers / pair"]
     if scene is not None:
-        columns += ["position error (median)", "(max)", "rotation error (median), deg", "(max)"]
+        columns += ["position error of registered (median)", "(max)"]
+        columns += ["rotation error of registered (median), deg", "(max)"]
+        columns += [f"of {posed_count} within {POSE_LIMIT[0]:g} m, {POSE_LIMIT[1]:g} deg, %"]
     columns += ["ms / image", "pipeline, s"]
     rows = []
     for method in methods:
@@ -264,12 +290,14 @@ def _report(
         if scene is not None:
             errors = pose_errors(value["poses"], scene)
             if errors is None:
-                row += [None] * 4
+                row += [None, None, None, None, 0.0]
             else:
                 positions, rotations, _ = errors
                 row += [float(np.median(positions)), float(positions.max())]
                 row += [float(np.median(rotations)), float(rotations.max())]
-        rows.append([*row, 1000 * float(np.median(value["seconds"])), value["pipeline_seconds"]])
+                right = (positions <= POSE_LIMIT[0]) & (rotations <= POSE_LIMIT[1])
+                row.append(100 * int(right.sum()) / posed_count)
+        rows.append([*row, median_milliseconds(value["seconds"]), value["pipeline_seconds"]])
     limit = f"longer side at most {cache.max_size} px" if cache.max_size else "full size"
     ratio = f"ratio test {args.ratio:g} both ways" if args.ratio else "no ratio test"
     intrinsics = (
@@ -281,9 +309,10 @@ def _report(
         task="reconstruction",
         title=f"Structure from motion: {args.data.resolve().name}",
         protocol=[
-            f"{image_count} images, {limit}, {len(pairs)} pairs; at most {args.max_keypoints} "
-            f"features; mutual nearest neighbours, {ratio}. On binary descriptors the ratio of "
-            "Euclidean distances is the square root of that of Hamming distances.",
+            f"{image_count} of {all_count} images, {limit}, {len(pairs)} pairs; at most "
+            f"{args.max_keypoints} features; mutual nearest neighbours, {ratio}. On binary "
+            "descriptors the ratio of Euclidean distances is the square root of that of Hamming "
+            "distances.",
             "SCFeat with NMS 3x3 and score threshold 1.0, as in the paper (Sec. IV-D)."
             if args.paper_options
             else "SCFeat with the options given, not the paper's.",
@@ -294,7 +323,10 @@ def _report(
                 [
                     "Pose errors after the least-squares similarity alignment of the camera "
                     "centres with ground truth; positions in the unit of the ground truth (metres "
-                    "for Strecha's scenes)."
+                    "for Strecha's scenes). Medians and maxima are over the registered images "
+                    "alone, so a method that registers fewer may look better; the share within "
+                    f"the limits is of all {posed_count} images with a known pose, registered or "
+                    "not."
                 ]
                 if scene is not None
                 else []
