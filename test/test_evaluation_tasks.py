@@ -14,8 +14,9 @@ import sample_bags
 from encoded_images import World
 
 from scfeat_ros.errors import InputError
-from scfeat_training.evaluation import localization, main
+from scfeat_training.evaluation import hpatches, localization, main
 from scfeat_training.evaluation.metrics import auc
+from scfeat_training.evaluation.odometry import score_trajectory
 
 ADAPTER = Path(encoded_images.__file__)
 
@@ -88,48 +89,146 @@ def test_hpatches_leaves_out_what_is_broken_and_counts_it(tmp_path):
     assert row(kept)["pairs"] == 2
 
 
-def adapter_with(folder, statement):
-    """A copy of the adapter with a statement at the start of `extract`."""
+def test_hpatches_counts_every_image_once(tmp_path):
+    folder = tmp_path / "v_one"
+    for number, count in enumerate((10, 20, 60), start=1):
+        points = np.random.default_rng(number).uniform(50, 400, (count, 2))
+        encoded_images.write(folder / f"{number}.png", points, np.arange(count))
+        if number > 1:
+            (folder / f"H_1_{number}").write_text("1 0 0 0 1 0 0 0 1")
+    result = evaluate("hpatches", folder, tmp_path / "out")
+    assert row(result)["features"] == pytest.approx(30)
+    assert row(result)["pairs"] == 2
+
+
+def test_hpatches_names_sequences_without_homographies(tmp_path):
+    for name in ("v_one", "v_bare", "v_talent"):
+        write_sequence(tmp_path / "data" / name, 0, count=50)
+    (tmp_path / "data" / "v_bare" / "H_1_2").unlink()
+    (tmp_path / "data" / "v_talent" / "H_1_2").unlink()
+    (tmp_path / "data" / "notes").mkdir()
+    (reason,) = evaluate("hpatches", tmp_path / "data", tmp_path / "out")["skipped"]
+    assert "v_bare: images, but no homography" in reason
+
+
+def test_hpatches_claims_the_papers_protocol_only_where_it_was_kept():
+    names = [f"i_{n}" for n in range(52)] + [f"v_{n}" for n in range(56)]
+    whole = [(name, str(k), {}) for name in names for k in range(2, 7)]
+
+    def differences(values=whole, incomplete=False, **changes):
+        flags = {"max_size": 0, "max_keypoints": 8000, "paper_options": True, **changes}
+        return hpatches._differences(argparse.Namespace(**flags), {"m": values}, incomplete)
+
+    assert differences() == []
+    assert differences(whole[:-1]) == ["539 pairs in place of 540"]
+    assert differences(whole[:-5]) == ["107 sequences", "535 pairs in place of 540"]
+    assert differences(incomplete=True) == ["some images or pairs are left out"]
+    assert differences(max_size=640) == ["images of at most 640 px"]
+    assert differences(max_keypoints=5000) == ["5000 keypoints in place of 8000"]
+    assert differences(paper_options=False) == ["SCFeat's options"]
+
+
+def adapter_with(folder, comment=""):
+    """A copy of the adapter that begins `extract` with what `statement.txt` beside it says."""
     text = ADAPTER.read_text()
     line = "        points, ids = decode(image)\n"
     assert text.count(line) == 1
+    added = "        exec(Path(__file__).with_name('statement.txt').read_text())\n"
     path = folder / "adapter.py"
-    path.write_text(text.replace(line, f"        {statement}\n{line}"))
+    path.write_text(comment + text.replace(line, added + line))
     return path
 
 
 def test_a_second_run_does_not_extract_again(tmp_path):
     write_sequence(tmp_path / "data" / "v_one", 0, count=60)
-    first = evaluate("hpatches", tmp_path / "data", tmp_path / "out")
-    refuses = adapter_with(tmp_path, "raise AssertionError('extracted again')")
+    adapter, statement = adapter_with(tmp_path), tmp_path / "statement.txt"
     arguments = ["hpatches", "--data", str(tmp_path / "data"), "--methods", "encoded"]
-    arguments += ["-o", str(tmp_path / "out"), "--adapter", str(refuses)]
-    assert main(arguments) == 0
-    again = json.loads((tmp_path / "out" / "result.json").read_text())
-    assert again["tables"] == first["tables"]
+    arguments += ["-o", str(tmp_path / "out"), "--adapter", str(adapter)]
+
+    def run():
+        assert main(arguments) == 0
+        return json.loads((tmp_path / "out" / "result.json").read_text())
+
+    statement.write_text("")
+    first = run()
+    statement.write_text("raise AssertionError('extracted again')")
+    again = run()
+    assert again["tables"] == first["tables"] and again["skipped"] == []
     # features alone are enough where results were lost
     shutil.rmtree(tmp_path / "out" / "cache" / "results")
-    assert main(arguments) == 0
+    again = run()
+    assert again["tables"] == first["tables"] and again["skipped"] == []
     # another image under the same name is another image
     write_sequence(tmp_path / "data" / "v_one", 0, seed=1, count=60)
-    with pytest.raises(AssertionError, match="extracted again"):
-        main(arguments)
+    assert "extracted again" in run()["skipped"][0]
+    # an adapter whose file was changed is another method
+    write_sequence(tmp_path / "data" / "v_one", 0, count=60)
+    assert run()["skipped"] == []
+    adapter_with(tmp_path, "# changed\n")
+    assert "extracted again" in run()["skipped"][0]
+
+
+def test_a_method_that_fails_on_an_image_is_named_and_the_rest_goes_on(tmp_path):
+    world = World(cameras=3, points=60)
+    scene = world.write_scene(tmp_path / "scene")
+    adapter = adapter_with(tmp_path)
+    statement = tmp_path / "statement.txt"
+    arguments = ["pose", "--data", str(scene), "--methods", "encoded,orb"]
+    arguments += ["-o", str(tmp_path / "out"), "--adapter", str(adapter)]
+    # the first image fails, so that the length of descriptors is not known yet
+    statement.write_text(f"if image[0, 4].tolist() == {world_bytes(scene, 0)}: image.colour")
+    for _ in range(2):  # a failure is not taken from the cache, or it would not be named
+        assert main(arguments) == 0
+        result = json.loads((tmp_path / "out" / "result.json").read_text())
+        values = row(result)
+        assert values["pairs"] == 3
+        assert 30 < values["poselib AUC@5"] < 34  # one of three pairs has a pose
+        (reason,) = result["skipped"]
+        assert "000.png: encoded failed (AttributeError: 'numpy.ndarray' object" in reason
+        assert "counts as one without features" in result["tables"][0]["note"]
+        assert row(result, line=1)["ms / image"] is not None
+
+
+def world_bytes(scene, number):
+    """R G B of the pixel of an image of a scene that holds its first point."""
+    image = cv2.imread(str(scene / "images" / f"{number:03d}.png"))
+    return image[0, 4, ::-1].tolist()
+
+
+@pytest.mark.parametrize("task", ["hpatches", "pose", "odometry", "reconstruction"])
+def test_an_image_of_one_pixel_does_not_end_the_run(tmp_path, task):
+    data = tmp_path / "data"
+    if task == "hpatches":
+        write_sequence(data / "v_one", 0, count=50)
+        pixel = data / "v_one" / "2.png"
+    else:
+        World(cameras=5, points=100).write_scene(data)
+        pixel = data / "images" / "001.png"
+    cv2.imwrite(str(pixel), np.zeros((1, 1, 3), np.uint8))
+    out = tmp_path / "out"
+    arguments = [task, "--data", str(data), "--methods", "orb,akaze,rootsift", "-o", str(out)]
+    assert main(arguments) == 0
+    result = json.loads((out / "result.json").read_text())
+    assert len(result["tables"][0]["rows"]) == 3
+    assert any("akaze failed (error: OpenCV" in reason for reason in result["skipped"])
 
 
 def test_an_interrupted_run_goes_on(tmp_path, capsys):
     for name in ("v_one", "v_two"):
         write_sequence(tmp_path / "data" / name, 0, seed=len(name), count=60)
     write_sequence(tmp_path / "data" / "v_two", 0, seed=9, count=70)
-    stops = adapter_with(tmp_path, "if len(decode(image)[0]) == 70: raise KeyboardInterrupt")
+    adapter, statement = adapter_with(tmp_path), tmp_path / "statement.txt"
+    statement.write_text("if len(decode(image)[0]) == 70: raise KeyboardInterrupt")
     arguments = ["hpatches", "--data", str(tmp_path / "data"), "--methods", "encoded"]
-    arguments += ["-o", str(tmp_path / "out"), "--adapter"]
-    assert main([*arguments, str(stops)]) == 130
+    arguments += ["-o", str(tmp_path / "out"), "--adapter", str(adapter)]
+    assert main(arguments) == 130
     assert "go on" in capsys.readouterr().err
     assert not (tmp_path / "out" / "report.html").exists()
-    goes_on = adapter_with(tmp_path, "assert len(decode(image)[0]) == 70, 'done before'")
-    assert main([*arguments, str(goes_on)]) == 0
+    statement.write_text("assert len(decode(image)[0]) == 70, 'done before'")
+    assert main(arguments) == 0
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     assert row(result)["pairs"] == 2
+    assert result["skipped"] == []
 
 
 @pytest.mark.parametrize("layout", ["scene", "scenes", "pairs file"])
@@ -204,6 +303,93 @@ def test_pairs_of_an_overlap_range(tmp_path):
     assert row(result)["pairs"] == 2
 
 
+def change_scene(scene, image, **arrays):
+    """Change arrays of scene.npz at one image, or whole where `image` is None."""
+    with np.load(scene / "scene.npz") as data:
+        changed = dict(data)
+    for key, value in arrays.items():
+        if image is None:
+            changed[key] = np.array(value)
+        else:
+            changed[key][image] = value
+    np.savez(scene / "scene.npz", **changed)
+
+
+BAD_CAMERAS = {
+    "K": np.zeros((3, 3)),
+    "R": np.full((3, 3), np.nan),
+    "t": np.full(3, np.nan),
+}
+
+
+@pytest.mark.parametrize("array", BAD_CAMERAS)
+def test_bad_cameras_of_a_scene_are_left_out_and_named(tmp_path, capsys, array):
+    scene = World(cameras=9, points=200, noise=0.1).write_scene(tmp_path / "scene")
+    change_scene(scene, 2, **{array: BAD_CAMERAS[array]})
+    for task in ("pose", "odometry", "reconstruction", "localization"):
+        if task in ("reconstruction", "localization"):
+            pytest.importorskip("pycolmap")
+        result = evaluate(task, scene, tmp_path / task)
+        (reason,) = result["skipped"]
+        assert "002.png" in reason and array in reason
+        values = row(result)
+        if task == "pose":
+            assert values["pairs"] == 28
+        elif task == "odometry":
+            assert len(next(iter(result["details"].values()))["matches"]) == 7
+        elif task == "reconstruction":
+            assert values["registered of 8"] == 8
+        else:
+            assert values["localized of 2"] == 2
+    change_scene(scene, slice(None), **{array: BAD_CAMERAS[array]})
+    for task in ("pose", "odometry", "reconstruction", "localization"):
+        arguments = [task, "--data", str(scene), "--methods", "orb", "-o", str(tmp_path / "all")]
+        assert main(arguments) == 1
+        assert "no usable camera" in capsys.readouterr().err
+
+
+def test_bad_lines_of_a_pairs_file_are_left_out_and_named(tmp_path):
+    world = World(cameras=2, points=100)
+    scene = world.write_scene(tmp_path / "scene")
+    R = world.R[1] @ world.R[0].T
+    pose = np.eye(4)
+    pose[:3, :3], pose[:3, 3] = R, world.t[1] - R @ world.t[0]
+    lines = []
+    for K1, K2, factor in (
+        (world.K, world.K, 1),
+        (0 * world.K, world.K, 1),
+        (world.K, 0 * world.K, 1),
+        (world.K, world.K, np.nan),
+        (world.K, world.K, 2),
+    ):
+        numbers = [0, 0, *K1.ravel(), *K2.ravel(), *(factor * pose).ravel()]
+        lines.append(" ".join(["000.png", "001.png", *(repr(float(v)) for v in numbers)]))
+    (tmp_path / "pairs.txt").write_text("\n".join(lines))
+    result = evaluate(
+        "pose", tmp_path / "pairs.txt", tmp_path / "out", "--images", scene / "images"
+    )
+    assert row(result)["pairs"] == 1
+    for number, reason in enumerate(result["skipped"], start=2):
+        assert f"pairs.txt, line {number}: " in reason
+    assert len(result["skipped"]) == 4
+
+
+def test_a_scene_without_a_usable_pair_has_no_figures(tmp_path):
+    for name in ("a", "b", "c"):
+        World(cameras=3, points=60).write_scene(tmp_path / "scenes" / name)
+    shutil.rmtree(tmp_path / "scenes" / "a" / "images")
+    change_scene(tmp_path / "scenes" / "b", slice(None), overlap=0.05)
+    result = evaluate("pose", tmp_path / "scenes", tmp_path / "out", "--runs", 2)
+    for table in (0, 1):
+        values = row(result, table)
+        assert values["pairs"] == 0
+        assert all(values[name] is None for name in values if name not in ("method", "pairs"))
+    assert row(result, 2)["poselib AUC@5"] > 98
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count("<svg") == 1
+    assert any("scenes/b: no pair has an overlap in 0.1 to 0.7" in r for r in result["skipped"])
+
+
 def test_a_scene_may_lack_pairs_with_their_overlap(tmp_path, capsys):
     scene = World(cameras=4, points=200).write_scene(tmp_path / "scene")
     file = scene / "scene.npz"
@@ -238,15 +424,108 @@ def test_odometry_on_a_scene(tmp_path):
     check_odometry(result, 4)
 
 
-def test_odometry_in_kittis_layout(tmp_path):
+def test_odometry_where_nothing_or_little_can_be_aligned(tmp_path):
+    """Two frames, a camera that stands still, and a method that never finds a motion."""
+    for name, frames in (("two", 2), ("still", 5)):
+        scene = World(cameras=frames, points=200).write_scene(tmp_path / name)
+        if name == "still":
+            for array in ("R", "t"):
+                with np.load(scene / "scene.npz") as data:
+                    change_scene(scene, slice(None), **{array: data[array][0]})
+            for image in sorted((scene / "images").iterdir())[1:]:
+                shutil.copyfile(scene / "images" / "000.png", image)
+        for estimator in ("poselib", "magsac"):
+            out = tmp_path / f"{name}-{estimator}"
+            result = evaluate("odometry", scene, out, "--estimator", estimator)
+            values = row(result, 1)
+            assert values["ATE, m"] is None
+            if values["failures"] < frames - 1:
+                assert values["RPE, m"] < 0.01
+    scene = World(cameras=5, points=200).write_scene(tmp_path / "scene")
+    result = evaluate("odometry", scene, tmp_path / "none", "--runs", 2, methods="orb,encoded")
+    failed = row(result, 1)
+    assert failed["failures"] == 4
+    assert failed["ATE, m"] is failed["RPE, m"] is failed["RPE, deg"] is None
+    assert row(result, 1, 1)["ATE, m"] < 0.01
+
+
+def test_a_straight_path_is_scored_as_a_bent_one():
+    truth = np.tile(np.eye(4), (6, 1, 1))
+    truth[:, 2, 3] = np.arange(6)
+    estimate = truth.copy()
+    estimate[:, 0, 3] = [0, 0.3, 0, 0, 0.3, 0]
+    turn = np.eye(4)
+    turn[:3, :3] = [[0, 0, 1], [1, 0, 0], [0, 1, 0]]
+    expected = score_trajectory(estimate, truth)["ate"]
+    assert 0.1 < expected < 0.15
+    assert score_trajectory(turn @ estimate, truth)["ate"] == pytest.approx(expected)
+    # one that evo can align itself
+    from evo.core.metrics import APE, PoseRelation, StatisticsType
+    from evo.core.trajectory import PosePath3D
+
+    random = np.random.default_rng(0)
+    truth[:, :3, 3], estimate[:, :3, 3] = random.normal(size=(2, 6, 3))
+    paths = PosePath3D(poses_se3=list(truth)), PosePath3D(poses_se3=list(estimate))
+    paths[1].align(paths[0])
+    metric = APE(PoseRelation.translation_part)
+    metric.process_data(paths)
+    reference = metric.get_statistic(StatisticsType.rmse)
+    assert score_trajectory(estimate, truth)["ate"] == pytest.approx(reference)
+
+
+def test_odometry_over_several_runs(tmp_path):
+    """Half of the matches wrong: motions differ with the samples that are drawn."""
+    world = World(cameras=4, points=60)
+    scene = world.write_scene(tmp_path / "scene")
+    random = np.random.default_rng(0)
+    for number in (1, 3):
+        ids = np.arange(60)
+        ids[30:] = 30 + random.permutation(30)
+        points = world.images[number] + random.normal(scale=1.0, size=(60, 2))
+        encoded_images.write(scene / "images" / f"{number:03d}.png", points, ids)
+    once = evaluate("odometry", scene, tmp_path / "once")
+    result = evaluate("odometry", scene, tmp_path / "five", "--runs", 5)
+    runs = result["details"]["encoded"]["runs"]
+    assert len(runs) == 5
+    assert once["details"]["encoded"]["runs"] == runs[:1]
+    values = row(result, 1)
+    for column, name in (("ATE, m", "ate"), ("RPE, deg", "rpe_rotation")):
+        found = [run[name] for run in runs]
+        assert len(set(found)) > 1
+        assert values[column] == pytest.approx(np.median(found))
+        lowest, highest = map(float, values[f"{column}: range"].split(" to "))
+        assert lowest == pytest.approx(min(found), rel=0.05)
+        assert highest == pytest.approx(max(found), rel=0.05)
+    assert "Medians of 5 runs" in " ".join(result["protocol"])
+    assert "ATE, m: range" not in row(once, 1)
+
+
+def test_odometry_in_kittis_layout(tmp_path, capsys):
     world = World(cameras=6, points=200)
     data = tmp_path / "sequences" / "07"
     world.write_images(data / "image_0", [f"{i:06d}.png" for i in range(6)])
     P = np.column_stack([world.K, np.zeros(3)]).ravel()
     (data / "calib.txt").write_text("P0: " + " ".join(map(repr, map(float, P))) + "\n")
     (tmp_path / "poses").mkdir()
-    np.savetxt(tmp_path / "poses" / "07.txt", world.poses[:, :3].reshape(6, 12))
+    rows = world.poses[:, :3].reshape(6, 12)
+    np.savetxt(tmp_path / "poses" / "07.txt", rows)
     check_odometry(evaluate("odometry", data, tmp_path / "out"), 6)
+    # poses that are none are left out and named
+    rows[0, 3], rows[5] = np.nan, 2 * rows[5]
+    np.savetxt(tmp_path / "poses" / "07.txt", rows)
+    result = evaluate("odometry", data, tmp_path / "bad")
+    check_odometry(result, 4)
+    assert len(result["skipped"]) == 2
+    assert "07.txt, line 1 left out: no finite pose" in result["skipped"][0]
+    assert "07.txt, line 6 left out: no finite pose" in result["skipped"][1]
+    arguments = ["odometry", "--data", str(data), "--methods", "orb", "-o", str(tmp_path / "out")]
+    for text, reason in (
+        ("P0: " + "0 " * 12, "calib.txt, P0: K is no intrinsic matrix"),
+        ("P0: " + "a " * 12, "calib.txt: no line 'P0:' with twelve numbers"),
+    ):
+        (data / "calib.txt").write_text(text)
+        assert main(arguments) == 1
+        assert reason in capsys.readouterr().err
 
 
 def quaternion(R):
@@ -260,7 +539,7 @@ def quaternion(R):
     ]
 
 
-def test_odometry_in_tums_layout(tmp_path):
+def test_odometry_in_tums_layout(tmp_path, capsys):
     world = World(cameras=6, points=200)
     data = tmp_path / "tum"
     names = [f"rgb/{i}.png" for i in range(6)]
@@ -277,9 +556,28 @@ def test_odometry_in_tums_layout(tmp_path):
     result = evaluate("odometry", data, tmp_path / "out", "--intrinsics", intrinsics)
     check_odometry(result, 5)
     assert result["skipped"] == ["1 images without a ground-truth pose left out"]
+    # lines that cannot be used are left out and named
+    file = data / "groundtruth.txt"
+    numbers = truth[4].split()
+    bad = [" ".join([*numbers[:k], text, *numbers[k + 1 :]]) for k, text in ((2, "x"), (1, "nan"))]
+    bad += [" ".join(numbers[:4] + ["0"] * 4), "1 2 3"]
+    file.write_text("\n".join(["# comment", *truth[:4], *bad]))
+    result = evaluate("odometry", data, tmp_path / "bad", "--intrinsics", intrinsics)
+    check_odometry(result, 4)
+    for number, reason in enumerate(result["skipped"][:4], start=6):
+        assert f"groundtruth.txt, line {number} left out: " in reason
+    arguments = ["odometry", "--data", str(data), "--methods", "orb", "-o", str(tmp_path / "out")]
+    file.write_text("# comments\n# alone\n")
+    assert main([*arguments, "--intrinsics", intrinsics]) == 1
+    assert "groundtruth.txt: no line can be used (it is empty)" in capsys.readouterr().err
+    assert main([*arguments, "--intrinsics", "0,0,310,245"]) == 1
+    assert "--intrinsics: " in capsys.readouterr().err
+    for flag, value, least in (("--max-frames", "-5", 0), ("--runs", "0", 1)):
+        assert main([*arguments, "--intrinsics", intrinsics, flag, value]) == 1
+        assert f"{flag} {value}: must be at least {least}" in capsys.readouterr().err
 
 
-def test_odometry_in_eurocs_layout_with_distortion(tmp_path):
+def test_odometry_in_eurocs_layout_with_distortion(tmp_path, capsys):
     world = World(cameras=6, points=200)
     data = tmp_path / "V1_01_easy"
     coefficients = np.array([-0.28, 0.07, 2e-4, 1e-4])
@@ -310,6 +608,25 @@ def test_odometry_in_eurocs_layout_with_distortion(tmp_path):
         f"distortion_coefficients: {coefficients.tolist()}\n"
     )
     check_odometry(evaluate("odometry", data, tmp_path / "out"), 6)
+    # lines that cannot be used are left out and named
+    truth[1] = truth[1].replace(",", ",nan,", 1)
+    (folder / "data.csv").write_text("\n".join(truth))
+    (data / "mav0" / "cam0" / "data.csv").write_text("\n".join([*rows, "17"]))
+    result = evaluate("odometry", data, tmp_path / "bad")
+    check_odometry(result, 5)
+    assert "cam0/data.csv, line 8 left out: 1 fields" in result["skipped"][0]
+    assert "data.csv, line 2 left out: no finite position" in result["skipped"][1]
+    sensor = data / "mav0" / "cam0" / "sensor.yaml"
+    right = sensor.read_text()
+    arguments = ["odometry", "--data", str(data), "--methods", "orb", "-o", str(tmp_path / "out")]
+    for text in (
+        right.replace("intrinsics: [500.0", "intrinsics: [0.0"),
+        right.replace("data: [0.0", "data: [.nan"),
+    ):
+        assert text != right
+        sensor.write_text(text)
+        assert main(arguments) == 1
+        assert "sensor.yaml: cannot be used (" in capsys.readouterr().err
 
 
 def test_odometry_on_a_bag(tmp_path):
@@ -350,8 +667,9 @@ def test_reconstruction_of_a_known_scene(tmp_path):
     assert values["points"] >= 295
     assert values["track length"] > 6.9
     assert 0.05 < values["reproj. error, px"] < 0.2
-    assert values["position error (median)"] < 0.01
-    assert values["rotation error (median), deg"] < 0.1
+    assert values["position error of registered (median)"] < 0.01
+    assert values["rotation error of registered (median), deg"] < 0.1
+    assert values["of 7 within 0.05 m, 0.5 deg, %"] == 100
     assert len(result["skipped"]) == 1 and "003.png" in result["skipped"][0]
     (entry,) = result["details"].values()
     assert (Path(entry["model"]) / "0" / "points3D.bin").is_file()
@@ -375,8 +693,65 @@ def test_reconstruction_of_plain_images_calibrates_itself(tmp_path):
     )
     assert row(result)["registered of 8"] == 8
     assert row(result)["verified pairs"] == 13
-    assert "position error (median)" not in row(result)
+    assert not any("position error" in column for column in row(result))
     assert "1 pairs" in result["skipped"][0]
+
+
+def test_reconstruction_counts_images_that_are_missing_or_not_registered(tmp_path):
+    pytest.importorskip("pycolmap")
+    world = World(cameras=8, points=300, noise=0.1)
+    scene = world.write_scene(tmp_path / "scene")
+    (scene / "images" / "003.png").unlink()
+    # image 7 shows points that nobody else sees
+    encoded_images.write(scene / "images" / "007.png", world.images[7], np.arange(3000, 3300))
+    result = evaluate("reconstruction", scene, tmp_path / "out")
+    (reason,) = result["skipped"]
+    assert "003.png: in scene.npz, but missing" in reason
+    assert "7 of 8 images" in result["protocol"][0]
+    values = row(result)
+    assert values["registered of 7"] == 6
+    assert values["of 7 within 0.05 m, 0.5 deg, %"] == pytest.approx(600 / 7)
+
+
+def test_reconstruction_takes_each_listed_pair_once(tmp_path):
+    pytest.importorskip("pycolmap")
+    scene = World(cameras=4, points=200).write_scene(tmp_path / "scene")
+    listed = tmp_path / "pairs.txt"
+    once = "000.png 001.png\n001.png 002.png\n002.png 003.png\n"
+    listed.write_text(once + "001.png 000.png\n002.png 002.png\n001.png 002.png\n")
+    result = evaluate("reconstruction", scene, tmp_path / "out", "--pairs", listed)
+    assert row(result)["verified pairs"] == 3
+    assert "3 pairs" in result["protocol"][0]
+    (reason,) = result["skipped"]
+    assert reason.startswith("3 pairs") and "twice" in reason
+
+
+def test_results_are_kept_by_camera_model_and_intrinsics(tmp_path):
+    """Another camera of the same features is another result."""
+    pycolmap = pytest.importorskip("pycolmap")
+    scene = World(cameras=9, points=300, noise=0.1).write_scene(tmp_path / "scene")
+    evaluate("localization", scene, tmp_path / "out")
+    data = tmp_path / "hloc"
+    shutil.copytree(tmp_path / "out" / "hloc", data)
+    cache = ("--cache", tmp_path / "cache")
+    first = row(evaluate("localization", data, tmp_path / "first", *cache))
+    lines = (data / "queries.txt").read_text()
+    # the same four numbers: focal length, centre, radial distortion
+    (data / "queries.txt").write_text(
+        "".join(
+            f"{line.split()[0]} SIMPLE_RADIAL 640 480 500 310.5 245.5 -0.3\n"
+            for line in lines.splitlines()
+        )
+    )
+    second = row(evaluate("localization", data, tmp_path / "second", *cache))
+    assert second["median, m"] > first["median, m"]
+    model = pycolmap.Reconstruction(data / "sfm")
+    (data / "queries.txt").write_text(lines)
+    for camera in model.cameras.values():
+        camera.params = camera.params * [1.2, 1.2, 1, 1]
+    model.write(data / "sfm")
+    third = row(evaluate("localization", data, tmp_path / "third", *cache))
+    assert third["reproj. error, px"] > first["reproj. error, px"]
 
 
 def test_localization_in_a_scene_and_in_hlocs_layout(tmp_path):
@@ -434,6 +809,61 @@ def test_aachen_as_it_is_distributed_is_found(tmp_path):
         localization.find_layout(arguments)
 
 
+def test_pose_files_keep_folders_where_names_repeat(tmp_path):
+    pytest.importorskip("pycolmap")
+    world = World(cameras=9, points=300)
+    scene = world.write_scene(tmp_path / "scene")
+    names = [f"cam{i % 2}/{i // 2}.png" for i in range(9)]  # queries are 3 and 7: cam1/1, cam1/3
+    for repeat, expected in ((False, ["1.png", "3.png"]), (True, ["cam1/1.png", "cam0/1.png"])):
+        names[7] = "cam0/1.png" if repeat else "cam1/3.png"
+        names[2] = "cam0/9.png"
+        shutil.rmtree(scene / "images")
+        world.write_images(scene / "images", names)
+        change_scene(scene, None, names=names)
+        result = evaluate("localization", scene, tmp_path / f"out{repeat}")
+        lines = (tmp_path / f"out{repeat}" / "poses-encoded.txt").read_text().splitlines()
+        assert [line.split()[0] for line in lines] == expected
+        assert ("file names repeat" in " ".join(result["protocol"])) == repeat
+
+
+def test_localization_leaves_out_and_names_what_is_wrong_in_hlocs_layout(tmp_path):
+    pycolmap = pytest.importorskip("pycolmap")
+    scene = World(cameras=13, points=300, noise=0.1).write_scene(tmp_path / "scene")
+    evaluate("localization", scene, tmp_path / "out")
+    data = tmp_path / "hloc"
+    shutil.copytree(tmp_path / "out" / "hloc", data)
+    queries = (data / "queries.txt").read_text().splitlines()
+    name = queries[0].split()[0]
+    queries[0] = f"{name} PINHOLE 640 480 0 0 310.5 245.5"
+    queries += ["x.png PINHOLE 640 480 1 2 3", "y.png NONE 1 1 1", "z.png"]
+    (data / "queries.txt").write_text("\n".join(queries))
+    poses = (data / "query-poses.txt").read_text().splitlines()
+    poses[1] = poses[1].split()[0] + " 0 0 0 0 nan 0 0"
+    (data / "query-poses.txt").write_text("\n".join(poses))
+    model = pycolmap.Reconstruction(data / "sfm")
+    camera = model.camera(model.find_image_with_name("000.png").camera_id)
+    camera.params = camera.params * 0
+    bad = model.find_image_with_name("001.png")
+    matrix = np.column_stack([np.eye(3), [np.nan] * 3])
+    model.frame(bad.frame_id).set_cam_from_world(bad.camera_id, pycolmap.Rigid3d(matrix))
+    model.write(data / "sfm")
+    result = evaluate("localization", data, tmp_path / "again")
+    values = row(result)
+    assert values["localized of 2"] == 2
+    assert values["0.25 m, 2 deg"] == 100
+    text = "\n".join(result["skipped"])
+    for reason in (
+        "queries.txt, line 1 left out: the parameters",
+        "queries.txt, line 4 left out",
+        "queries.txt, line 5 left out",
+        "queries.txt, line 6 left out",
+        "query-poses.txt, line 2 left out",
+        "sfm: 000.png: the parameters",
+        "sfm: 001.png: K, R or t is not finite",
+    ):
+        assert reason in text
+
+
 def test_localization_of_an_impossible_query_counts_as_a_miss(tmp_path):
     pytest.importorskip("pycolmap")
     world = World(cameras=9, points=200)
@@ -481,6 +911,8 @@ def test_an_unknown_estimator_is_named(tmp_path, capsys, task, flag, given):
     arguments = [task, "--data", str(scene), "--methods", "orb", "-o", str(tmp_path / "out")]
     assert main([*arguments, flag, given]) == 1
     assert f"{flag} ransac: unknown; choose from magsac" in capsys.readouterr().err
+    assert main([*arguments, flag, "" if task == "odometry" else ","]) == 1
+    assert flag in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -494,7 +926,17 @@ def test_localization_parameters(tmp_path):
     assert own["query"] == {"nms_radius": 1, "score_threshold": 0.1}
     assert own["matching"]["ratio"] == 0.9
     assert own["pose"] == paper["pose"]
-    for text in ("nothing: {a: 1}", "matching: {ration: 0.9}", "a: [", "query: 3"):
+    for text in (
+        "nothing: {a: 1}",
+        "matching: {ration: 0.9}",
+        "a: [",
+        "query: 3",
+        "- a\n- b",
+        "pose: {threshold: abc}",
+        "matching: {ratio: 1.5}",
+        "pose: {min_inliers: true}",
+        "pose: {threshold: .nan}",
+    ):
         file.write_text(text)
         with pytest.raises(InputError, match=r"own\.yaml"):
             localization.load_parameters(file)
