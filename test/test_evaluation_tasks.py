@@ -936,6 +936,7 @@ def test_localization_parameters(tmp_path):
         "matching: {ratio: 1.5}",
         "pose: {min_inliers: true}",
         "pose: {threshold: .nan}",
+        "pose: {threshold: 0}",
     ):
         file.write_text(text)
         with pytest.raises(InputError, match=r"own\.yaml"):

@@ -262,7 +262,8 @@ def _report(
             "H@t: share of pairs whose homography (USAC_MAGSAC, 3 px, fixed seed) moves the four "
             "image corners by at most t px on average.",
             "ms / image: median time of one extraction on the machine named below, at the time "
-            "when the features were made. It and the number of features are over distinct images.",
+            "when the features were made. Here and in the number of features image 1 of a sequence "
+            "counts once.",
             f"This is not the paper's protocol on its 108 sequences ({'; '.join(differences)}): "
             "compare the methods in this table with one another, not with published figures."
             if differences

@@ -137,14 +137,18 @@ def load_parameters(file: Path | None) -> dict[str, dict[str, Any]]:
         if unknown:
             raise InputError(f"--config {file}: unknown '{group}.{unknown.pop()}'")
         known.update(values)
-    for name, value, highest in (
-        ("matching.ratio", parameters["matching"]["ratio"], 1),
-        ("pose.threshold", parameters["pose"]["threshold"], np.inf),
-        ("pose.min_inliers", parameters["pose"]["min_inliers"], np.inf),
+    for group, name, least, most in (
+        ("matching", "ratio", 0, 1),
+        ("pose", "threshold", 1e-3, 1e3),
+        ("pose", "min_inliers", 0, 1e6),
     ):
+        value = parameters[group][name]
         # YAML's true is a number to Python
-        if type(value) not in (int, float) or not 0 <= value <= highest:
-            raise InputError(f"--config {file}: {name} is {value!r}, want a number from 0")
+        if type(value) not in (int, float) or not least <= value <= most:
+            raise InputError(
+                f"--config {file}: {group}.{name} is {value!r}, want a number from {least:g} to "
+                f"{most:g}"
+            )
     return parameters
 
 
