@@ -726,6 +726,20 @@ def test_reconstruction_takes_each_listed_pair_once(tmp_path):
     assert reason.startswith("3 pairs") and "twice" in reason
 
 
+@pytest.mark.parametrize(
+    "function", ["cv2.__version__", "scfeat_training.evaluation.pose.poselib_version"]
+)
+def test_results_of_another_version_are_computed_again(tmp_path, monkeypatch, function):
+    scene = World(cameras=3, points=60).write_scene(tmp_path / "scene")
+    results = tmp_path / "out" / "cache" / "results"
+    for _ in range(2):
+        evaluate("pose", scene, tmp_path / "out")
+        assert len(list(results.iterdir())) == 3
+    monkeypatch.setattr(function, "0" if "cv2" in function else lambda: "0")
+    evaluate("pose", scene, tmp_path / "out")
+    assert len(list(results.iterdir())) == 6
+
+
 def test_results_are_kept_by_camera_model_and_intrinsics(tmp_path):
     """Another camera of the same features is another result."""
     pycolmap = pytest.importorskip("pycolmap")
