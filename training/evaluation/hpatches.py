@@ -396,5 +396,7 @@ def _figure(
             " Grey: published by others for all 108 sequences of HPatches, not measured here; they "
             "compare with the coloured curves only where all of HPatches was run."
         )
-    width = 3.4 * len(groups) + 2.2
+    # the legend stands beside the panels, as wide as its longest label
+    longest = max(map(len, [*(m.label for m in methods), *(f"{n} (published)" for n in names)]))
+    width = 3.4 * len(groups) + 0.6 + 0.065 * longest
     return Figure("MMA against the threshold", draw(paint, width, columns=len(groups)), caption)
