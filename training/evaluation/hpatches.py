@@ -311,7 +311,7 @@ def _differences(
     if args.max_keypoints != DEFAULTS["max_keypoints"]:
         found.append(f"{args.max_keypoints} keypoints in place of {DEFAULTS['max_keypoints']}")
     if not args.paper_options:
-        found.append("SCFeat's options")
+        found.append("SCFeat without the paper's options")
     return found
 
 

@@ -132,10 +132,12 @@ def evaluate_method(
     kept: list[np.ndarray] = []
     shares, matches, inliers = [], [], []
     start = np.eye(4) if sequence.poses is None else sequence.poses[0]
+    # without poses nothing is scored that differs between runs
+    count = args.runs if sequence.poses is not None else 1
     runs: list[dict[str, Any]] = [
-        {"failures": 0, "estimated_share": [], "trajectory": [start]} for _ in range(args.runs)
+        {"failures": 0, "estimated_share": [], "trajectory": [start]} for _ in range(count)
     ]
-    motions = [np.eye(4)] * args.runs
+    motions = [np.eye(4)] * count
     for step, path in enumerate(sequence.frames[1:]):
         now = cache.extract(method, path)
         indices = match_indices(before.features, now.features)
@@ -369,7 +371,7 @@ def _report(
             "loop closing; where no motion is found, the last one is repeated and counted as a "
             "failure.",
             "ATE: RMSE of positions after rigid alignment; RPE: RMSE from frame to frame (evo)."
-            + _about_runs(args.runs),
+            + (_about_runs(args.runs) if known else ""),
             "ms / image: median time of one extraction on the machine named below, at the time "
             "when the features were made.",
         ],
