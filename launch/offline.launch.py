@@ -56,6 +56,6 @@ def _actions(context: LaunchContext) -> list[LaunchDescriptionEntity]:
 
 def _end(event: ProcessExited, context: LaunchContext) -> Shutdown:
     """End with the job; an exception is what gives `ros2 launch` a status other than 0."""
-    if event.returncode != 0:
+    if event.returncode != 0 and not context.is_shutdown:  # else it is Ctrl-C that ended it
         raise RuntimeError(f"scfeat bag ended with status {event.returncode}, see above")
     return Shutdown()

@@ -39,6 +39,8 @@ CAMERA_INFO = "sensor_msgs/msg/CameraInfo"
 _MAGIC = {b"\x89MCAP0": ".mcap", b"SQLite": ".db3", b"#ROSBA": ".bag"}
 _END_OF_TIME = 2**63
 """Nanoseconds, of the recording's times."""
+_WAL_HEADER = 32
+"""Bytes of SQLite's write-ahead log before its first page."""
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 _RECOVERIES: dict[str, type[RecoveredFile]] = {
     ".mcap": McapRecovery,
@@ -108,9 +110,14 @@ class BagReader:
     @property
     def start_time(self) -> int | None:
         """Time of the first message in nanoseconds, None where no index and no metadata say so."""
-        if all(file.times for file in self._files):
+        if self.is_indexed:
             return min(file.times[0] for file in self._files)
         return self._metadata_start
+
+    @property
+    def is_indexed(self) -> bool:
+        """Whether a time range can be read without reading all before it."""
+        return all(file.times for file in self._files)
 
     def connection(self, topic: str) -> Connection | None:
         """rosbags' record of a topic; None in a damaged file."""
@@ -147,11 +154,11 @@ class BagReader:
         read: Counter[str] = Counter()
         known_lost = self.damage.messages_lost
         for file in self._files:
-            for message in file.messages(wanted, start, stop):
+            for count, message in enumerate(file.messages(wanted, start, stop), start=1):
                 if not 0 <= message.time < _END_OF_TIME:
                     self.damage.add(
-                        f"{file.path.name}: a message of {message.topic} has an impossible time "
-                        f"({message.time} ns)",
+                        f"{file.path.name}: a message of {message.topic}, the {count}. of the "
+                        f"file, has an impossible time ({message.time} ns)",
                         len(message.data),
                         1,
                     )
@@ -271,7 +278,7 @@ class BagReader:
         journal = path.with_name(f"{path.name}-wal")
         if path.suffix == ".zstd":
             return self._decompressed(path)
-        if path.suffix == ".db3" and journal.is_file() and journal.stat().st_size:
+        if path.suffix == ".db3" and journal.is_file() and journal.stat().st_size > _WAL_HEADER:
             return self._completed(path, journal)
         return path
 
@@ -286,13 +293,12 @@ class BagReader:
             shutil.copyfile(journal, copy.with_name(journal.name))
             with closing(sqlite3.connect(copy)) as database:
                 database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-        except OSError as error:
-            raise InputError(
-                f"{path}: its recorder was killed, and the copy that it takes to read "
-                f"{journal.name} cannot be made: {error.strerror}; TMPDIR names another folder"
-            ) from error
-        except sqlite3.Error as error:
-            self.damage.add(f"{journal.name} cannot be read: {error}", journal.stat().st_size)
+        except (OSError, sqlite3.Error) as error:
+            self.damage.add(
+                f"{journal.name}, what a killed recorder left, cannot be read, for which a copy of "
+                f"the bag is made in TMPDIR: {error}",
+                journal.stat().st_size,
+            )
             return path
         return copy
 

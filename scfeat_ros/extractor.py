@@ -317,7 +317,10 @@ _threads_before: int | None = None
 
 
 def _set_threads(threads: int) -> None:
-    """Give PyTorch so many threads, or with 0 as many as it had before extractors chose."""
+    """Give PyTorch so many threads, or with 0 as many as it had before extractors chose.
+
+    The number is the process's: the last extractor that is made decides.
+    """
     global _threads_before
     if threads:
         _threads_before = _threads_before or torch.get_num_threads()

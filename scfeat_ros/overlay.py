@@ -143,7 +143,7 @@ def draw_matches(
     end = second.keypoints[matches.indices[:, 1]] + np.array([w1 + gap, 0], np.float32)
     scale = max(1.0, max(canvas.shape[:2]) / 2000)
     colours = ((inliers, (40, 200, 80)), (~inliers, (225, 60, 60)))
-    has_line = np.arange(len(matches)) % max(1, len(matches) // MOST_LINES) == 0
+    has_line = np.arange(len(matches)) % max(1, -(-len(matches) // MOST_LINES)) == 0
     layer = canvas.copy()
     for chosen, colour in colours:
         lines = _fixed_point(np.stack([start, end], axis=1)[chosen & has_line])

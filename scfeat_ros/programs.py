@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -49,5 +50,6 @@ def end_all() -> None:
 
 
 def _end(process: subprocess.Popen) -> None:
-    if process.poll() is None:
+    """End the program's group, which outlives it where it has left programs behind."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)

@@ -187,6 +187,9 @@ class McapRecovery(RecoveredFile):
                 ):
                     stop = after[2]
                 yield _Stretch(position, stop)
+            elif self._is_flipped(opcode, self._bytes[start : start + _MESSAGE_HEADER.size]):
+                position = yield from self._skip_damage(position)
+                continue
             else:
                 self._declare(opcode, bytes(self._bytes[start:stop]), self.damage)
             position = stop
@@ -289,6 +292,8 @@ class McapRecovery(RecoveredFile):
                     found.append(RawMessage(*self._channels[channel], time, content))
                 else:
                     unknown += 1
+            elif self._is_flipped(opcode, data[start:stop]):
+                damage.add(f"{place}: the record at {position} in it is damaged", length, 1)
             else:
                 self._declare(opcode, data[start:stop], damage)
             position = stop
@@ -299,6 +304,12 @@ class McapRecovery(RecoveredFile):
             damage.add(f"{place}: {unknown} messages of unknown topics", lost_messages=unknown)
         # a chunk is sorted, as other readers do it; bare messages come in the order of the file
         return found if stretch.size is None else sorted(found, key=lambda message: message.time)
+
+    def _is_flipped(self, opcode: int, body: bytes) -> bool:
+        """Whether what seems an application's own record is a message with a wrong first bit."""
+        if opcode != _MESSAGE | 0x80 or len(body) < _MESSAGE_HEADER.size:
+            return False
+        return _MESSAGE_HEADER.unpack_from(body)[0] in self._channels
 
     def _declare(self, opcode: int, body: bytes, damage: Damage) -> None:
         """Take over a schema, a channel or the statistics."""

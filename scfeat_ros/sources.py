@@ -293,35 +293,30 @@ class BagSource:
 
     def _last_calibration(self) -> RawMessage | None:
         """The last CameraInfo before the time range: some cameras send it but once, at first."""
-        first = self.reader.start_time
-        if first is None:
-            first = next((m.time for m in self.reader.messages(complete=False)), 0)
-        begin, _ = self._range(first)
-        for since in (begin - _RECENT, 0):
+        begin, _ = self._range(self._first_time())
+        # without an index all before is read in any case
+        for since in (begin - _RECENT, 0) if self.reader.is_indexed else (0,):
             before = self.reader.messages([self.camera_info], max(0, since), begin)
             last = deque(before, maxlen=1)
             if last:
                 return last[0]
         return None
 
+    def _first_time(self) -> int:
+        """Where time ranges count from: without an index the first message of any topic."""
+        known = self.reader.start_time
+        if known is not None:
+            return known
+        return next((m.time for m in self.reader.messages(complete=False)), 0)
+
     def _messages(self) -> Iterator[RawMessage]:
-        """Messages of the time range; without an index the first message begins it."""
+        """Messages of the time range."""
         wanted = {self.topic, self.camera_info, self.poses} - {None}
         topics = None if self.passthrough else wanted
         if self._time_range == _ALL_TIME:
             yield from self.reader.messages(topics)
             return
-        first = self.reader.start_time
-        if first is not None:
-            yield from self.reader.messages(topics, *self._range(first))
-            return
-        for message in self.reader.messages(complete=False):  # the first of any topic
-            first = message.time if first is None else first
-            start, stop = self._range(first)
-            if message.time < start or (stop is not None and message.time >= stop):
-                continue
-            if topics is None or message.topic in topics:
-                yield message
+        yield from self.reader.messages(topics, *self._range(self._first_time()))
 
     def _range(self, first: int) -> tuple[int, int | None]:
         start, stop = self._time_range
@@ -347,7 +342,8 @@ class BagSource:
             if message.topic == self.topic:
                 self.account.skip(text)
             else:
-                self.account.damage.add(f"{message.topic}: {text}", len(message.data), 1)
+                place = f"{message.topic} at {message.time} ns: {text}"
+                self.account.damage.add(place, len(message.data), 1)
             return None
         if stamp == 0:
             self.account.warn(f"{message.topic} has no stamps: the times of the recording are used")

@@ -469,6 +469,20 @@ def test_damage_that_is_read_twice_is_counted_once(tmp_path, rows):
     assert before == again and before[0] > 0
 
 
+@pytest.mark.parametrize("kind", ["no chunks", "one chunk"])
+def test_a_message_with_a_wrong_first_bit_is_no_record_of_an_application(tmp_path, rows, kind):
+    path = write_mcap(tmp_path / "bag.mcap", rows, **MCAPS[kind])
+    data = bytearray(path.read_bytes())
+    payload = bytes(ROS2.serialize_cdr(rows[7][2], rows[7][2].__msgtype__))
+    record = data.find(payload) - 22 - 9  # behind the headers of record and message
+    assert data[record] == 0x05
+    data[record] = 0x85
+    path.write_bytes(data[:-37])
+    found, damage = read(path)
+    assert sum(len(messages) for messages in found.values()) == 2 * COUNT - 1
+    assert damage.bytes_lost >= len(payload)
+
+
 def test_messages_that_vanish_without_an_error_are_counted(tmp_path, rows):
     path = sample_bags.write_bag(tmp_path / "bag", rows)
     text = (path / "metadata.yaml").read_text()

@@ -25,7 +25,11 @@ def test_status_and_output():
 def test_a_timeout_ends_the_programs_of_the_program_too(tmp_path):
     file = tmp_path / "pid"
     with pytest.raises(subprocess.TimeoutExpired):
-        programs.run(["sh", "-c", FAMILY.format(file=file)], 1)
+        programs.run(["sh", "-c", FAMILY.format(file=file)], 5)
+    assert has_ended(process_of(file))
+    # also where it has ended itself, and they hold its output open
+    with pytest.raises(subprocess.TimeoutExpired):
+        programs.run(["sh", "-c", f"sleep 300 & echo $! > {file}; exit"], 5)
     assert has_ended(process_of(file))
 
 

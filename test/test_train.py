@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import cv2
@@ -297,6 +298,16 @@ def children(process):
     return found
 
 
+def spawned(process):
+    """Its data workers."""
+    found = []
+    for child in children(process):
+        with suppress(OSError):
+            command = Path(f"/proc/{child}/cmdline").read_bytes()
+            found += [child] if b"spawn_main" in command else []
+    return found
+
+
 def is_running(process):
     try:
         state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
@@ -314,8 +325,8 @@ def test_a_signal_to_all_processes_leaves_a_checkpoint(waits, settings, tmp_path
     run = tmp_path / "run"
     process = start_training(settings, run)
     try:
-        # with a worker and the tracker of shared memory, the worker still importing
-        while len(children(process.pid)) < 2 if waits else not losses_or_none(run):
+        # there is a worker, still importing
+        while not spawned(process.pid) if waits else not losses_or_none(run):
             assert process.poll() is None
             time.sleep(0.01)
         os.killpg(process.pid, signal.SIGTERM)
@@ -332,6 +343,7 @@ def test_a_signal_to_all_processes_leaves_a_checkpoint(waits, settings, tmp_path
 def test_workers_end_with_a_trainer_that_is_killed(settings, tmp_path):
     run = tmp_path / "run"
     process = start_training(settings, run)
+    workers = []
     try:
         while not losses_or_none(run):
             assert process.poll() is None
@@ -345,6 +357,8 @@ def test_workers_end_with_a_trainer_that_is_killed(settings, tmp_path):
             assert time.monotonic() < ends
             time.sleep(0.1)
     finally:
+        if process.poll() is None:
+            process.kill()
         for worker in filter(is_running, workers):
             os.kill(worker, signal.SIGKILL)
 

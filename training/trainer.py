@@ -62,15 +62,22 @@ def hardware(device: torch.device) -> str:
 
 
 def _start_worker(number: int) -> None:
+    os.setsid()  # what is sent to the trainer's group does not come here
+    for one in STOP_SIGNALS:
+        signal.signal(one, signal.SIG_IGN)  # drops what came meanwhile
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    for one in STOP_SIGNALS:
+        signal.signal(one, signal.SIG_DFL)  # by which PyTorch ends a worker that is stuck
     cv2.setNumThreads(1)
     torch.set_num_threads(1)
 
 
 @contextmanager
 def _signals_held_back() -> Iterator[None]:
-    """The signals that end a run wait; processes that are started meanwhile never get them.
+    """The signals that end a run wait, and so they do in processes that are started meanwhile.
 
-    A signal often goes to all processes of a group, and data are needed until the trainer ends.
+    A signal often goes to all processes of a group, and data are needed until the trainer ends: a
+    worker leaves the group before it lets signals through.
     """
     resource_tracker.ensure_running()  # whose start would let the signals through again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
@@ -209,7 +216,7 @@ class Trainer:
             raise InputError(
                 f"{self.run}: holds a run of stage '{state['stage']}', not '{self.config.stage}'"
             )
-        frozen = state["history"][-1]["config"]["frozen"]
+        frozen = state["history"][-1]["config"].get("frozen", [])
         if set(frozen) != set(self.config.frozen):
             raise InputError(
                 f"{self.run}: was begun with 'frozen: {frozen}', not {self.config.frozen}, and a "

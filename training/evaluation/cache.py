@@ -113,15 +113,13 @@ class Cache:
             CorruptImageError: missing or undecodable.
         """
         key = method.fingerprint(), str(path)
-        if key in self._recent:
-            self._recent.move_to_end(key)
-            return self._recent[key]
-        extracted = self._load_or_extract(method, Path(path))
-        if np.isnan(extracted.seconds):
-            return extracted
-        self._recent[key] = extracted
-        if len(self._recent) > self._recent_limit:
-            self._recent.popitem(last=False)
+        if key not in self._recent:
+            self._recent[key] = self._load_or_extract(method, Path(path))
+            if len(self._recent) > self._recent_limit:
+                self._recent.popitem(last=False)
+        self._recent.move_to_end(key)
+        extracted = self._recent[key]
+        self._failed += bool(np.isnan(extracted.seconds))
         return extracted
 
     def _load_or_extract(self, method: Method, path: Path) -> Extracted:
@@ -150,7 +148,6 @@ class Cache:
         except Exception as error:  # of any library, or of an adapter's own code
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             self.failures[method.label, str(path)] = f"{path}: {method.label} failed ({reason})"
-            self._failed += 1
             return Extracted(Features.empty(1, size), np.nan, digest)
         with staged_file(file, overwrite=True) as partial:
             np.savez(
