@@ -50,7 +50,17 @@ _RECOVERIES: dict[str, type[RecoveredFile]] = {
 
 
 class UnreadableMessageError(ValueError):
-    """One message cannot be decoded; those after it may be fine."""
+    """One message cannot be decoded; those after it may be fine.
+
+    Args:
+        message: that does not fit its type.
+        error: what its decoder raised.
+    """
+
+    def __init__(self, message: RawMessage, error: Exception) -> None:
+        super().__init__(
+            f"message of {message.topic} at {message.time} ns is no {message.type}: {error!r}"
+        )
 
 
 class Topic(NamedTuple):
@@ -197,9 +207,7 @@ class BagReader:
         try:
             return deserialize(message.data, message.type)
         except Exception as error:  # generated code; damaged bytes raise anything
-            raise UnreadableMessageError(
-                f"message of {message.topic} at {message.time} ns is no {message.type}: {error!r}"
-            ) from error
+            raise UnreadableMessageError(message, error) from error
 
     def _compare_counts(self, wanted: set[str], read: Counter[str], known_lost: int) -> None:
         """Note messages that are missing without any error."""

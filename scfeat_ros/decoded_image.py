@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 import cv2
 import numpy as np
@@ -16,6 +18,8 @@ _LARGEST = 1e300
 
 _DECODE_FLAGS = cv2.IMREAD_UNCHANGED | cv2.IMREAD_IGNORE_ORIENTATION
 _JPEG_END = np.array([0xFF, 0xD9], np.uint8)
+JPEG_FRAMES = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+"""Markers of the segments that hold the size."""
 _BAYER = {  # OpenCV names a pattern by its second row
     "bayer_rggb": cv2.COLOR_BayerBG2RGB,
     "bayer_bggr": cv2.COLOR_BayerRG2RGB,
@@ -160,13 +164,17 @@ def _decoded(data: np.ndarray, name: str) -> np.ndarray:
 
 def _is_progressive(data: np.ndarray) -> bool:
     """Whether a JPEG holds its picture in several scans from coarse to fine."""
-    position = 2
-    while position + 4 <= len(data) and data[position] == 0xFF:
-        marker = int(data[position + 1])
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # the frame's header
-            return marker in (0xC2, 0xC6, 0xCA, 0xCE)
-        position += 2 + 256 * int(data[position + 2]) + int(data[position + 3])
-    return False
+    frames = (marker for marker in jpeg_segments(io.BytesIO(data)) if marker in JPEG_FRAMES)
+    return next(frames, None) in (0xC2, 0xC6, 0xCA, 0xCE)
+
+
+def jpeg_segments(file: BinaryIO) -> Iterator[int]:
+    """Markers of a JPEG's segments, up to where they end; the file stands at each one's content."""
+    file.seek(2)
+    while len(head := file.read(4)) == 4 and head[0] == 0xFF:
+        content = file.tell()
+        yield head[1]
+        file.seek(content + int.from_bytes(head[2:], "big") - 2)
 
 
 def _lacks_end(data: np.ndarray) -> bool:

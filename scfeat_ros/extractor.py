@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import cv2
@@ -90,32 +91,21 @@ class _Finder:
 
     options: ExtractorOptions
     projection: Projection
+    select: Callable[..., Selected]
+    """`selection.on_cpu` or `selection.on_device`."""
     compiled: bool
 
-    def on_cpu(
+    def __call__(
         self,
         scores: torch.Tensor,
-        image: np.ndarray,
+        image: np.ndarray | torch.Tensor,
         bridged: torch.Tensor,
         layer2: torch.Tensor,
         layer3: torch.Tensor,
-        mask: np.ndarray | None = None,
+        mask: np.ndarray | torch.Tensor | None = None,
     ) -> _Found:
-        """Keypoints by `selection.on_cpu`."""
-        selected = selection.on_cpu(scores, image, mask, self.options, self.compiled)
-        return self._describe(selected, Maps(bridged, layer2, layer3))
-
-    def on_device(
-        self,
-        scores: torch.Tensor,
-        image: torch.Tensor,
-        bridged: torch.Tensor,
-        layer2: torch.Tensor,
-        layer3: torch.Tensor,
-        mask: torch.Tensor | None = None,
-    ) -> _Found:
-        """Keypoints by `selection.on_device`; nothing waits for the device."""
-        selected = selection.on_device(scores, image, mask, self.options)
+        """Scores, image and mask as `select` takes them; on a GPU nothing waits for the device."""
+        selected = self.select(scores, image, mask, self.options)
         return self._describe(selected, Maps(bridged, layer2, layer3))
 
     def _describe(self, selected: Selected, maps: Maps) -> _Found:
@@ -177,10 +167,12 @@ class Extractor:
         projection = self.model.projection
         if not _fitted(self.options):
             projection = projection.unfitted()
-        finder = _Finder(self.options, projection, self.network.compiled)
+        compiled = self.network.compiled
+        select = selection.on_device
         if self.device.type == "cpu":
-            return finder.on_cpu
-        return CudaGraphs(finder.on_device) if self.network.graphed else finder.on_device
+            select = partial(selection.on_cpu, compiled=compiled)
+        find = _Finder(self.options, projection, select, compiled)
+        return CudaGraphs(find) if self.network.graphed else find
 
     @classmethod
     def from_pretrained(

@@ -112,9 +112,7 @@ class FeatureBagWriter:
                 dst_is2=True,
             )
         except Exception as error:  # generated code; damaged bytes raise anything
-            raise UnreadableMessageError(
-                f"message of {message.topic} at {message.time} ns is no {message.type}: {error!r}"
-            ) from error
+            raise UnreadableMessageError(message, error) from error
 
     def _add_input(self, message: RawMessage, reader: BagReader) -> Any:
         if message.topic.startswith(f"{NAMESPACE}/"):

@@ -740,13 +740,17 @@ def test_results_of_another_version_are_computed_again(tmp_path, monkeypatch, fu
     assert len(list(results.iterdir())) == 6
 
 
+def hlocs_layout(scene, folder):
+    """A scene as the files of hloc's layout, which its localization makes; their folder."""
+    evaluate("localization", scene, folder / "out")
+    return shutil.copytree(folder / "out" / "hloc", folder / "hloc")
+
+
 def test_results_are_kept_by_camera_model_and_intrinsics(tmp_path):
     """Another camera of the same features is another result."""
     pycolmap = pytest.importorskip("pycolmap")
     scene = World(cameras=9, points=300, noise=0.1).write_scene(tmp_path / "scene")
-    evaluate("localization", scene, tmp_path / "out")
-    data = tmp_path / "hloc"
-    shutil.copytree(tmp_path / "out" / "hloc", data)
+    data = hlocs_layout(scene, tmp_path)
     cache = ("--cache", tmp_path / "cache")
     first = row(evaluate("localization", data, tmp_path / "first", *cache))
     lines = (data / "queries.txt").read_text()
@@ -843,9 +847,7 @@ def test_pose_files_keep_folders_where_names_repeat(tmp_path):
 def test_localization_leaves_out_and_names_what_is_wrong_in_hlocs_layout(tmp_path):
     pycolmap = pytest.importorskip("pycolmap")
     scene = World(cameras=13, points=300, noise=0.1).write_scene(tmp_path / "scene")
-    evaluate("localization", scene, tmp_path / "out")
-    data = tmp_path / "hloc"
-    shutil.copytree(tmp_path / "out" / "hloc", data)
+    data = hlocs_layout(scene, tmp_path)
     queries = (data / "queries.txt").read_text().splitlines()
     name = queries[0].split()[0]
     queries[0] = f"{name} PINHOLE 640 480 0 0 310.5 245.5"

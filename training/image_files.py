@@ -8,13 +8,12 @@ from typing import BinaryIO
 import cv2
 import numpy as np
 
+from scfeat_ros.decoded_image import JPEG_FRAMES, jpeg_segments
 from scfeat_ros.errors import InputError
 
 JPEG, PNG = b"\xff\xd8", b"\x89PNG\r\n\x1a\n"
 _JPEG_END = b"\xff\xd9"
 _JPEG_SCAN = 0xDA
-_JPEG_FRAMES = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-"""Markers of the segments that hold the size."""
 
 
 def read_image(path: str | Path) -> np.ndarray:
@@ -61,16 +60,12 @@ def image_size(path: str | Path) -> tuple[int, int]:
 def _jpeg_size(file: BinaryIO) -> tuple[int, int] | None:
     """(width, height) of the frame; None where something is missing or unusual."""
     size = None
-    file.seek(len(JPEG))
-    while len(head := file.read(4)) == 4 and head[0] == 0xFF:
-        length = int.from_bytes(head[2:], "big")
-        if head[1] == _JPEG_SCAN:  # pixels follow
+    for marker in jpeg_segments(file):
+        if marker == _JPEG_SCAN:  # pixels follow
             return size if size and all(size) and _ends_with(file, _JPEG_END, 2) else None
-        if head[1] in _JPEG_FRAMES:
+        if marker in JPEG_FRAMES:
             frame = file.read(5)
             size = int.from_bytes(frame[3:], "big"), int.from_bytes(frame[1:3], "big")
-            length -= 5
-        file.seek(length - 2, 1)
     return None
 
 
