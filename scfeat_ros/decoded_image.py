@@ -17,6 +17,8 @@ _LARGEST = 1e300
 """So that the range of an image of float64 is a number."""
 
 _DECODE_FLAGS = cv2.IMREAD_UNCHANGED | cv2.IMREAD_IGNORE_ORIENTATION
+_CONVERTED = (np.uint8, np.uint16, np.float32)
+"""Numbers of which OpenCV converts colours; TIFF files may hold others."""
 _JPEG_END = np.array([0xFF, 0xD9], np.uint8)
 JPEG_FRAMES = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 """Markers of the segments that hold the size."""
@@ -157,8 +159,11 @@ def _decoded(data: np.ndarray, name: str) -> np.ndarray:
     if is_open and ((image[-1] == image[-1, :1]).all() or _is_progressive(data)):
         raise UnreadableImageError(f"{name} is cut off after {size} bytes")
     if image.ndim == 3:
-        code = cv2.COLOR_BGR2RGB if image.shape[2] == 3 else cv2.COLOR_BGRA2RGB
-        image = cv2.cvtColor(image, code)
+        if image.dtype in _CONVERTED:
+            code = cv2.COLOR_BGR2RGB if image.shape[2] == 3 else cv2.COLOR_BGRA2RGB
+            image = cv2.cvtColor(image, code)
+        else:
+            image = image[..., 2::-1]
     return image
 
 

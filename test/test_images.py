@@ -209,6 +209,19 @@ def test_a_compressed_floating_point_image_is_stretched_and_masked():
     assert not image.mask[0, 0] and image.mask.sum() == 11
 
 
+@pytest.mark.parametrize("dtype", [np.int8, np.int32, np.float64])
+@pytest.mark.parametrize("channels", [3, 4])
+def test_a_colour_tiff_of_numbers_whose_colours_opencv_does_not_convert_is_read(
+    tmp_path, dtype, channels
+):
+    rgb = np.array([[(0, 50, 100), (100, 0, 50)]], dtype)
+    alpha = np.full((1, 2, channels - 3), 100, dtype)
+    stored = np.concatenate([rgb[..., ::-1], alpha], axis=2)
+    assert cv2.imwrite(str(tmp_path / "a.tiff"), stored)
+    expected = np.rint(rgb.astype(float) * 2.55).astype(np.uint8)
+    np.testing.assert_allclose(read_file(tmp_path / "a.tiff"), expected, atol=1)
+
+
 def test_a_compressed_depth_image_is_no_picture():
     message = compressed_message(GREY)
     message.format = "16UC1; compressedDepth png"
