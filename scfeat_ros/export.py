@@ -29,6 +29,7 @@ from scfeat_ros.names import printable
 from scfeat_ros.parameters import MatcherOptions
 from scfeat_ros.sources import list_images
 from scfeat_ros.staging import check_file, staged_file
+from scfeat_ros.text_files import read_text
 
 FORMATS = (".npz", ".h5", ".db")
 MatchedPairs = Iterable[tuple[str, str, Matches]]
@@ -86,12 +87,8 @@ def read_pairs(path: Path, names: list[str]) -> list[tuple[str, str]]:
     Raises:
         InputError: the file cannot be read, or a line has no two names of images in the folder.
     """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from error
     known, pairs = set(names), {}
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         words = line.split()
         if not words or words[0].startswith("#"):
             continue

@@ -12,6 +12,7 @@ import yaml
 
 from scfeat_ros.errors import InputError
 from scfeat_ros.model.scfeat import CONFIGS
+from scfeat_ros.text_files import read_text
 from scfeat_training.datasets import HomographyPairsConfig, PosedPairsConfig
 from scfeat_training.descriptor_loss import DescriptorOptions
 from scfeat_training.distillation import DistillationOptions
@@ -173,14 +174,12 @@ def read_config(path: str | Path, stage: str, **changes: Any) -> TrainConfig:
     """Read a YAML file of `TrainConfig` fields; `changes` that are not None replace its values.
 
     Raises:
-        InputError: the file is missing or no mapping, or a field is unknown, of another type or
-            outside its range; the line names file, field, value and what is allowed.
+        InputError: the file cannot be read or is no mapping, or a field is unknown, of another
+            type or outside its range; the line names file, field, value and what is allowed.
     """
     path = Path(path)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+        values = yaml.safe_load(read_text(path))
     except yaml.YAMLError as error:
         raise InputError(f"{path}: no valid YAML ({error})".replace("\n", " ")) from error
     if not isinstance(values, dict):

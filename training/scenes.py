@@ -23,6 +23,7 @@ import numpy as np
 
 from scfeat_ros.errors import InputError
 from scfeat_ros.sources import IMAGE_SUFFIXES, image_files
+from scfeat_ros.text_files import read_text
 from scfeat_training.image_files import image_size
 
 SCENE_FILE = "scene.npz"
@@ -522,11 +523,8 @@ def _caps_name(folder: Path) -> str:
 
 def _words(path: Path) -> list[tuple[int, list[str]]]:
     """Line numbers and words of the lines of a text file that are not empty or comments."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({error})") from error
-    split = [(number, line.split()) for number, line in enumerate(lines, start=1)]
+    lines = enumerate(read_text(path).splitlines(), start=1)
+    split = [(number, line.split()) for number, line in lines]
     return [(number, words) for number, words in split if words and not words[0].startswith("#")]
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from scfeat_ros.errors import InputError
 from scfeat_ros.features import Features
 from scfeat_ros.staging import staged_file
+from scfeat_ros.text_files import read_text
 from scfeat_training.evaluation.methods import match_indices
 
 try:
@@ -230,14 +231,10 @@ def read_pairs(file: Path) -> list[tuple[str, str]]:
     """Two names a line, as hloc and COLMAP write them.
 
     Raises:
-        InputError: missing, or a line that has not two names.
+        InputError: the file cannot be read, or a line has not two names.
     """
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise InputError(f"{file}: cannot be read ({error.strerror})") from error
     pairs = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(read_text(file).splitlines(), start=1):
         fields = line.split()
         if not fields:
             continue

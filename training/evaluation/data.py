@@ -9,6 +9,7 @@ import numpy as np
 
 from scfeat_ros.errors import InputError
 from scfeat_ros.sources import image_files
+from scfeat_ros.text_files import read_text
 from scfeat_training.scenes import Scene, check_camera, is_scene, read_scene_file
 
 
@@ -90,10 +91,10 @@ def parse_pairs_file(file: Path, images: Path) -> tuple[list[PosedPair], list[st
         The pairs, and one sentence for each line that cannot be used.
 
     Raises:
-        InputError: no line can be used.
+        InputError: the file cannot be read, or no line of it can be used.
     """
     pairs, problems = [], []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(read_text(file).splitlines(), start=1):
         fields = line.split()
         if not fields:
             continue
@@ -128,12 +129,10 @@ def load_homography(file: Path) -> np.ndarray:
     """(3, 3) homography from a text file of nine numbers.
 
     Raises:
-        InputError: missing, not nine finite numbers, or singular.
+        InputError: the file cannot be read, or holds not nine finite numbers or a singular matrix.
     """
     try:
-        values = [float(v) for v in file.read_text(encoding="utf-8").split()]
-    except OSError as error:
-        raise InputError(f"{file}: cannot be read ({error.strerror})") from error
+        values = [float(v) for v in read_text(file).split()]
     except ValueError as error:
         raise InputError(f"{file}: not a text file of nine numbers") from error
     if len(values) != 9:

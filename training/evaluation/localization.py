@@ -26,6 +26,7 @@ import numpy as np
 import yaml
 
 from scfeat_ros.errors import InputError
+from scfeat_ros.text_files import read_text
 from scfeat_training.evaluation import colmap
 from scfeat_training.evaluation.cache import Cache, CorruptImageError, read_image
 from scfeat_training.evaluation.colmap import pycolmap
@@ -122,8 +123,8 @@ def load_parameters(file: Path | None) -> dict[str, dict[str, Any]]:
     if file is None:
         return parameters
     try:
-        given = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    except (OSError, yaml.YAMLError) as error:
+        given = yaml.safe_load(read_text(file)) or {}
+    except yaml.YAMLError as error:
         raise InputError(f"--config {file}: cannot be read ({error})") from error
     if not isinstance(given, dict):
         raise InputError(f"--config {file}: want the groups {', '.join(parameters)}")

@@ -18,6 +18,7 @@ from scfeat_ros.camera import Camera
 from scfeat_ros.errors import InputError
 from scfeat_ros.ground_truth import rotation_of
 from scfeat_ros.sources import BagSource
+from scfeat_ros.text_files import read_text
 from scfeat_training.evaluation.data import list_images, read_usable_scene, require_folder
 from scfeat_training.scenes import check_camera, is_scene
 
@@ -172,12 +173,8 @@ def read_rows(
     Raises:
         InputError: the file cannot be read.
     """
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: cannot be read ({error})") from error
     rows = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(read_text(file).splitlines(), start=1):
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         try:
@@ -295,7 +292,7 @@ def _load_kitti(folder: Path, camera: Camera | None, poses_file: Path | None) ->
         raise InputError(f"{folder}: calib.txt, but no images in image_0/ or image_2/")
     images, key = list_images(folder / found[0]), cameras[found[0]]
     P = None
-    for line in (folder / "calib.txt").read_text(encoding="utf-8").splitlines():
+    for line in read_text(folder / "calib.txt").splitlines():
         label, _, numbers = line.partition(":")
         if label.strip() == key:
             try:
