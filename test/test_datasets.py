@@ -100,9 +100,9 @@ def write_scene(folder, count=6, with_points=True):
     return folder
 
 
-def change(folder, **arrays):
-    """Replace arrays of a scene.npz; functions get the old one."""
-    path = folder / "scene.npz"
+def change(folder, file="scene.npz", **arrays):
+    """Replace arrays of a scene's file; functions get the old one."""
+    path = folder / file
     with np.load(path) as data:
         values = dict(data)
     for key, value in arrays.items():
@@ -576,6 +576,28 @@ def test_broken_scene_files(tmp_path):
         read_scenes(tmp_path / "s" / "images")
     with pytest.raises(InputError, match="no such folder"):
         read_scenes(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "wrong", "message"),
+    [
+        ("scene.npz", "names", lambda names: names[0], r"names has shape \(\)"),
+        ("scene.npz", "K", lambda K: K.astype(str), "K holds <U.*, want numbers"),
+        ("scene.npz", "pairs", lambda pairs: pairs.ravel()[:3], r"pairs has shape \(3,\)"),
+        ("points.npz", "xyz", lambda xyz: xyz[:, :2], r"xyz has shape \(400, 2\)"),
+        ("points.npz", "xyz", lambda xyz: xyz[:9], "obs_point name points beyond the 9"),
+        ("points.npz", "obs_image", lambda image: image + 1, "obs_image name images beyond the 6"),
+        ("points.npz", "obs_point", lambda point: point - 1, "obs_point name points beyond"),
+        ("points.npz", "obs_xy", lambda xy: xy[1:], "obs_xy has shape"),
+    ],
+)
+def test_wrong_arrays_are_named_and_cost_their_scene_alone(tmp_path, file, key, wrong, message):
+    for name in "ab":
+        write_scene(tmp_path / name)
+    change(tmp_path / "a", file, **{key: wrong})
+    with pytest.raises(InputError, match=f"a/{file}: {message}"):
+        read_scenes(tmp_path)
+    assert [scene.name for scene in read_scenes(tmp_path, skip_bad=True)] == ["b"]
 
 
 # --- splits -------------------------------------------------------------------------------------

@@ -154,14 +154,14 @@ def read_scene_file(folder: Path, need_pairs: bool = False) -> Scene:
     file = folder / SCENE_FILE
     keys = ("names", "K", "R", "t", "size_wh", "pairs", "overlap")
     data = _read_npz(file, keys, None if need_pairs else NO_PAIRS)
-    count = len(data["names"])
-    pairs = data["pairs"].astype(int).reshape(-1, 2)
-    shapes = {"K": (count, 3, 3), "R": (count, 3, 3), "t": (count, 3), "size_wh": (count, 2)}
-    for key, shape in {**shapes, "overlap": (len(pairs),)}.items():
-        if data[key].shape != shape:
-            raise InputError(f"{file}: {key} has shape {data[key].shape}, want {shape}")
-    if len(pairs) and not (0 <= pairs.min() and pairs.max() < count):
-        raise InputError(f"{file}: pairs name images beyond the {count} there are")
+    if not data["pairs"].size:
+        data["pairs"] = NO_PAIRS["pairs"]
+    count, pair_count = data["names"].size, data["overlap"].size
+    shapes = {"names": (count,), "K": (count, 3, 3), "R": (count, 3, 3), "t": (count, 3)}
+    shapes |= {"size_wh": (count, 2), "pairs": (pair_count, 2), "overlap": (pair_count,)}
+    _check_arrays(file, data, shapes)
+    pairs = data["pairs"].astype(int)
+    _check_indices(file, "pairs", pairs, count, "images")
     return Scene(
         name=folder.name,
         images=folder / "images",
@@ -178,13 +178,14 @@ def read_scene(
     """Read images/, scene.npz and (where there is one) points.npz of a folder.
 
     An image that is missing or whose camera is wrong raises InputError; with skip_bad it is left
-    out and `on_bad` gets the line. points.npz holds xyz, obs_image, obs_point, obs_xy.
+    out and `on_bad` gets the line. points.npz holds xyz (P, 3) and, for each of M observations,
+    obs_image (M,), obs_point (M,) and obs_xy (M, 2).
     """
     folder = Path(folder)
     scene = read_scene_file(folder, need_pairs=True)
     scene.weight = SCENE_WEIGHTS.get(scene.name, 1.0)
     if (folder / POINTS_FILE).exists():
-        points = _read_npz(folder / POINTS_FILE, ("xyz", "obs_image", "obs_point", "obs_xy"))
+        points = _read_points(folder / POINTS_FILE, len(scene))
         observations = points["obs_image"], points["obs_point"], points["obs_xy"]
         scene.tracks = _tracks(*observations, len(scene))
         scene.depth_range = _depth_ranges(points["xyz"], scene.tracks, scene.R, scene.t)
@@ -587,6 +588,35 @@ def _read_npz(
     if missing:
         raise InputError(f"{path}: lacks the array(s) {', '.join(missing)}")
     return arrays
+
+
+def _read_points(file: Path, images: int) -> dict[str, np.ndarray]:
+    """The arrays of points.npz of a scene of so many images; raises InputError as it does."""
+    points = _read_npz(file, ("xyz", "obs_image", "obs_point", "obs_xy"))
+    count, observed = len(np.atleast_1d(points["xyz"])), points["obs_image"].size
+    shapes = {"xyz": (count, 3), "obs_image": (observed,), "obs_point": (observed,)}
+    _check_arrays(file, points, {**shapes, "obs_xy": (observed, 2)})
+    for key, most, what in (("obs_image", images, "images"), ("obs_point", count, "points")):
+        points[key] = points[key].astype(int)
+        _check_indices(file, key, points[key], most, what)
+    return points
+
+
+def _check_arrays(
+    file: Path, arrays: dict[str, np.ndarray], shapes: dict[str, tuple[int, ...]]
+) -> None:
+    """Raise InputError where an array of a file is of another shape, or none of numbers."""
+    for key, shape in shapes.items():
+        if arrays[key].shape != shape:
+            raise InputError(f"{file}: {key} has shape {arrays[key].shape}, want {shape}")
+        if key != "names" and arrays[key].dtype.kind not in "biuf":
+            raise InputError(f"{file}: {key} holds {arrays[key].dtype}, want numbers")
+
+
+def _check_indices(file: Path, key: str, indices: np.ndarray, count: int, what: str) -> None:
+    """Raise InputError where indices of a file are not below `count`."""
+    if indices.size and not (0 <= indices.min() and indices.max() < count):
+        raise InputError(f"{file}: {key} name {what} beyond the {count} there are")
 
 
 def _tracks(
