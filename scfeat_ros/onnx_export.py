@@ -25,8 +25,8 @@ from scfeat_ros.model.descriptors import Projection
 from scfeat_ros.model.scfeat import (
     STRIDE,
     SCFeat,
-    SCFeatConfig,
     SCFeatOutput,
+    config_of,
     fold_batch_norms,
     load_model,
     unit_range,
@@ -150,12 +150,10 @@ class OnnxSCFeat(nn.Module):
         metadata = self._session.get_modelmeta().custom_metadata_map
         if metadata.get("format") != "scfeat":
             raise ModelError(f"{path}: not written by `scfeat export --onnx`")
-        config = json.loads(metadata["config"])
-        lists = {key: tuple(v) if isinstance(v, list) else v for key, v in config.items()}
-        self.config = SCFeatConfig(**lists)
-        self.precision = metadata["precision"]
         if "projection" not in metadata:
             raise ModelError(f"{path}: written by an earlier version; export it again")
+        self.config = config_of(json.loads(metadata["config"]), self.path)
+        self.precision = metadata["precision"]
         self.projection = Projection(
             self.config.descriptor_dim, *json.loads(metadata["encoder_channels"])
         )

@@ -1,5 +1,7 @@
 """Exported networks against PyTorch."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -74,11 +76,14 @@ def test_mistakes_are_named(file, tmp_path, capsys):
         Extractor.from_pretrained(damaged, "cpu")
     import onnx
 
-    older = onnx.load(file)  # without what there was not yet
-    kept = {p.key: p.value for p in older.metadata_props if p.key != "projection"}
-    onnx.helper.set_model_props(older, kept)
-    onnx.save(older, tmp_path / "older.onnx")
-    with pytest.raises(ModelError, match="export it again"):
-        Extractor.from_pretrained(tmp_path / "older.onnx", "cpu")
+    network = onnx.load(file)
+    metadata = {p.key: p.value for p in network.metadata_props}
+    newer = metadata | {"config": json.dumps(json.loads(metadata["config"]) | {"eyes": 3})}
+    older = {key: value for key, value in metadata.items() if key != "projection"}
+    for changed, message in ((older, "export it again"), (newer, "'eyes' is unknown .* newer")):
+        onnx.helper.set_model_props(network, changed)
+        onnx.save(network, tmp_path / "other.onnx")
+        with pytest.raises(ModelError, match=message):
+            Extractor.from_pretrained(tmp_path / "other.onnx", "cpu")
     assert cli.main(["export"]) == 1
     assert "--onnx FILE" in capsys.readouterr().err

@@ -252,8 +252,12 @@ def read_metadata(path: str | os.PathLike) -> dict:
     return {"version": metadata.get("version"), "config": config, "provenance": provenance}
 
 
-def _read_config(path: Path) -> SCFeatConfig:
-    values = read_metadata(path)["config"]
+def config_of(values: object, path: Path) -> SCFeatConfig:
+    """A configuration from what a file's metadata say.
+
+    Raises:
+        ModelError: it is none; the message names the file and the first field that is wrong.
+    """
     if not isinstance(values, dict):
         raise ModelError(f"{path}: the metadata's config is no table of fields but {values!r}")
     for field in fields(SCFeatConfig):
@@ -280,7 +284,7 @@ def load_model(name_or_path: str | os.PathLike) -> SCFeat:
             the first field or key that differs.
     """
     path = find_weights(name_or_path)
-    config = _read_config(path)
+    config = config_of(read_metadata(path)["config"], path)
     try:
         model = SCFeat(config)
     except (ValueError, TypeError, RuntimeError) as error:
