@@ -49,6 +49,9 @@ class Tracker:
             return "image size changed from {}x{} to {}x{}".format(
                 *previous.features.image_size, *features.image_size
             )
+        lengths = [f.descriptors.shape[1] for f in (previous.features, features)]
+        if lengths[0] != lengths[1]:
+            return "descriptor length changed from {} to {}".format(*lengths)
         if (stamp - previous.stamp) * 1e-9 > self.max_gap:
             return f"gap of {(stamp - previous.stamp) * 1e-9:.2f} s"
         return None

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from sample_bags import PERIOD, sequence
 
+from scfeat_ros.extractor import Extractor
 from scfeat_ros.features import Features, Matches
 from scfeat_ros.frontend import FrontEnd
 from scfeat_ros.parameters import MatcherOptions
@@ -124,6 +125,17 @@ def test_the_front_end_starts_anew(front_end, stamp, frame_id, size, reason):
     # and goes on from there
     after = front_end.process(images[2][:, :size], stamp + PERIOD, frame_id)
     assert after.reset is None and len(after.matches)
+
+
+def test_the_front_end_goes_on_with_descriptors_of_another_length(tiny_weights):
+    extractor = Extractor.from_pretrained(tiny_weights, "cpu", max_keypoints=150, threads=1)
+    front_end = FrontEnd(extractor)
+    images = sequence(3)
+    front_end.process(images[0], 0, "cam")
+    extractor.set_options(descriptor_dim=16)
+    changed = front_end.process(images[1], PERIOD, "cam")
+    assert changed.reset == "descriptor length changed from 32 to 16"
+    assert len(front_end.process(images[2], 2 * PERIOD, "cam").matches)
 
 
 def test_epipolar_verification_drops_matches(tiny_extractor):
