@@ -206,7 +206,10 @@ class Extractor:
         options = replace(self.options, **changes)
         validate(options)
         _check_descriptor_dim(options, self.model)
-        if (options.precision, options.compile) != (self.options.precision, self.options.compile):
+        new, old = ((o.threads, o.precision, o.compile) for o in (options, self.options))
+        if options.threads != self.options.threads:
+            _set_threads(options.threads)
+        if new != old:
             self.network = self._choose_network(options)
         self.options = options
         self._find = self._choose_find()

@@ -338,6 +338,10 @@ def test_threads_go_back_to_those_that_pytorch_had(make, monkeypatch):
         for threads, expected in ((0, before), (before + 1, before + 1), (0, before)):
             make(threads=threads)
             assert torch.get_num_threads() == expected
+        extractor = make(threads=1)
+        for threads, expected in ((before + 1, before + 1), (0, before)):
+            extractor.set_options(threads=threads)
+            assert torch.get_num_threads() == expected
         # a number that somebody else chooses afterwards holds
         torch.set_num_threads(before + 2)
         make(threads=0)
