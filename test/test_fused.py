@@ -451,6 +451,14 @@ def test_missing_compiler_is_named(monkeypatch, tmp_path):
         library.load.__wrapped__()
 
 
+def test_a_compiler_that_cannot_run_is_named(monkeypatch, tmp_path):
+    (tmp_path / "c++").write_text("for another machine")
+    (tmp_path / "c++").chmod(0o755)
+    monkeypatch.setenv("CXX", str(tmp_path / "c++"))
+    with pytest.raises(library.CompilerError, match=r"c\+\+ failed: .*Exec format error"):
+        library.load.__wrapped__()
+
+
 @needs_compiler
 def test_failing_compiler_leaves_nothing_behind(monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", "g++ -fno-such-option")

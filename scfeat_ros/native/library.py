@@ -76,8 +76,8 @@ def load() -> ctypes.CDLL:
     if compiler is None:
         raise CompilerError("no C++ compiler was found (install g++, or set CXX)")
     command = [*compiler, *FLAGS.split()]
-    version = subprocess.run([*command[:1], "--version"], capture_output=True, text=True)
-    key = ([file.read_text() for file in (*SOURCES, *HEADERS)], command, version.stdout, _cpu())
+    version = _run([*compiler, "--version"])
+    key = ([file.read_text() for file in (*SOURCES, *HEADERS)], command, version, _cpu())
     name = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
     library = cache_folder() / f"kernels-{name}.so"
     if not library.is_file():
@@ -136,8 +136,8 @@ def _remove_abandoned(folder: Path) -> None:
                 shutil.rmtree(scratch)
 
 
-def _run(command: list[str]) -> None:
-    """Run the compiler.
+def _run(command: list[str]) -> str:
+    """Run the compiler, and return what it prints.
 
     Raises:
         CompilerError: it fails, or takes too long.
@@ -150,6 +150,7 @@ def _run(command: list[str]) -> None:
         lines = result.stderr.strip().splitlines() or ["no message"]
         cause = next((line for line in lines if "error" in line or "fatal" in line), lines[-1])
         raise CompilerError(f"{command[0]} failed: {cause.strip()}")
+    return result.stdout
 
 
 @functools.cache
