@@ -87,7 +87,8 @@ class BagReader:
         typestore: the standard message types of ROS 2 Jazzy or ROS 1 Noetic.
 
     Raises:
-        InputError: no bag is there, or it is of a kind that cannot be read.
+        InputError: no bag is there, it is of a kind that cannot be read, or there is no room to
+            decompress it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -321,6 +322,11 @@ class BagReader:
                     f"{path.name}: cannot be decompressed beyond byte {packed.tell()} ({error})",
                     path.stat().st_size - packed.tell(),
                 )
+            except OSError as error:
+                raise InputError(
+                    f"{path}: cannot be decompressed into {copy.parent.parent}: {error.strerror}; "
+                    "set TMPDIR to a folder with more room"
+                ) from error
         return copy
 
 

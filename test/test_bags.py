@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import re
+import resource
 import shutil
 import sqlite3
 import struct
+import tempfile
 from collections import Counter
 from contextlib import closing
 
@@ -17,7 +19,7 @@ from mcap.writer import CompressionType
 from mcap.writer import Writer as McapWriter
 from sample_bags import IMAGE_TOPIC, INFO_TOPIC, PERIOD, ROS1, ROS2, START, storage_file
 
-from scfeat_ros.bags import BagReader, UnreadableMessageError
+from scfeat_ros.bags import BagReader, UnreadableMessageError, zstd
 from scfeat_ros.errors import InputError
 from scfeat_ros.images import from_message
 
@@ -481,6 +483,22 @@ def test_a_message_with_a_wrong_first_bit_is_no_record_of_an_application(tmp_pat
     found, damage = read(path)
     assert sum(len(messages) for messages in found.values()) == 2 * COUNT - 1
     assert damage.bytes_lost >= len(payload)
+
+
+def test_no_room_to_decompress_a_file_is_named(tmp_path, rows, monkeypatch):
+    file = storage_file(sample_bags.write_bag(tmp_path / "bag", rows))
+    packed = tmp_path / f"{file.name}.zstd"
+    packed.write_bytes(zstd.compress(file.read_bytes()))
+    (tmp_path / "small").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "small"))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(InputError, match=r"zstd: .* into .*/small: File too large; set TMPDIR"):
+            BagReader(packed)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list((tmp_path / "small").iterdir())
 
 
 def test_messages_that_vanish_without_an_error_are_counted(tmp_path, rows):
