@@ -69,7 +69,7 @@ def load_trained(checkpoint: str | Path) -> tuple[SCFeat, dict[str, Any]]:
     made_of = ("stage", "model", "network", "cross_norm")
     network = {key: settings[key] for key in made_of if key in settings}
     model = make_model(make_config(network, str(checkpoint)))
-    model.load_state_dict(state["ema"])
+    load_weights(model, state["ema"], str(checkpoint))
     return model.eval().to(memory_format=torch.channels_last), state
 
 
