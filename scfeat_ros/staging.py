@@ -55,7 +55,7 @@ def staged_folder(path: Path, overwrite: bool) -> Iterator[Path]:
 
 
 @contextmanager
-def staged_file(path: Path, overwrite: bool) -> Iterator[Path]:
+def staged_file(path: str | os.PathLike, overwrite: bool) -> Iterator[Path]:
     """A file name to write to that becomes `path` when the block ends without an error.
 
     The ending stays the same, for libraries that go by it. Raises as `staged_folder`.

@@ -2,6 +2,7 @@
 
 import json
 import math
+import resource
 
 import numpy as np
 import pytest
@@ -419,6 +420,20 @@ def test_weights_survive_the_file(small_model, tmp_path):
     assert [f.name for f in tmp_path.iterdir()] == ["model.safetensors"]
     for key, value in small_model.state_dict().items():
         torch.testing.assert_close(loaded.state_dict()[key], value, rtol=1e-3, atol=1e-6)
+
+
+def test_weights_that_find_no_room_leave_the_old_ones_alone(small_model, tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_text("the old ones")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            save_model(small_model, path, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [f.name for f in tmp_path.iterdir()] == ["model.safetensors"]
+    assert path.read_text() == "the old ones"
 
 
 def test_file_with_descriptors_of_another_length(small_model, tmp_path):

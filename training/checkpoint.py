@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from scfeat_ros.errors import InputError
+from scfeat_ros.staging import staged_file
 
 CHECKPOINT = "checkpoint.pt"
 """Name of the latest checkpoint in a run's folder."""
@@ -17,13 +18,10 @@ CHECKPOINT = "checkpoint.pt"
 
 def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
     """Write a dict of tensors and plain values; a kill at any time leaves an old or a new file."""
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
+    with staged_file(path, overwrite=True) as partial, partial.open("wb") as file:
         torch.save(state, file)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:

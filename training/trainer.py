@@ -30,6 +30,7 @@ from scfeat_ros.acceleration import has_bfloat16
 from scfeat_ros.errors import InputError, ScfeatError, import_optional
 from scfeat_ros.extractor import select_device
 from scfeat_ros.memory import keep_freed_memory
+from scfeat_ros.staging import staged_file
 from scfeat_training.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
 from scfeat_training.config import TrainConfig
 from scfeat_training.datasets import ImageCache
@@ -487,7 +488,7 @@ class _Log:
 
 
 def _drop_later_rows(path: Path, step: int) -> None:
-    """Leave of the log's rows those up to a step; written beside and renamed."""
+    """Leave of the log's rows those up to a step."""
     kept = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
@@ -497,9 +498,8 @@ def _drop_later_rows(path: Path, step: int) -> None:
         # the row about a skipped step has the number of those that came before
         if row["step"] + ("skipped" in row) <= step:
             kept.append(line + "\n")
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(kept), encoding="utf-8")
-    partial.replace(path)
+    with staged_file(path, overwrite=True) as partial:
+        partial.write_text("".join(kept), encoding="utf-8")
 
 
 def _device(name: str) -> torch.device:

@@ -29,6 +29,7 @@ from scfeat_ros.model.resnet import (
     EncoderFeatures,
     ResNetEncoder,
 )
+from scfeat_ros.staging import staged_file
 
 STRIDE = 16
 """Height and width of the network's input are multiples of this."""
@@ -182,10 +183,12 @@ def save_model(model: SCFeat, path: str | os.PathLike, provenance: dict) -> None
 
     Args:
         model: the network.
-        path: a .safetensors file; it is written beside and renamed.
+        path: a .safetensors file, which may be there.
         provenance: how the weights were made; anything that JSON can hold.
+
+    Raises:
+        InputError: see `staging.staged_file`.
     """
-    path = Path(path)
     tensors = {
         key: value.detach().to("cpu", torch.float16 if value.is_floating_point() else value.dtype)
         for key, value in model.state_dict().items()
@@ -196,10 +199,9 @@ def save_model(model: SCFeat, path: str | os.PathLike, provenance: dict) -> None
         "config": json.dumps(asdict(model.config)),
         "provenance": json.dumps(provenance),
     }
-    partial = path.with_name(path.name + ".partial")
-    # serialized here and written by Python, so that the file gets the user's usual permissions
-    partial.write_bytes(save({k: v.contiguous() for k, v in tensors.items()}, metadata))
-    os.replace(partial, path)
+    with staged_file(path, overwrite=True) as partial:
+        # serialized here and written by Python, so that the file gets the user's usual permissions
+        partial.write_bytes(save({k: v.contiguous() for k, v in tensors.items()}, metadata))
 
 
 def available_models() -> list[str]:
