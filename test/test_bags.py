@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import resource
 import shutil
 import sqlite3
 import struct
@@ -15,6 +14,7 @@ from contextlib import closing
 import numpy as np
 import pytest
 import sample_bags
+from full_disk import files_up_to
 from mcap.writer import CompressionType
 from mcap.writer import Writer as McapWriter
 from sample_bags import IMAGE_TOPIC, INFO_TOPIC, PERIOD, ROS1, ROS2, START, storage_file
@@ -491,13 +491,11 @@ def test_no_room_to_decompress_a_file_is_named(tmp_path, rows, monkeypatch):
     packed.write_bytes(zstd.compress(file.read_bytes()))
     (tmp_path / "small").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "small"))
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
-    try:
-        with pytest.raises(InputError, match=r"zstd: .* into .*/small: File too large; set TMPDIR"):
-            BagReader(packed)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    with (
+        files_up_to(20_000),
+        pytest.raises(InputError, match=r"zstd: .* into .*/small: File too large; set TMPDIR"),
+    ):
+        BagReader(packed)
     assert not list((tmp_path / "small").iterdir())
 
 

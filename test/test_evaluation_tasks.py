@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 import sample_bags
 from encoded_images import World
+from full_disk import files_up_to
 
 from scfeat_ros.errors import InputError
 from scfeat_training.evaluation import hpatches, localization, main
 from scfeat_training.evaluation.metrics import auc
 from scfeat_training.evaluation.odometry import score_trajectory
+from scfeat_training.evaluation.sequences import load_sequence
 
 ADAPTER = Path(encoded_images.__file__)
 
@@ -643,6 +645,27 @@ def test_odometry_on_a_bag(tmp_path):
         ]
     bag = sample_bags.write_bag(tmp_path / "bag", messages)
     check_odometry(evaluate("odometry", bag, tmp_path / "out", "--pose-topic", "/truth"), 5)
+
+
+def test_images_of_a_bag_with_the_same_stamp_are_kept_apart(tmp_path):
+    pictures = [np.full((48, 64), level, np.uint8) for level in (10, 20, 30)]
+    images = [sample_bags.image_message(picture, time=5) for picture in pictures]
+    rows = [("/image", sample_bags.stamp(i), image) for i, image in enumerate(images)]
+    bag = sample_bags.write_bag(tmp_path / "bag", rows)
+    numbers = [100.0, 100.0, 31.5, 23.5]
+    sequence = load_sequence(bag, numbers, frames_folder=tmp_path / "frames")
+    assert [cv2.imread(str(file))[0, 0, 0] for file in sequence.frames] == [10, 20, 30]
+
+
+def test_images_of_a_bag_that_find_no_room_are_named(tmp_path):
+    rng = np.random.default_rng(0)
+    pictures = [rng.integers(0, 256, (96, 128), np.uint8) for _ in range(2)]
+    bag = sample_bags.write_bag(tmp_path / "bag", sample_bags.camera_messages(pictures))
+    with (
+        files_up_to(2_000),
+        pytest.raises(InputError, match=r"000000\.png: the bag's image cannot be written"),
+    ):
+        load_sequence(bag, [100.0, 100.0, 63.5, 47.5], frames_folder=tmp_path / "frames")
 
 
 def test_odometry_without_poses_says_so(tmp_path):

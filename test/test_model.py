@@ -2,12 +2,12 @@
 
 import json
 import math
-import resource
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from full_disk import files_up_to
 from safetensors.torch import load_file, save_file
 
 from scfeat_ros.errors import ModelError
@@ -425,13 +425,8 @@ def test_weights_survive_the_file(small_model, tmp_path):
 def test_weights_that_find_no_room_leave_the_old_ones_alone(small_model, tmp_path):
     path = tmp_path / "model.safetensors"
     path.write_text("the old ones")
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
-    try:
-        with pytest.raises(OSError, match="File too large"):
-            save_model(small_model, path, {})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    with files_up_to(20_000), pytest.raises(OSError, match="File too large"):
+        save_model(small_model, path, {})
     assert [f.name for f in tmp_path.iterdir()] == ["model.safetensors"]
     assert path.read_text() == "the old ones"
 

@@ -258,10 +258,12 @@ def _load_bag(
     try:
         for frame in source.frames():
             camera = camera or frame.camera
-            file = frames_folder / f"{frame.stamp:020d}.png"
+            # by number: stamps may come twice
+            file = frames_folder / f"{len(frames):06d}.png"
             image = frame.image if frame.image.ndim == 2 else frame.image[..., ::-1]
             # level 1 is quick; the format is lossless, so features are those of the bag's image
-            cv2.imwrite(str(file), image, [cv2.IMWRITE_PNG_COMPRESSION, 1])
+            if not cv2.imwrite(str(file), image, [cv2.IMWRITE_PNG_COMPRESSION, 1]):
+                raise InputError(f"{file}: the bag's image cannot be written, is the disk full?")
             frames.append(file)
             stamps.append(frame.stamp * 1e-9)
             poses.append(None if frame.pose is None else (frame.pose.R, frame.pose.position))
