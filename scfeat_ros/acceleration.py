@@ -12,13 +12,13 @@ import logging
 import platform
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from scfeat_ros.cpu import cpu_info
 from scfeat_ros.cuda_graphs import CudaGraphs
 from scfeat_ros.errors import ScfeatError
 from scfeat_ros.memory import keep_freed_memory
@@ -89,10 +89,8 @@ def has_bfloat16(device: torch.device) -> bool:
     """Whether the device multiplies bf16 in hardware."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    if device.type != "cpu" or platform.system() != "Linux":
-        return False
-    flags = Path("/proc/cpuinfo").read_text(errors="replace")
-    return any(name in flags for name in ("avx512_bf16", "amx_bf16", " bf16"))
+    names = ("avx512_bf16", "amx_bf16", " bf16")
+    return device.type == "cpu" and any(name in cpu_info() for name in names)
 
 
 def choose(

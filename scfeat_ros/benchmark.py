@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from scfeat_ros.acceleration import DTYPES
+from scfeat_ros.cpu import cpu_name
 from scfeat_ros.extractor import Extractor
 from scfeat_ros.frontend import FrontEnd
 from scfeat_ros.images import read_file
@@ -485,14 +486,9 @@ def _progress(done: int, total: int) -> None:
 
 def _machine() -> dict[str, Any]:
     """What the figures were measured on."""
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        names = [s for s in info.read_text().splitlines() if s.startswith("model name")]
-        cpu = names[0].split(":")[1].strip() if names else cpu
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
-        "cpu": cpu,
+        "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "openmp": {name: os.environ.get(name, "") for name in OPENMP},

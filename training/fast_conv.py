@@ -15,11 +15,12 @@ themselves compute in bf16 (with fp32 sums inside). Which way back is faster dep
 from __future__ import annotations
 
 import types
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from scfeat_ros.cpu import cpu_info
 
 MIN_CHANNELS = 16
 """Convolutions with fewer channels stay fp32: the conversions cost more than they gain."""
@@ -100,22 +101,14 @@ def bfloat16_conv2d(
     return _BFloat16Conv2d.apply(x, weight, bias, padding)
 
 
-def _cpu_flags() -> str:
-    try:
-        return Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return ""
-
-
 def cpu_has_bfloat16() -> bool:
     """Whether this machine's CPU multiplies bf16 in hardware (Linux only, False elsewhere)."""
-    flags = _cpu_flags()
-    return "avx512_bf16" in flags or "amx_bf16" in flags
+    return any(name in cpu_info() for name in ("avx512_bf16", "amx_bf16"))
 
 
 def cpu_has_amx() -> bool:
     """Whether the CPU has matrix tiles for bf16 (Linux only, False elsewhere)."""
-    return "amx_bf16" in _cpu_flags()
+    return "amx_bf16" in cpu_info()
 
 
 def _suits(conv: nn.Conv2d) -> bool:

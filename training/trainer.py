@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import platform
 import signal
 import sys
 import time
@@ -27,6 +26,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from scfeat_ros.acceleration import has_bfloat16
+from scfeat_ros.cpu import cpu_name
 from scfeat_ros.errors import InputError, ScfeatError, import_optional
 from scfeat_ros.extractor import select_device
 from scfeat_ros.memory import keep_freed_memory
@@ -53,13 +53,7 @@ def hardware(device: torch.device) -> str:
     """What the run computes on, in words."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model na"))
-    except (OSError, StopIteration):
-        pass
-    return f"{os.cpu_count()} cores of {name}"
+    return f"{os.cpu_count()} cores of {cpu_name()}"
 
 
 def _start_worker(number: int) -> None:

@@ -32,6 +32,7 @@ import numpy as np
 import torch
 
 from scfeat_ros import programs
+from scfeat_ros.cpu import cpu_info
 
 LOG = logging.getLogger(__name__)
 
@@ -90,12 +91,10 @@ def load() -> ctypes.CDLL:
 
 def _cpu() -> str:
     """What decides which instructions the compiler may use."""
-    info = Path("/proc/cpuinfo")
-    if not info.is_file():
-        return platform.processor() + platform.machine()
-    lines = info.read_text(errors="replace").split("\n\n")[0].splitlines()
+    lines = cpu_info().split("\n\n")[0].splitlines()
     kept = ("flags", "features", "model name", "cpu part")
-    return "\n".join(line for line in lines if line.lower().startswith(kept))
+    told = "\n".join(line for line in lines if line.lower().startswith(kept))
+    return told or platform.processor() + platform.machine()
 
 
 def _compile(command: list[str], library: Path) -> None:

@@ -19,6 +19,7 @@ import torch
 from tqdm import tqdm
 
 from scfeat_ros import __version__
+from scfeat_ros.cpu import cpu_name
 from scfeat_ros.errors import InputError
 from scfeat_ros.staging import staged_file
 from scfeat_training.evaluation.cache import write_json
@@ -117,7 +118,7 @@ def environment(command: Sequence[str]) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "opencv": cv2.__version__,
-        "processor": _processor(),
+        "processor": cpu_name(),
         "cpu_threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
@@ -127,16 +128,6 @@ def progress_bar(total: int, name: str, unit: str) -> tqdm:
     """A progress bar; where standard error is no terminal, a line every half minute."""
     interval = 0.2 if sys.stderr.isatty() else 30.0
     return tqdm(total=total, desc=name, unit=unit, mininterval=interval, maxinterval=interval)
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def skipped_note(report: Report) -> str:
