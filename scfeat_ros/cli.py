@@ -19,6 +19,7 @@ from scfeat_ros import __version__
 from scfeat_ros.errors import ScfeatError
 from scfeat_ros.memory import is_out_of_memory
 from scfeat_ros.messages import DESCRIPTOR_TYPES
+from scfeat_ros.names import printable
 from scfeat_ros.parameters import ExtractorOptions, MatcherOptions, add_arguments, from_arguments
 
 # everything that imports torch, OpenCV or rosbags is imported where it is used: --help is quick
@@ -93,8 +94,13 @@ def _log_on_stderr(quiet: bool) -> Iterator[None]:
 
 
 def _fail(message: str) -> int:
-    print(f"scfeat: error: {' '.join(message.split())}", file=sys.stderr)
+    print(printable(f"scfeat: error: {' '.join(message.split())}"), file=sys.stderr)
     return ERROR
+
+
+def _tell(text: str | Path) -> None:
+    """Print what was done; a terminal cannot show every name of a file."""
+    print(printable(text))
 
 
 def _delegate(command: str, argv: list[str]) -> int:
@@ -435,7 +441,7 @@ def _on_ray(arguments: argparse.Namespace) -> int:
     from scfeat_ros import ray_jobs
 
     results = ray_jobs.run(arguments)
-    print(f"{ray_jobs.summary(results)}\n{arguments.output}")
+    _tell(f"{ray_jobs.summary(results)}\n{arguments.output}")
     codes = {result.code for result in results}
     return ERROR if ERROR in codes else max(codes)
 
@@ -458,7 +464,7 @@ def _process(arguments: argparse.Namespace, source: Source, passthrough: bool = 
         mask = read_mask(arguments.mask) if arguments.mask else None
         # before the network is loaded, which takes its time
         check_output(arguments.output, options.overwrite)
-        check_apart(arguments.output, source.description["path"])
+        check_apart(arguments.output, source.path)
         summary = run(
             source,
             _load_extractor(arguments),
@@ -469,7 +475,7 @@ def _process(arguments: argparse.Namespace, source: Source, passthrough: bool = 
             model_name=arguments.weights,
             progress=False if arguments.quiet else None,
         )
-    print(figures_text(summary, arguments.output))
+    _tell(figures_text(summary, arguments.output))
     return DAMAGED if summary["damaged"] else OK
 
 
@@ -486,7 +492,7 @@ def _match(arguments: argparse.Namespace) -> int:
         arguments.inlier_threshold,
         arguments.overwrite,
     )
-    print(
+    _tell(
         f"{result.keypoints[0]} and {result.keypoints[1]} keypoints, {result.matches} matches, "
         f"{result.inliers} of them fit one epipolar geometry\n{arguments.output}"
     )
@@ -500,7 +506,7 @@ def _export(arguments: argparse.Namespace) -> int:
         from scfeat_ros.onnx_export import export_onnx
 
         precision = "fp32" if arguments.precision == "auto" else arguments.precision
-        print(export_onnx(arguments.weights, arguments.onnx, precision, arguments.overwrite))
+        _tell(export_onnx(arguments.weights, arguments.onnx, precision, arguments.overwrite))
         return OK
     if arguments.input is None or arguments.output is None:
         raise ValueError("give FOLDER and -o FILE for features, or --onnx FILE for the network")
@@ -525,12 +531,12 @@ def _export(arguments: argparse.Namespace) -> int:
         progress=False if arguments.quiet else None,
         recursive=arguments.recursive,
     )
-    print(
+    _tell(
         f"{result.images} images, {result.keypoints} keypoints, {result.pairs} pairs, "
         f"{result.matches} matches"
     )
     for reason in result.left_out:
-        print(f"left out: {reason}")
+        _tell(f"left out: {reason}")
     for file in result.files:
-        print(file)
+        _tell(file)
     return DAMAGED if result.left_out else OK

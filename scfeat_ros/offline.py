@@ -117,7 +117,7 @@ def run(
     options = options or OutputOptions()
     with ExitStack() as stack:
         check_output(Path(output), options.overwrite)
-        check_apart(output, source.description["path"])
+        check_apart(output, source.path)
         if options.video:
             require_av()
         front_end = FrontEnd(extractor, matching)

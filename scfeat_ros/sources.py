@@ -95,10 +95,12 @@ class Source(Protocol):
     """Gives frames in order.
 
     Attributes:
-        description: what is read, for the report.
+        path: what is read.
+        description: the same and how, for the report.
         account: what went wrong; complete after the last frame.
     """
 
+    path: Path
     description: dict[str, Any]
     account: Account
 
@@ -154,6 +156,7 @@ class BagSource:
         if every < 1:
             raise InputError(f"--every must be at least 1, got {every}")
         self._time_range = _time_range(start, duration)
+        self.path = path
         self.reader = BagReader(path)
         self.account = Account(damage=self.reader.damage)
         self.every = every
@@ -200,20 +203,19 @@ class BagSource:
             known = self.reader.topics.get(asked)
             problem = f"is of type {known.type}, not an image" if known else "is not in the bag"
             raise InputError(
-                f"{self.reader.path}: topic {asked} {problem}; image topics: {listing or 'none'}"
+                f"{self.path}: topic {asked} {problem}; image topics: {listing or 'none'}"
             )
         lost = f" ({self.reader.damage.places[0]})" if self.reader.damage else ""
         if not self.reader.topics:
-            raise InputError(f"{self.reader.path}: no topic can be read of this bag{lost}")
+            raise InputError(f"{self.path}: no topic can be read of this bag{lost}")
         if not images:
             others = ", ".join(self.reader.topics)
             raise InputError(
-                f"{self.reader.path}: the bag has no image topic, its topics are {others}{lost}"
+                f"{self.path}: the bag has no image topic, its topics are {others}{lost}"
             )
         if len(images) > 1:
             raise InputError(
-                f"{self.reader.path}: the bag has several image topics, choose one with --topic: "
-                f"{listing}"
+                f"{self.path}: the bag has several image topics, choose one with --topic: {listing}"
             )
         return images[0].name
 
@@ -222,7 +224,7 @@ class BagSource:
         if asked is not None:
             if asked not in known:
                 raise InputError(
-                    f"{self.reader.path}: no CameraInfo topic {asked}; there are: "
+                    f"{self.path}: no CameraInfo topic {asked}; there are: "
                     f"{', '.join(known) or 'none'}"
                 )
             return asked
@@ -237,7 +239,7 @@ class BagSource:
         known = [t.name for t in self.reader.topics.values() if t.type in POSE_TYPES]
         if asked is not None and asked not in known:
             raise InputError(
-                f"{self.reader.path}: no pose topic {asked} (PoseStamped or Odometry); there are: "
+                f"{self.path}: no pose topic {asked} (PoseStamped or Odometry); there are: "
                 f"{', '.join(known) or 'none'}"
             )
         return asked or (DEFAULT_TOPIC if DEFAULT_TOPIC in known else None)
@@ -447,6 +449,7 @@ class FolderSource:
             raise InputError(f"--rate must lie between 1e-6 and 1e9 Hz, got {rate}")
         if every < 1:
             raise InputError(f"--every must be at least 1, got {every}")
+        self.path = path
         first, stop = _time_range(start, duration)
         stamped = [(round(i / rate * 1e9), file) for i, file in enumerate(list_images(path))]
         self.files = [(stamp, file) for stamp, file in stamped if first <= stamp < stop][::every]

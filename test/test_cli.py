@@ -224,6 +224,11 @@ def test_a_name_that_is_no_utf_8(tmp_path, images, network, capsys):
     assert "caf\ufffd.png" in (tmp_path / "out" / "report" / "index.html").read_text("utf-8")
     assert run("export", folder, "-o", tmp_path / "out.npz", *network) == ERROR
     assert "rename this image, its name is no UTF-8" in one_line(capsys)
+    folder = folder.rename(os.fsdecode(bytes(tmp_path) + b"/caf\xe9"))
+    assert run("images", folder, "-o", folder / "out", *network) == ERROR
+    assert "caf\ufffd lie in one another" in one_line(capsys)
+    assert run("images", folder, "-o", os.fspath(folder) + "_out", *network) == OK
+    assert "caf\ufffd_out/summary.json" in capsys.readouterr().out
 
 
 def test_the_output_does_not_go_into_the_bag(camera_bag, network, capsys):
