@@ -556,6 +556,13 @@ def test_scenes_that_are_not_asked_for_are_not_looked_at(tmp_path):
         read_scenes(tmp_path, names=["bad"])
 
 
+def test_a_scene_is_called_as_its_folder_from_inside_of_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(write_scene(tmp_path / "fern"))
+    (scene,) = read_scenes(".")
+    assert scene.name == "fern"
+    assert split_scenes([scene]) == ([], [scene])  # one of those that are never trained on
+
+
 def test_broken_scene_files(tmp_path):
     folder = write_scene(tmp_path / "s")
     content = (folder / "scene.npz").read_bytes()

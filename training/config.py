@@ -44,8 +44,8 @@ class TrainConfig:
         ema: decay of the moving average of the weights; that average is validated and exported.
         frozen: parts of the encoder that are not trained: stem (conv1, bn1), layer1 to layer3.
         cross_norm: False takes the bridge out (Table III, "w/o cross norm.").
-        posed_share: share of pairs that come from posed scenes (the others are homographies);
-            stages 1 and 2 alone read it from their own sections.
+        posed_share: share of pairs that come from posed scenes (the others are homographies), in
+            stages 0 to 2.
         synthetic_share: share of the posed pairs that are views of random 3D scenes.
         homography, posed, synthetic: fields of `HomographyPairsConfig`, `PosedPairsConfig` and
             `SyntheticPairsConfig`.

@@ -14,6 +14,7 @@ Pixel centres are at integers here; COLMAP has them at halves, which is undone o
 from __future__ import annotations
 
 import itertools
+import os
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -226,7 +227,7 @@ def read_scenes(
     for each; otherwise the first raises InputError. With `names` only these scenes are looked at;
     one that is not there raises InputError.
     """
-    root = Path(root)
+    root = Path(os.path.abspath(root))  # scenes are called as their folders, also '.'
     if not root.is_dir():
         raise InputError(f"{root}: no such folder; give the folder of the training scenes")
     readers = _scene_readers(root)
@@ -562,7 +563,7 @@ def photo_paths(scenes: Sequence[Scene]) -> list[Path]:
 
 
 def read_photos(folder: str | Path) -> list[Path]:
-    """The image files in a folder and those below it, by name.
+    """The image files in a folder and those below it, in natural order.
 
     Raises:
         InputError: there is no such folder, or no image in it.

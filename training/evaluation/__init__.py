@@ -6,6 +6,7 @@ import argparse
 import importlib
 import importlib.util
 import math
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -90,6 +91,7 @@ def _main(argv: list[str]) -> int:
             raise InputError(f"{package} is not installed: pip install '.[evaluate]'")
     task = next((a for a in argv if not a.startswith("-")), None)
     args = build_parser(task).parse_args(argv)
+    args.data = Path(os.path.abspath(args.data))  # scenes are called as their folders, also '.'
     if args.max_keypoints < 1 or args.max_size < 0:
         raise InputError("--max-keypoints must be at least 1 and --max-size at least 0")
     for name in ("threshold", "precision_threshold"):
