@@ -524,6 +524,7 @@ class VideoSource:
     def frames(self) -> Iterator[Frame]:
         decoded = read_video(self.path)
         start, stop = self._time_range
+        first = None
         index = used = 0
         while True:
             began = time.perf_counter()
@@ -536,18 +537,18 @@ class VideoSource:
                     raise
                 self.account.damage.add(str(error))
                 break
-            if stamp >= stop:
+            first = stamp if first is None else first  # which is not 0 in every file
+            since_first = stamp - first
+            if since_first >= stop:
                 return
             index += 1
-            if stamp < start:
+            if since_first < start:
                 continue
+            name = f"{since_first * 1e-9:.2f} s"
             if damaged:
-                self.account.damage.add(
-                    f"{self.path}: the frame at {stamp * 1e-9:.2f} s is damaged"
-                )
+                self.account.damage.add(f"{self.path}: the frame at {name} is damaged")
             if used % self.every == 0:
                 seconds = time.perf_counter() - began
-                name = f"{stamp * 1e-9:.2f} s"
                 yield Frame(image, stamp, "camera", stamp, name, decode_seconds=seconds)
             used += 1
         if index:

@@ -539,6 +539,20 @@ def test_a_part_of_a_video_or_folder(tmp_path, images):
             open_images(tmp_path / name, duration=0.0)
 
 
+def test_a_part_of_a_video_counts_from_its_first_frame(tmp_path):
+    with av.open(str(tmp_path / "video.mkv"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height = 64, 48
+        for index in range(6):
+            frame = av.VideoFrame.from_ndarray(np.zeros((48, 64, 3), np.uint8), format="rgb24")
+            frame.pts = 100 + index  # as of a stream that somebody tuned in to
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    source = open_images(tmp_path / "video.mkv", start=0.1, duration=0.2)
+    found = [(round(frame.stamp * 1e-9, 2), frame.name) for frame in source.frames()]
+    assert found == [(10.1, "0.10 s"), (10.2, "0.20 s")]
+
+
 @pytest.mark.parametrize(("size", "level"), [((640, 480), 31), ((1920, 1080), 42)])
 def test_players_are_not_told_of_a_thousand_frames_a_second(tmp_path, size, level):
     path = tmp_path / "video.mp4"
