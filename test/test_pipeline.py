@@ -83,9 +83,6 @@ def test_leaving_early_ends_the_threads_and_closes_the_source():
     assert threading.active_count() == before
 
 
-# --- figures -----------------------------------------------------------------------------------
-
-
 def test_a_thread_that_begins_after_the_end_reads_nothing(monkeypatch):
     start, late = threading.Thread.start, []
 
@@ -100,6 +97,9 @@ def test_a_thread_that_begins_after_the_end_reads_nothing(monkeypatch):
     start(late[0])
     late[0].join(10)
     assert not late[0].is_alive() and read == []
+
+
+# --- figures -----------------------------------------------------------------------------------
 
 
 def test_a_series_keeps_its_mean_and_its_size():
