@@ -696,6 +696,9 @@ def test_damaged_checkpoint_is_named(tmp_path):
     path.write_bytes(path.read_bytes()[:-200])
     with pytest.raises(InputError, match=CHECKPOINT):
         load_checkpoint(path)
+    path.write_text("batch: 2\n")  # where PyTorch's reader finds instructions of its own
+    with pytest.raises(InputError, match="damaged or no checkpoint"):
+        load_checkpoint(path)
 
 
 @pytest.mark.parametrize(
@@ -727,6 +730,7 @@ def test_damaged_checkpoint_is_named(tmp_path):
         ({"homography": {"rotation": 5}}, "'rotation' must be a list of 2 numbers, got 5"),
         ({"homography": {"scale": [2.0]}}, "'scale' must be a list of 2 numbers, got [2.0]"),
         ({"homography": {"scale": [2, 1]}}, "'scale' is [2, 1], but the smaller value comes first"),
+        ({"posed": {"overlap": [0.9, 0.1]}}, "[0.9, 0.1], but the smaller value comes first"),
         ({"homography": {"overlap": 2}}, "'overlap' is 2, but must be from 0 to 1"),
         ({"network": {"decoder_channels": 5}}, "'decoder_channels' must be a list of 2 whole"),
         ({"network": {"encoder": "vgg"}}, "network: unknown encoder 'vgg', choose one of resnet"),

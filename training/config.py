@@ -166,8 +166,8 @@ RANGES = {
     for name in names.split()
 }
 """By field, of whichever section; a list's values must all lie within."""
-ASCENDING = ("scale", "crop_scale", "focal")
-"""Fields that values are drawn between."""
+ASCENDING = ("scale", "crop_scale", "focal", "overlap")
+"""Fields whose values are the ends of a range, where they have two."""
 
 
 def read_config(path: str | Path, stage: str, **changes: Any) -> TrainConfig:
