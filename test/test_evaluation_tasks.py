@@ -955,6 +955,16 @@ def test_an_unknown_estimator_is_named(tmp_path, capsys, task, flag, given):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("flag", ["-o", "--cache"])
+def test_a_folder_that_cannot_be_written_is_named_first(tmp_path, capsys, flag):
+    scene = World(cameras=3, points=50).write_scene(tmp_path / "scene")
+    arguments = ["pose", "--data", str(scene), "--methods", "orb", "-o", str(tmp_path / "out")]
+    assert main([*arguments, flag, str(scene / "scene.npz")]) == 1
+    error = capsys.readouterr().err
+    name = {"-o": "result.json", "--cache": "features"}[flag]
+    assert error.startswith(f"scfeat evaluate: error: {scene}/scene.npz/{name}: cannot be written")
+
+
 def test_localization_parameters(tmp_path):
     paper = localization.load_parameters(None)
     assert paper["reference"] == {"nms_radius": 2, "score_threshold": 1.0}

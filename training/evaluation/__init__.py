@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from scfeat_ros.errors import InputError, ScfeatError
+from scfeat_ros.staging import make_parent
 
 TASKS = {
     "hpatches": "matching accuracy on image sequences related by homographies",
@@ -112,6 +113,8 @@ def _main(argv: list[str]) -> int:
     module.check_data(args)
     methods = create_methods(args.methods, args.max_keypoints, args.device)
     cache = Cache(args.cache or args.output / "cache", args.max_size)
+    for path in (args.output / "result.json", cache.folder / "features"):
+        make_parent(path)  # else the first pairs would be said to be at fault
     report = module.run(args, methods, cache)
     if cache.failures:
         report.skipped += cache.failures.values()

@@ -442,7 +442,10 @@ def _create(specification: str, label: str, max_keypoints: int, device: str) -> 
             raise InputError(f"method '{specification}': {key} is given by {GIVEN_ELSEWHERE[key]}")
         # YAML 1.1 takes on and off for truth values; here they are words, as in compile=off
         word = value.strip().lower() in ("on", "off")
-        options[key] = value.strip() if word else yaml.safe_load(value)
+        try:
+            options[key] = value.strip() if word else yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise InputError(f"method '{specification}': '{value}' is no value") from error
     if name in REGISTRY:
         method = REGISTRY[name](label, max_keypoints, device, **options)
         method.registered_as, method.adapter = name, ADAPTERS.get(name)
