@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import shutil
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ import numpy as np
 import yaml
 
 from scfeat_ros.errors import InputError
+from scfeat_ros.features import Features
 from scfeat_ros.text_files import read_text
 from scfeat_training.evaluation import colmap
 from scfeat_training.evaluation.cache import Cache, CorruptImageError, read_image
@@ -418,47 +420,12 @@ def evaluate_method(
     progress: Any,
 ) -> dict[str, Any]:
     """Triangulate the reference model and localize all queries."""
-    shutil.rmtree(folder, ignore_errors=True)
     ratio = parameters["matching"]["ratio"] or None
 
-    def reference_features(name: str) -> Any:
+    def reference_features(name: str) -> Features:
         return cache.extract(reference_method, images / name).features
 
-    model = pycolmap.Reconstruction(problem.reference)
-    known = set(problem.names)
-    cameras, entries = {}, []
-    for image_id in model.reg_image_ids():
-        image = model.image(image_id)
-        if image.name in known:
-            camera = model.camera(image.camera_id)
-            key = str(image.camera_id)
-            # a copy, since the database numbers its cameras itself
-            cameras.setdefault(
-                key,
-                pycolmap.Camera(
-                    model=camera.model,
-                    width=camera.width,
-                    height=camera.height,
-                    params=camera.params,
-                ),
-            )
-            entries.append(colmap.ColmapImage(image.name, key))
-    colmap.write_database(
-        folder / "database.db",
-        entries,
-        cameras,
-        reference_features,
-        problem.db_pairs,
-        ratio,
-        progress.update,
-    )
-    verified, _ = colmap.verify(folder / "database.db")
-    sparse = folder / "sparse"
-    sparse.mkdir(parents=True, exist_ok=True)
-    model = colmap.posed_model(folder / "database.db", colmap.camera_poses(model))
-    model = pycolmap.triangulate_points(
-        model, folder / "database.db", images, sparse, options=colmap.mapping_options(True)
-    )
+    model, verified = _triangulated(problem, images, folder, reference_features, ratio, progress)
     points = {}
     for image_id in model.reg_image_ids():
         image = model.image(image_id)
@@ -504,6 +471,60 @@ def evaluate_method(
         "inliers": inliers,
         "seconds": seconds,
     }
+
+
+def _triangulated(
+    problem: Problem,
+    images: Path,
+    folder: Path,
+    features: Callable[[str], Features],
+    ratio: float | None,
+    progress: Any,
+) -> tuple[Any, int]:
+    """The reference images at their known poses, with points triangulated from features.
+
+    Args:
+        problem: with the reference images and their pairs.
+        images: folder of the images.
+        folder: for database and model; emptied before.
+        features: of a reference image by name.
+        ratio: of the matcher's ratio test, None for none.
+        progress: a step for each pair.
+
+    Returns:
+        A pycolmap reconstruction, and the number of pairs that pass the verification.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    model = pycolmap.Reconstruction(problem.reference)
+    known = set(problem.names)
+    cameras, entries = {}, []
+    for image_id in model.reg_image_ids():
+        image = model.image(image_id)
+        if image.name in known:
+            camera = model.camera(image.camera_id)
+            key = str(image.camera_id)
+            # a copy, since the database numbers its cameras itself
+            cameras.setdefault(
+                key,
+                pycolmap.Camera(
+                    model=camera.model,
+                    width=camera.width,
+                    height=camera.height,
+                    params=camera.params,
+                ),
+            )
+            entries.append(colmap.ColmapImage(image.name, key))
+    database, sparse = folder / "database.db", folder / "sparse"
+    colmap.write_database(
+        database, entries, cameras, features, problem.db_pairs, ratio, progress.update
+    )
+    verified, _ = colmap.verify(database)
+    sparse.mkdir(parents=True, exist_ok=True)
+    model = colmap.posed_model(database, colmap.camera_poses(model))
+    model = pycolmap.triangulate_points(
+        model, database, images, sparse, options=colmap.mapping_options(True)
+    )
+    return model, verified
 
 
 def query_errors(
