@@ -19,6 +19,7 @@ import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -293,29 +294,8 @@ def read_colmap(
     the smaller of the two numbers seen. Raises InputError for a model that cannot be read, a
     camera with lens distortion, and what `without_bad_images` finds.
     """
-    try:
-        import pycolmap
-    except ImportError as error:
-        raise InputError(
-            f"{folder}: reading a COLMAP model needs pycolmap: pip install pycolmap"
-        ) from error
     folder = Path(folder)
-    model = colmap_model(folder)
-    if model is None:
-        raise InputError(f"{folder}: no COLMAP model; want cameras and images in sparse/0")
-    ending = ".bin" if (model / "cameras.bin").is_file() else ".txt"
-    if not (model / f"points3D{ending}").is_file():
-        raise InputError(f"{model}: points3D{ending} is missing; export the whole model")
-    if ending == ".bin":
-        for part, end in _RECORD_ENDS.items():
-            if (model / part).is_file():  # rigs and frames came with COLMAP 3.12
-                _check_whole(model / part, end)
-    try:
-        reconstruction = pycolmap.Reconstruction(str(model))
-    except Exception as error:  # pycolmap passes on whatever its C++ side throws
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else "damaged file"
-        raise InputError(f"{model}: the COLMAP model cannot be read ({reason})") from error
-
+    model, reconstruction = _open_colmap_model(folder)
     images = sorted(
         (image for image in reconstruction.images.values() if image.has_pose),
         key=lambda image: image.name,
@@ -374,6 +354,35 @@ def read_colmap(
         depth_range=_depth_ranges(xyz, tracks, R, t),
     )
     return without_bad_images(scene.subset(good), skip_bad, on_bad)
+
+
+def _open_colmap_model(folder: Path) -> tuple[Path, Any]:
+    """The folder of a COLMAP project's sparse model, and that as a pycolmap.Reconstruction.
+
+    Raises:
+        InputError: pycolmap is not installed, or there is no model that it can read.
+    """
+    try:
+        import pycolmap
+    except ImportError as error:
+        raise InputError(
+            f"{folder}: reading a COLMAP model needs pycolmap: pip install pycolmap"
+        ) from error
+    model = colmap_model(folder)
+    if model is None:
+        raise InputError(f"{folder}: no COLMAP model; want cameras and images in sparse/0")
+    ending = ".bin" if (model / "cameras.bin").is_file() else ".txt"
+    if not (model / f"points3D{ending}").is_file():
+        raise InputError(f"{model}: points3D{ending} is missing; export the whole model")
+    if ending == ".bin":
+        for part, end in _RECORD_ENDS.items():
+            if (model / part).is_file():  # rigs and frames came with COLMAP 3.12
+                _check_whole(model / part, end)
+    try:
+        return model, pycolmap.Reconstruction(str(model))
+    except Exception as error:  # pycolmap passes on whatever its C++ side throws
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else "damaged file"
+        raise InputError(f"{model}: the COLMAP model cannot be read ({reason})") from error
 
 
 def _check_whole(path: Path, end: Callable[[bytes, int], int]) -> None:
