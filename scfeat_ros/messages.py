@@ -250,7 +250,8 @@ def encode_cloud(points: np.ndarray, stamp: int, frame_id: str, types: MessageTy
     """A structured array as sensor_msgs/PointCloud2, width N and height 1.
 
     Args:
-        points: (N,) structured array, little-endian; sub-arrays become fields with a count.
+        points: (N,) structured array, little-endian, with x, y and z among its fields; sub-arrays
+            become fields with a count.
         stamp: nanoseconds.
     """
     fields = []
