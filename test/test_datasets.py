@@ -699,6 +699,13 @@ def test_broken_colmap_models(tmp_path):
             with pytest.raises(InputError, match=rf"{name}: ends too early, at {size} bytes"):
                 read_colmap(folder)
         path.write_bytes(content)
+    path = folder / "sparse/0/cameras.bin"
+    content = path.read_bytes()
+    for size in (len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:size])
+        with pytest.raises(InputError, match=rf"cameras\.bin: ends too early, at {size} bytes"):
+            read_colmap(folder)
+    path.write_bytes(content)
     write_colmap(tmp_path / "c", text=True)
     listing = tmp_path / "c/sparse/0/images.txt"
     listing.write_text(listing.read_text()[:-900])

@@ -379,10 +379,15 @@ def _open_colmap_model(folder: Path) -> tuple[Path, Any]:
             if (model / part).is_file():  # rigs and frames came with COLMAP 3.12
                 _check_whole(model / part, end)
     try:
-        return model, pycolmap.Reconstruction(str(model))
+        reconstruction = pycolmap.Reconstruction(str(model))
     except Exception as error:  # pycolmap passes on whatever its C++ side throws
         reason = str(error).strip().splitlines()[0] if str(error).strip() else "damaged file"
         raise InputError(f"{model}: the COLMAP model cannot be read ({reason})") from error
+    if ending == ".bin":
+        # id, model, size and parameters, whose number only the model tells
+        cameras = reconstruction.cameras.values()
+        _check_size(model / "cameras.bin", 8 + sum(24 + 8 * len(c.params) for c in cameras))
+    return model, reconstruction
 
 
 def _check_whole(path: Path, end: Callable[[bytes, int], int]) -> None:
@@ -396,13 +401,16 @@ def _check_whole(path: Path, end: Callable[[bytes, int], int]) -> None:
         at = 8
         for _ in range(count):
             at = end(content, at)
-        whole = at <= len(content)
     except (struct.error, ValueError):
-        whole = False
-    if not whole:
-        raise InputError(
-            f"{path}: ends too early, at {len(content)} bytes; copy or export the model again"
-        )
+        at = len(content) + 1
+    _check_size(path, at)
+
+
+def _check_size(path: Path, wanted: int) -> None:
+    """Raise InputError where a model file has fewer bytes than its records take."""
+    size = path.stat().st_size
+    if size < wanted:
+        raise InputError(f"{path}: ends too early, at {size} bytes; copy or export the model again")
 
 
 def _image_end(content: bytes, at: int) -> int:
