@@ -903,6 +903,17 @@ def test_localization_leaves_out_and_names_what_is_wrong_in_hlocs_layout(tmp_pat
         assert reason in text
 
 
+def test_localization_in_half_a_model_says_so(tmp_path, capsys):
+    """pycolmap itself may read on for ever."""
+    pytest.importorskip("pycolmap")
+    scene = World(cameras=9, points=300, noise=0.1).write_scene(tmp_path / "scene")
+    file = hlocs_layout(scene, tmp_path) / "sfm" / "images.bin"
+    file.write_bytes(file.read_bytes()[:13])
+    arguments = ["localization", "--data", str(tmp_path / "hloc"), "-o", str(tmp_path / "again")]
+    assert main([*arguments, "--methods", "orb"]) == 1
+    assert f"{file}: ends too early, at 13 bytes" in capsys.readouterr().err
+
+
 def test_localization_of_an_impossible_query_counts_as_a_miss(tmp_path):
     pytest.importorskip("pycolmap")
     world = World(cameras=9, points=200)

@@ -295,7 +295,10 @@ def read_colmap(
     camera with lens distortion, and what `without_bad_images` finds.
     """
     folder = Path(folder)
-    model, reconstruction = _open_colmap_model(folder)
+    model = colmap_model(folder)
+    if model is None:
+        raise InputError(f"{folder}: no COLMAP model; want cameras and images in sparse/0")
+    reconstruction = open_colmap_model(model)
     images = sorted(
         (image for image in reconstruction.images.values() if image.has_pose),
         key=lambda image: image.name,
@@ -356,24 +359,22 @@ def read_colmap(
     return without_bad_images(scene.subset(good), skip_bad, on_bad)
 
 
-def _open_colmap_model(folder: Path) -> tuple[Path, Any]:
-    """The folder of a COLMAP project's sparse model, and that as a pycolmap.Reconstruction.
+def open_colmap_model(model: Path) -> Any:
+    """The pycolmap.Reconstruction in a folder.
 
     Raises:
-        InputError: pycolmap is not installed, or there is no model that it can read.
+        InputError: pycolmap is not installed, or there is no whole model in the folder.
     """
     try:
         import pycolmap
     except ImportError as error:
         raise InputError(
-            f"{folder}: reading a COLMAP model needs pycolmap: pip install pycolmap"
+            f"{model}: reading a COLMAP model needs pycolmap: pip install pycolmap"
         ) from error
-    model = colmap_model(folder)
-    if model is None:
-        raise InputError(f"{folder}: no COLMAP model; want cameras and images in sparse/0")
     ending = ".bin" if (model / "cameras.bin").is_file() else ".txt"
-    if not (model / f"points3D{ending}").is_file():
-        raise InputError(f"{model}: points3D{ending} is missing; export the whole model")
+    for part in ("cameras", "images", "points3D"):
+        if not (model / f"{part}{ending}").is_file():
+            raise InputError(f"{model}: {part}{ending} is missing; export the whole model")
     if ending == ".bin":
         for part, end in _RECORD_ENDS.items():
             if (model / part).is_file():  # rigs and frames came with COLMAP 3.12
@@ -387,7 +388,7 @@ def _open_colmap_model(folder: Path) -> tuple[Path, Any]:
         # id, model, size and parameters, whose number only the model tells
         cameras = reconstruction.cameras.values()
         _check_size(model / "cameras.bin", 8 + sum(24 + 8 * len(c.params) for c in cameras))
-    return model, reconstruction
+    return reconstruction
 
 
 def _check_whole(path: Path, end: Callable[[bytes, int], int]) -> None:

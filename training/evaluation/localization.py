@@ -44,7 +44,7 @@ from scfeat_training.evaluation.report import (
     progress_bar,
 )
 from scfeat_training.evaluation.sequences import quaternion_pose, read_rows
-from scfeat_training.scenes import check_camera, is_scene
+from scfeat_training.scenes import check_camera, is_scene, open_colmap_model
 
 DEFAULTS = {"max_keypoints": 20_000}
 THRESHOLDS = ((0.25, 2.0), (0.5, 5.0), (5.0, 10.0))
@@ -355,10 +355,7 @@ def load_problem(layout: Layout) -> tuple[Problem, list[str]]:
     Raises:
         InputError: the model cannot be read, or nothing is left to localize.
     """
-    try:
-        reference = pycolmap.Reconstruction(layout.model)
-    except (RuntimeError, ValueError, OSError) as error:
-        raise InputError(f"{layout.model}: not a COLMAP model ({error})") from error
+    reference = open_colmap_model(layout.model)
     skipped = list(layout.skipped)
     queries = read_queries(layout.queries, skipped)
     truth = read_poses(layout.query_poses, skipped) if layout.query_poses else {}
