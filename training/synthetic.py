@@ -426,8 +426,11 @@ def write_pairs(out: Path, count: int, config: SyntheticPairsConfig) -> None:
         sample = pairs[index]
         both = torch.cat([sample["image1"], sample["image2"]], 2).permute(1, 2, 0).numpy()
         path = out / f"{index:06d}.jpg"
-        if not cv2.imwrite(str(path), cv2.cvtColor(both, cv2.COLOR_RGB2BGR)):
-            raise InputError(f"{path}: cannot be written")
+        _, jpeg = cv2.imencode(".jpg", cv2.cvtColor(both, cv2.COLOR_RGB2BGR))
+        try:
+            path.write_bytes(jpeg.tobytes())
+        except OSError as error:
+            raise InputError(f"{path}: cannot be written ({error.strerror})") from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:

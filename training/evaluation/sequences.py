@@ -262,8 +262,11 @@ def _load_bag(
             file = frames_folder / f"{len(frames):06d}.png"
             image = frame.image if frame.image.ndim == 2 else frame.image[..., ::-1]
             # level 1 is quick; the format is lossless, so features are those of the bag's image
-            if not cv2.imwrite(str(file), image, [cv2.IMWRITE_PNG_COMPRESSION, 1]):
-                raise InputError(f"{file}: the bag's image cannot be written, is the disk full?")
+            _, png = cv2.imencode(".png", image, [cv2.IMWRITE_PNG_COMPRESSION, 1])
+            try:  # by Python: OpenCV crashes over a path that is no UTF-8
+                file.write_bytes(png.tobytes())
+            except OSError as error:
+                raise InputError(f"{file}: cannot be written ({error.strerror})") from error
             frames.append(file)
             stamps.append(frame.stamp * 1e-9)
             poses.append(None if frame.pose is None else (frame.pose.R, frame.pose.position))
