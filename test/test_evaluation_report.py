@@ -1,6 +1,7 @@
 """How results are printed and written."""
 
 import json
+import os
 
 import numpy as np
 
@@ -60,6 +61,15 @@ def test_a_report_holds_everything_and_escapes_it(tmp_path, capsys):
     assert result["details"] == {"a": {"error": None, "values": [0, 1, 2]}}
     assert len(result["skipped"]) == 60
     assert [path.name for path in (tmp_path / "out").iterdir() if "partial" in path.name] == []
+
+
+def test_a_path_that_is_no_utf_8(tmp_path, capsys):
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    report = Report("pose", f"of {folder.name}", [], [Table("t", ["method"], [["a"]])])
+    report.skipped.append(f"{folder}: is left out")
+    write_report(report, folder, ["scfeat", "evaluate", "-o", str(folder)])
+    assert "caf\ufffd/report.html" in capsys.readouterr().out
+    assert "of caf\ufffd" in (folder / "report.html").read_text(encoding="utf-8")
 
 
 def test_drawings_are_the_same_every_time():

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from scfeat_ros import __version__
 from scfeat_ros.cpu import cpu_name
 from scfeat_ros.errors import InputError
+from scfeat_ros.names import printable
 from scfeat_ros.staging import staged_file
 from scfeat_training.evaluation.cache import write_json
 
@@ -150,9 +151,9 @@ def write_report(report: Report, folder: Path, command: Sequence[str]) -> None:
     """
     for table in report.tables:
         if table.printed:
-            print("\n" + format_table(table))
+            print("\n" + printable(format_table(table)))
     if report.skipped:
-        print("\n" + skipped_note(report))
+        print("\n" + printable(skipped_note(report)))
     surroundings = environment(command)
     try:
         write_json(
@@ -168,10 +169,10 @@ def write_report(report: Report, folder: Path, command: Sequence[str]) -> None:
             },
         )
         with staged_file(folder / "report.html", overwrite=True) as partial:
-            partial.write_text(render(report, surroundings), encoding="utf-8")
+            partial.write_text(printable(render(report, surroundings)), encoding="utf-8")
     except OSError as error:
         raise InputError(f"-o {folder}: cannot be written ({error.strerror})") from error
-    print(f"\nwritten: {folder / 'result.json'}, {folder / 'report.html'}")
+    print(printable(f"\nwritten: {folder / 'result.json'}, {folder / 'report.html'}"))
 
 
 def _plain(value: Any) -> Any:
