@@ -331,9 +331,17 @@ def test_wrong_options_are_refused(make, extractor):
         extractor.extract_batch([np.zeros((8, 8), np.uint8)] * 2, [None])
 
 
-def test_threads_go_back_to_those_that_pytorch_had(make, monkeypatch):
+def test_threads_go_back_to_those_that_pytorch_had(tiny_weights, monkeypatch):
     monkeypatch.setattr("scfeat_ros.extractor._threads_before", None)
     before = torch.get_num_threads()
+
+    def make(threads):
+        plain = {
+            "precision": "fp32",
+            "compile": "off",
+        }  # nothing runs: more threads than cores wait
+        return Extractor.from_pretrained(tiny_weights, "cpu", threads=threads, **plain)
+
     try:
         for threads, expected in ((0, before), (before + 1, before + 1), (0, before)):
             make(threads=threads)
