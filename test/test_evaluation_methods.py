@@ -183,12 +183,16 @@ def test_cache_gives_back_exactly_what_was_extracted(tmp_path, image):
 
 def test_extractors_of_lightglues_interface(tmp_path, monkeypatch, image):
     """A package with LightGlue's interface, since its weights cannot be had everywhere."""
+    weights = tmp_path / "disk.pth"
+    torch.save(torch.ones(3), weights)
     (tmp_path / "lightglue.py").write_text(
-        "import torch\n"
+        f"import torch\nWEIGHTS = {str(weights)!r}\n"
         "class DISK(torch.nn.Module):\n"
-        "    def __init__(self, max_num_keypoints, nms_window_size=5):\n"
+        "    default_conf = {'max_num_keypoints': None, 'nms_window_size': 5}\n"
+        "    def __init__(self, **conf):\n"
         "        super().__init__()\n"
-        "        self.count, self.window = max_num_keypoints, nms_window_size\n"
+        "        self.count, self.window = conf['max_num_keypoints'], conf['nms_window_size']\n"
+        "        self.weight = torch.nn.Parameter(torch.load(WEIGHTS))\n"
         "    def extract(self, img, resize=1024):\n"
         "        assert resize is None and img.shape == (3, 240, 320) and img.max() <= 1\n"
         "        points = torch.arange(self.count * 2).float().reshape(1, -1, 2)\n"
@@ -203,7 +207,25 @@ def test_extractors_of_lightglues_interface(tmp_path, monkeypatch, image):
     assert features.scores[0] == 41
     assert features.descriptors.shape == (20, 8)
     assert np.linalg.norm(features.descriptors, axis=1) == pytest.approx(1)
+
+    with pytest.raises(InputError, match="unknown option 'nms_radius'"):
+        create_methods("disk:nms_radius=3", 20, "cpu")
+    # its weights are part of what features are cached under: the package has no version
+    before = method.fingerprint()
+    torch.save(torch.zeros(3), weights)
+    assert create_methods("disk:nms_window_size=3", 20, "cpu")[0].fingerprint() != before
+    weights.unlink()
+    with pytest.raises(InputError, match=r"'disk:nms_window_size=3': its weights.*disk\.pth"):
+        create_methods("disk:nms_window_size=3", 20, "cpu")
     monkeypatch.delitem(sys.modules, "lightglue")
+
+
+def test_a_package_that_lightglue_needs_is_named(tmp_path, monkeypatch):
+    (tmp_path / "lightglue.py").write_text("import no_such_torchvision\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "lightglue", raising=False)
+    with pytest.raises(InputError, match="no_such_torchvision"):
+        create_methods("disk", 20, "cpu")
 
 
 def test_adapters_are_told_apart_by_name_and_file(tmp_path):

@@ -310,21 +310,43 @@ class LightGlueMethod(Method):
         try:
             import lightglue
         except ImportError as error:
+            if error.name != "lightglue":
+                raise InputError(
+                    f"method '{self.label}': the 'lightglue' package cannot be imported ({error}); "
+                    "it needs torchvision and kornia"
+                ) from error
             raise InputError(
                 f"method '{self.label}' needs the 'lightglue' package of cvg/LightGlue: install "
                 "it with pip from that repository, or leave the method out"
             ) from error
         extractor = getattr(lightglue, self.class_name)
-        self.package_version = getattr(lightglue, "__version__", "unknown")
-        self.extractor = extractor(max_num_keypoints=self.max_keypoints, **self.options)
+        # the package takes any option and reads those of `default_conf`
+        known = set(getattr(extractor, "default_conf", self.options)) - {"max_num_keypoints"}
+        for option in self.options:
+            if option not in known:
+                raise InputError(f"method '{self.label}': unknown option '{option}'")
+        try:
+            self.extractor = extractor(max_num_keypoints=self.max_keypoints, **self.options)
+        except OSError as error:
+            raise InputError(
+                f"method '{self.label}': its weights can be neither found in "
+                f"{torch.hub.get_dir()}/checkpoints nor downloaded ({error})"
+            ) from error
+        except (AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise InputError(f"method '{self.label}': {type(error).__name__}: {error}") from error
         self.extractor = self.extractor.eval().to(self.torch_device)
+        digest = hashlib.sha256()
+        for name, value in self.extractor.state_dict().items():
+            digest.update(name.encode() + value.cpu().numpy().tobytes())
+        self.digest = digest.hexdigest()
 
     @property
     def torch_device(self) -> torch.device:
         return select_device(self.device)
 
     def identity(self) -> dict[str, Any]:
-        return {**super().identity(), "lightglue": self.package_version}
+        # the package has no version of its own ("0.0")
+        return {**super().identity(), "weights": self.digest}
 
     def extract(self, image: np.ndarray) -> Features:
         tensor = torch.from_numpy(image).permute(2, 0, 1).float().div(255).to(self.torch_device)
