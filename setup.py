@@ -7,7 +7,7 @@ from pathlib import Path
 from setuptools import setup
 
 NAME = "scfeat_ros"
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent  # `colcon build --symlink-install` runs a link to this file
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / NAME / "__init__.py").read_text())[1]
 
 # beyond the node and the offline tool

@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 
 import pytest
 import sample_bags as bags
@@ -42,6 +43,20 @@ def test_ros2_finds_the_executables(run):
         "scfeat_ros extractor",
         "scfeat_ros scfeat",
     ]
+
+
+def test_a_build_of_links_is_a_build(workspace, rig):
+    """`--symlink-install`, as many workspaces are built."""
+    build = f"{sys.executable} -m colcon build --symlink-install --build-base b --install-base i"
+    result = subprocess.run(
+        ["bash", "-c", f"{build} && source i/setup.bash && ros2 pkg executables scfeat_ros"],
+        cwd=workspace,
+        env=rig.environment,
+        text=True,
+        capture_output=True,
+        timeout=4 * PATIENCE,
+    )
+    assert "scfeat_ros extractor" in result.stdout, result.stdout + result.stderr
 
 
 def test_launch_shows_its_arguments(run):
