@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import rclpy
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
+from lifecycle_msgs.srv import ChangeState
 from rcl_interfaces.msg import (
     FloatingPointRange,
     IntegerRange,
@@ -117,6 +118,7 @@ class ExtractorNode(LifecycleNode):
         self.create_timer(period, self._publish_diagnostics, clock=steady)
         self.create_timer(WATCH_PERIOD, self._watch, clock=steady)
         self.add_on_set_parameters_callback(self._on_set_parameters)
+        self._answer_every_request_for_a_transition()
         self._autostart_timer = None
         if self.get_parameter("autostart").value:
             self._autostart_timer = self.create_timer(0.0, self._autostart, clock=steady)
@@ -195,6 +197,26 @@ class ExtractorNode(LifecycleNode):
         return SetParametersResult(successful=True)
 
     # ---------------------------------------------------------------- lifecycle
+
+    def _answer_every_request_for_a_transition(self) -> None:
+        """Let the service refuse a transition that the state does not have.
+
+        rclpy raises then and gives no answer, for which a lifecycle manager waits for ever.
+        """
+        service = next(s for s in self.services if s.srv_type is ChangeState)
+        change_state = service.callback
+
+        def answer(request: Any, response: Any) -> Any:
+            try:
+                return change_state(request, response)
+            except RuntimeError as error:  # as rclpy raises it
+                self.get_logger().error(
+                    f"no transition {request.transition.id} from state '{self.state}': {error}"
+                )
+                response.success = False
+                return response
+
+        service.callback = answer
 
     def _autostart(self) -> None:
         self._autostart_timer.cancel()

@@ -366,6 +366,16 @@ def test_states_do_what_they_say(unconfigured):
     rig.unsubscribe(FEATURES)
 
 
+def test_a_transition_that_a_state_does_not_have_is_refused(unconfigured):
+    """And answered: a lifecycle manager that asks for it would wait for ever."""
+    assert not unconfigured.transition("activate")
+    assert unconfigured.state() == "unconfigured"
+    assert "no transition" in unconfigured.log and "'unconfigured'" in unconfigured.log
+    assert unconfigured.transition("configure")
+    assert not unconfigured.transition("configure")
+    assert unconfigured.state() == "inactive"
+
+
 def test_without_camera_info_diagnostics_say_so(rig, node_parameters):
     rig.start_node(**node_parameters, compile=False)  # how YAML reads `compile: off`
     rig.connect(camera_info=False)
