@@ -193,7 +193,9 @@ class ExtractorNode(LifecycleNode):
                 return SetParametersResult(successful=False, reason=reason)
         if self._processor is not None:
             known = parameter_fields()
-            self._processor.apply({p.name: p.value for p in parameters if p.name in known})
+            self._processor.apply(
+                {p.name: as_declared(known[p.name], p.value) for p in parameters if p.name in known}
+            )
         return SetParametersResult(successful=True)
 
     # ---------------------------------------------------------------- lifecycle

@@ -283,6 +283,19 @@ def test_values_that_stay_are_no_change(listening, node_parameters):
     assert listening.set_parameter("tracks", "off") == (True, "")
 
 
+def test_a_switch_that_yaml_reads_as_a_boolean_can_be_set_again(unconfigured):
+    """`compile: off` in a file is False, and comes back from the node as False."""
+    assert unconfigured.set_parameter("compile", False) == (True, "")
+    try:
+        assert unconfigured.transition("configure")
+        assert unconfigured.set_parameter("compile", False) == (True, "")
+        assert unconfigured.set_parameter("compile", "off") == (True, "")
+        assert not unconfigured.set_parameter("compile", True)[0]
+    finally:
+        assert unconfigured.transition("cleanup")
+        assert unconfigured.set_parameter("compile", "auto") == (True, "")
+
+
 # ------------------------------------------------------------------ quality of service
 
 
