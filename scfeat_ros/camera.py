@@ -62,8 +62,12 @@ class Camera:
                 f"CameraInfo has {len(self.D)} distortion coefficients, the model '{model}' takes "
                 f"{' or '.join(str(n) for n in DISTORTION_LENGTHS[model])}"
             )
-        usable = np.isfinite(self.K).all() and np.isfinite(self.D).all()
-        if not usable or self.K[0, 0] <= 0 or self.K[1, 1] <= 0 or self.K[2, 2] != 1:
+        if not np.isfinite(self.D).all():
+            raise InputError(
+                f"CameraInfo has no usable distortion coefficients: D is {self.D.tolist()}"
+            )
+        usable = np.isfinite(self.K).all() and self.K[2, 2] == 1
+        if not usable or self.K[0, 0] <= 0 or self.K[1, 1] <= 0:
             raise InputError(
                 "CameraInfo has no usable intrinsics: K must hold positive focal lengths and a "
                 f"last element of 1, got {self.K.tolist()}"
