@@ -274,6 +274,17 @@ def test_an_interrupted_run_cleans_up(tmp_path, tiny_weights, number, code):
     assert [f.name for f in tmp_path.iterdir()] == ["bag"]
 
 
+def test_colour_images_of_a_bag_are_no_reason_for_a_warning(tmp_path, tiny_weights):
+    # in a process of its own: PyTorch warns once in a process
+    grey = sample_bags.sequence(2, 160, 112)
+    rows = sample_bags.camera_messages([np.dstack([image] * 3) for image in grey])
+    path = sample_bags.write_bag(tmp_path / "bag", rows)
+    command = [sys.executable, "-m", "scfeat_ros", "bag", path, "-o", tmp_path / "out", "--quiet"]
+    command += ["--weights", tiny_weights, "--device", "cpu", "--threads", "1"]
+    result = subprocess.run([*map(str, command)], capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (OK, "")
+
+
 def test_an_interrupted_training_claims_no_clean_up(monkeypatch, capsys):
     def interrupted(argv):
         raise KeyboardInterrupt
