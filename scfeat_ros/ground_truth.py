@@ -26,9 +26,14 @@ class Pose:
 
 
 class PoseTrack:
-    """The latest poses of a topic, for the pose at the time of an image."""
+    """The latest poses of a topic, for the pose at the time of an image.
+
+    Attributes:
+        frame_id: whose poses they are, where the messages say it (Odometry), else "".
+    """
 
     def __init__(self) -> None:
+        self.frame_id = ""
         self._poses: deque[tuple[int, np.ndarray, np.ndarray]] = deque(maxlen=_REMEMBERED)
 
     def add(self, stamp: int, message: Any) -> None:
@@ -38,6 +43,7 @@ class PoseTrack:
         is older than the last.
         """
         pose = message.pose.pose if hasattr(message.pose, "pose") else message.pose
+        self.frame_id = getattr(message, "child_frame_id", "")
         p, q = pose.position, pose.orientation
         position = np.array([p.x, p.y, p.z], np.float64)
         quaternion = np.array([q.x, q.y, q.z, q.w], np.float64)

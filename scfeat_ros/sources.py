@@ -383,11 +383,17 @@ class BagSource:
                 f"those on {self.topic} are {width}x{height}: bearings are NaN"
             )
             camera = None
+        frame_id = waiting.content.header.frame_id
+        if track and track.frame_id not in ("", frame_id):
+            self.account.warn(
+                f"{self.poses} has the poses of '{track.frame_id}', the images are of "
+                f"'{frame_id}': what is right by them is so only if the two are one frame"
+            )
         seconds = waiting.seconds + time.perf_counter() - began
         yield Frame(
             image=image.pixels,
             stamp=waiting.stamp,
-            frame_id=waiting.content.header.frame_id,
+            frame_id=frame_id,
             time=waiting.message.time,
             name=f"{(waiting.stamp - self._first_stamp) * 1e-9:.2f} s",
             camera=camera,

@@ -125,6 +125,20 @@ def pose_message(position: tuple, quaternion: tuple = (0, 0, 0, 1), time: int = 
     )
 
 
+def odometry_message(pose: object, child_frame_id: str) -> object:
+    """nav_msgs/Odometry of a geometry_msgs/PoseStamped."""
+    types = ROS2.types
+    zero = types["geometry_msgs/msg/Vector3"](0.0, 0.0, 0.0)
+    return types["nav_msgs/msg/Odometry"](
+        header=pose.header,
+        child_frame_id=child_frame_id,
+        pose=types["geometry_msgs/msg/PoseWithCovariance"](pose.pose, np.zeros(36)),
+        twist=types["geometry_msgs/msg/TwistWithCovariance"](
+            types["geometry_msgs/msg/Twist"](zero, zero), np.zeros(36)
+        ),
+    )
+
+
 def write_bag(
     path: Path,
     messages: list[tuple[str, int, object]],

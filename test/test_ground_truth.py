@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from sample_bags import ROS2, pose_message
+from sample_bags import odometry_message, pose_message
 
 from scfeat_ros.camera import Camera
 from scfeat_ros.ground_truth import Pose, PoseTrack, right_matches
@@ -69,19 +69,8 @@ def test_poses_that_are_none_are_left_out(track):
 
 
 def test_odometry_is_a_pose_too():
-    pose = pose_message((1, 2, 3), TURN)
-    types = ROS2.types
-    zero = types["geometry_msgs/msg/Vector3"](0.0, 0.0, 0.0)
-    odometry = types["nav_msgs/msg/Odometry"](
-        header=pose.header,
-        child_frame_id="camera",
-        pose=types["geometry_msgs/msg/PoseWithCovariance"](pose.pose, np.zeros(36)),
-        twist=types["geometry_msgs/msg/TwistWithCovariance"](
-            types["geometry_msgs/msg/Twist"](zero, zero), np.zeros(36)
-        ),
-    )
     track = PoseTrack()
-    track.add(0, odometry)
+    track.add(0, odometry_message(pose_message((1, 2, 3), TURN), "camera"))
     np.testing.assert_allclose(track.at(0).position, [1, 2, 3])
     np.testing.assert_allclose(track.at(0).R, rotation_z(0.6), atol=1e-12)
 

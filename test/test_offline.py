@@ -299,6 +299,24 @@ def test_poses_that_say_nothing_are_noted(tmp_path, images, intrinsics, tiny_ext
     assert any(f"judged by {POSE_TOPIC}" in warning for warning in summary["warnings"])
 
 
+@pytest.mark.parametrize(
+    ("frame", "noted"), [(sample_bags.FRAME_ID, False), ("", False), ("base_link", True)]
+)
+def test_odometry_of_another_frame_is_noted(
+    tmp_path, images, intrinsics, tiny_extractor, frame, noted
+):
+    rows = [
+        (topic, when, message)
+        if topic != POSE_TOPIC
+        else ("/odom", when, sample_bags.odometry_message(message, frame))
+        for topic, when, message in drive_with_poses(images, intrinsics)
+    ]
+    path = sample_bags.write_bag(tmp_path / "bag", rows)
+    summary = run(BagSource(path, poses="/odom"), tiny_extractor, tmp_path / "out")
+    assert summary["ground_truth"]["share"] > 0.5
+    assert noted == any("/odom has the poses of 'base_link'" in w for w in summary["warnings"])
+
+
 def test_int8_descriptors(tmp_path, camera_bag, tiny_extractor):
     run(BagSource(camera_bag), tiny_extractor, tmp_path / "out", descriptor_type="int8")
     (_, message), *_ = read_output(tmp_path / "out")["/extractor/features"]
