@@ -369,8 +369,9 @@ class ExtractorNode(LifecycleNode):
         compressed = options.image_transport == "compressed"
         topic = self.resolve_topic_name("image_raw")
         if compressed:
-            # image_transport's rule: the transport's name goes after the remapped base name
-            topic += "/compressed"
+            # image_transport's rule: the transport's name goes after the remapped base name,
+            # and what comes of it can be remapped too
+            topic = self.resolve_topic_name(f"{topic}/compressed")
         self._inputs["image"] = MatchedSubscription(
             self,
             CompressedImage if compressed else Image,

@@ -551,6 +551,15 @@ def test_the_compressed_transport(rig, node_parameters, weights):
     send_and_take(rig, count=1, kind="png", start=1100)
 
 
+def test_a_compressed_topic_of_any_name_can_be_remapped(rig, node_parameters):
+    parameters = {**node_parameters, "image_transport": "compressed", "silence_timeout": 0.5}
+    topic = "/front/image_raw/compressed"
+    rig.start_node(**parameters, remap=[f"image_raw/compressed:={topic}"])
+    assert f"active: images from {topic}" in rig.log
+    rig.connect(kind="png", namespace="/front/")
+    rig.wait_for_status("WARN", f"no image on {topic}: its 1 publisher(s)")
+
+
 def test_a_topic_of_the_other_transport_is_told(rig, node_parameters):
     rig.start_node(**node_parameters, remap=["image_raw:=/image_raw/compressed"])
     rig.camera(send="jpeg", count=3)
