@@ -71,6 +71,18 @@ def packed_rows(message: Any, row: int, dtype: np.dtype) -> np.ndarray:
     return values.byteswap() if is_swapped else values
 
 
+def check_pairs(encoding: str, width: int) -> None:
+    """Refuse YUV 4:2:2 of odd width: some versions of OpenCV write beyond its end.
+
+    Raises:
+        UnreadableImageError: such an image.
+    """
+    if encoding.startswith(("yuv", "uyvy", "yuyv")) and width % 2:
+        raise UnreadableImageError(
+            f"image of {width} pixels a row, but {encoding} has two pixels in each of its units"
+        )
+
+
 def to_8_bit(pixels: np.ndarray) -> DecodedImage:
     """Numbers of any type -> 8-bit grey or RGB.
 

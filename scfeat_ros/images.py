@@ -13,6 +13,7 @@ from scfeat_ros.decoded_image import (
     DecodedImage,
     UnknownEncodingError,
     UnreadableImageError,
+    check_pairs,
     decode,
     from_compressed,
     packed_rows,
@@ -55,13 +56,14 @@ def from_message(message: Any) -> DecodedImage:
             f"image encoding '{message.encoding}' is not supported; "
             f"known are {', '.join(ENCODINGS)}"
         )
+    check_pairs(encoding, int(message.width))
     _, _, dtype, channels = to_cvtype(encoding)
     pixels = _pixels(message, np.dtype(dtype), channels)
     try:
         if not encoding.startswith("mono") and not encoding[0].isdigit():
             pixels = convert_color(pixels, encoding, "rgb16" if dtype == "uint16" else "rgb8")
     except (cv2.error, ImageError) as error:
-        # e.g. a Bayer image of one pixel, a YUV image of odd width
+        # e.g. a Bayer image of one pixel
         raise UnreadableImageError(
             f"{message.width}x{message.height} {encoding} image cannot be converted: {error}"
         ) from error

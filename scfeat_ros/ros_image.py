@@ -12,7 +12,7 @@ import numpy as np
 from sensor_msgs.msg import Image
 
 from scfeat_ros import programs
-from scfeat_ros.decoded_image import DecodedImage, packed_rows, to_8_bit
+from scfeat_ros.decoded_image import DecodedImage, check_pairs, packed_rows, to_8_bit
 from scfeat_ros.errors import InputError, ScfeatError
 from scfeat_ros.messages import pack_array
 
@@ -73,6 +73,7 @@ class ImageDecoder:
                 f"image encoding '{encoding}' is unknown; publish rgb8, bgr8, "
                 "mono8, a Bayer pattern or yuv422, or use the compressed transport"
             ) from error
+        check_pairs(encoding, width)
         row = width * np.dtype(dtype).itemsize * channels
         if step < row:
             raise InputError(
@@ -91,7 +92,7 @@ class ImageDecoder:
         has_colour = not encoding.startswith("mono") and not encoding[0].isdigit()
         try:
             pixels = self._bridge.imgmsg_to_cv2(message, "rgb8" if has_colour else "passthrough")
-        except Exception as error:  # e.g. a Bayer image of one pixel, a YUV image of odd width
+        except Exception as error:  # e.g. a Bayer image of one pixel
             raise InputError(
                 f"{width}x{height} {encoding} image cannot be converted: {error}"
             ) from error

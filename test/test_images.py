@@ -139,6 +139,13 @@ def test_a_message_that_holds_too_little_is_unreadable(field):
         from_message(message)
 
 
+@pytest.mark.parametrize("encoding", ["uyvy", "yuv422", "yuyv", "yuv422_yuy2"])
+def test_half_a_pair_of_pixels_is_unreadable(encoding):
+    pixels = np.zeros((4, 7, 2), np.uint8)
+    with pytest.raises(UnreadableImageError, match=f"7 pixels a row, but {encoding} has two"):
+        from_message(image_message(pixels, encoding=encoding))
+
+
 @pytest.mark.parametrize("ending", [".png", ".jpg"])
 @pytest.mark.parametrize("image", [GREY, RGB], ids=["grey", "colour"])
 def test_compressed_images(image, ending):

@@ -70,6 +70,12 @@ def test_an_unusable_image_is_told_and_left_out(serves, kind, told):
     assert told[0] in serves.log
 
 
+def test_yuv_of_odd_width_is_told_and_left_out(serves):
+    """OpenCV 4.6, of Ubuntu 24.04, writes beyond its end."""
+    serves.camera(send="yuv422", size=(161, 120), count=1, rate=0)
+    serves.wait_for_status("ERROR", "161 pixels a row", since=serves.statuses_before)
+
+
 def test_after_the_fault_diagnostics_are_fine_again(serves):
     serve_one(serves, 3000)
     serves.camera(send="truncated", count=1, rate=0)
