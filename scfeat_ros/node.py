@@ -125,7 +125,8 @@ class ExtractorNode(LifecycleNode):
         else:
             self.get_logger().info(
                 "unconfigured; autostart is off, so nothing happens until a lifecycle manager, or "
-                f"'ros2 lifecycle set {self.get_fully_qualified_name()} configure', says so"
+                f"'ros2 lifecycle set {self.get_fully_qualified_name()} configure' and then "
+                "'... activate', says so"
             )
 
     # ---------------------------------------------------------------- parameters
@@ -241,7 +242,7 @@ class ExtractorNode(LifecycleNode):
             self.get_logger().error(
                 f"cannot configure: {detail}\nThe node stays unconfigured. Mend this (ros2 param "
                 f"set {self.get_fully_qualified_name()} ...), then: ros2 lifecycle set "
-                f"{self.get_fully_qualified_name()} configure"
+                f"{self.get_fully_qualified_name()} configure, and the same with activate"
             )
             return TransitionCallbackReturn.FAILURE
         for name in ("configure", "transition"):

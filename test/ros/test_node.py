@@ -348,7 +348,7 @@ def test_states_do_what_they_say(unconfigured):
     from sensor_msgs.msg import PointCloud2
 
     rig = unconfigured
-    assert "autostart is off" in rig.log
+    assert "autostart is off" in rig.log and "and then '... activate'" in rig.log
     assert rig.state() == "unconfigured"
     assert rig.transition("configure")
     assert rig.state() == "inactive"

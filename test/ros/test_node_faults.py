@@ -209,6 +209,7 @@ def test_weights_that_cannot_be_used_leave_a_node_that_can_be_mended(
     assert not rig.transition("configure")
     rig.wait_for_status("ERROR", "cannot configure", str(path), told, since=seen)
     assert rig.state() == "unconfigured"
+    assert "lifecycle set /extractor configure, and the same with activate" in rig.log
     assert rig.set_parameter("weights", str(weights)) == (True, "")
     seen = len(rig.statuses())
     assert rig.transition("configure") and rig.transition("activate")
