@@ -149,6 +149,8 @@ def export(
                 f"{folder / name}: rename this image, the lists of pairs of hloc and COLMAP cannot "
                 "hold a name with a blank in it"
             )
+    if output.suffix == ".h5":
+        _check_hloc_names(folder, names)
     pairs = choose_pairs(names)
     disable = None if progress is None else not progress
     with ExitStack() as stack:
@@ -283,11 +285,31 @@ def _write_h5(
             scores = np.zeros(count, np.float16)
             indices[matches.indices[:, 0]] = matches.indices[:, 1]
             scores[matches.indices[:, 0]] = matches.similarity
-            # a name of two groups, so without the slashes of folders
-            group = file.create_group("/".join(n.replace("/", "-") for n in (first, second)))
+            group = file.create_group(f"{_hloc_name(first)}/{_hloc_name(second)}")
             group.create_dataset("matches0", data=indices)
             group.create_dataset("matching_scores0", data=scores)
             listing.write(f"{first} {second}\n")
+
+
+def _hloc_name(name: str) -> str:
+    """An image in the name of a pair, which is that of two groups: without folders' slashes."""
+    return name.replace("/", "-")
+
+
+def _check_hloc_names(folder: Path, names: list[str]) -> None:
+    """Whether hloc can tell the images of a pair by their names.
+
+    Raises:
+        InputError: two images have the same name to it.
+    """
+    known: dict[str, str] = {}
+    for name in names:
+        other = known.setdefault(_hloc_name(name), name)
+        if other != name:
+            raise InputError(
+                f"{folder / name}: rename this image, in the names of hloc's pairs it is the same "
+                f"as {folder / other}"
+            )
 
 
 @contextmanager

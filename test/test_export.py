@@ -230,3 +230,15 @@ def test_names_with_blanks_are_refused_where_lists_cannot_hold_them(tmp_path, ti
         export(path, tmp_path / "out.db", tiny_extractor, progress=False)
     result = export(path, tmp_path / "out.npz", tiny_extractor, progress=False)
     assert result.pairs == 1
+
+
+def test_names_that_hloc_cannot_tell_apart_are_refused(tmp_path, folder, tiny_extractor):
+    root = tmp_path / "images"
+    (root / "left").mkdir(parents=True)
+    for source, name in zip(NAMES, ("left/0.png", "left-0.png"), strict=False):
+        (root / name).write_bytes((folder / source).read_bytes())
+    with pytest.raises(InputError, match=r"left.0\.png: rename this .* same as .*left.0\.png"):
+        export(root, tmp_path / "out.h5", tiny_extractor, progress=False, recursive=True)
+    assert [f.name for f in tmp_path.iterdir()] == ["images"]
+    result = export(root, tmp_path / "out.npz", tiny_extractor, progress=False, recursive=True)
+    assert result.pairs == 1
