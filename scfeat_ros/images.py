@@ -99,7 +99,8 @@ def read_file(path: Path) -> np.ndarray:
         InputError: the file is missing or cannot be read as an image.
     """
     try:
-        return decode(np.fromfile(path, np.uint8), "the file")
+        # not by numpy, which does not read a pipe (/dev/stdin)
+        return decode(np.frombuffer(path.read_bytes(), np.uint8), "the file")
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     except UnreadableImageError as error:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from threading import Thread
+
 import cv2
 import numpy as np
 import pytest
@@ -244,6 +247,17 @@ def test_files(tmp_path):
     (tmp_path / "c.png").write_text("no picture")
     with pytest.raises(InputError, match=r"c\.png: the file cannot be decoded"):
         read_file(tmp_path / "c.png")
+
+
+def test_a_picture_that_comes_through_a_pipe(tmp_path):
+    """As `/dev/stdin` or the shell's `<(...)` gives it."""
+    cv2.imwrite(str(tmp_path / "a.png"), RGB[..., ::-1])
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = Thread(target=pipe.write_bytes, args=[(tmp_path / "a.png").read_bytes()], daemon=True)
+    writer.start()
+    np.testing.assert_array_equal(read_file(pipe), RGB)
+    writer.join()
 
 
 def test_a_mask_is_where_an_image_is_not_black(tmp_path):
