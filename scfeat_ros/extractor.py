@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -157,6 +157,10 @@ class Extractor:
         self.network = self._choose_network(self.options)
         self._find = self._choose_find()
 
+    def __reduce__(self) -> tuple:
+        """Copied, or pickled for another process: what it was made from, to be made anew there."""
+        return partial(type(self), **asdict(self.options)), (self.model, self.device)
+
     def _choose_network(self, options: ExtractorOptions) -> Network:
         network = choose(self.model, self.device, options.precision, options.compile)
         LOG.info("the network runs in %s", network)
@@ -244,13 +248,13 @@ class Extractor:
         self, images: Sequence[np.ndarray], masks: Sequence[np.ndarray | None] | None = None
     ) -> list[Features]:
         """Extract features from several images of one size in one pass; see `__call__`."""
+        images = [_check_image(image) for image in images]
         if not images:
             return []
-        images = [_check_image(image) for image in images]
         sizes = {image.shape[1::-1] for image in images}
         if len(sizes) > 1:
             raise ValueError(f"images of a batch must be of one size, got {sorted(sizes)}")
-        masks = masks or [None] * len(images)
+        masks = [None] * len(images) if masks is None else masks
         if len(masks) != len(images):
             raise ValueError(f"got {len(masks)} masks for {len(images)} images")
         with torch.inference_mode(), cores_awake(self.device):

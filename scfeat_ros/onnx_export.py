@@ -159,6 +159,10 @@ class OnnxSCFeat(nn.Module):
         )
         self.projection.load_state_dict(load(base64.b64decode(metadata["projection"])))
 
+    def __reduce__(self) -> tuple:
+        """A session of onnxruntime can be neither copied nor pickled: its file is opened again."""
+        return type(self), (self.path,)
+
     def _open(self, providers: list[Any]) -> object:
         options = self._runtime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()

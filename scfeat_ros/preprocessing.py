@@ -45,7 +45,7 @@ def on_cpu(images: Sequence[np.ndarray], size: tuple[int, int]) -> torch.Tensor:
     if width % STRIDE or height % STRIDE:
         padding = (0, -height % STRIDE, 0, -width % STRIDE)
         images = [cv2.copyMakeBorder(i, *padding, cv2.BORDER_REPLICATE) for i in images]
-    # PyTorch warns of arrays that cannot be written, as those of a message in a bag
+    # PyTorch warns of an array that is read-only, as those of Pillow and of messages are
     batch = np.stack(images) if len(images) > 1 else np.require(images[0], None, "CW")[None]
     return torch.from_numpy(batch).permute(0, 3, 1, 2)
 

@@ -1,6 +1,8 @@
 """The extractor from the outside: shapes, invariances, options, and images without features."""
 
 import copy
+import pickle
+import warnings
 
 import cv2
 import numpy as np
@@ -111,6 +113,41 @@ def test_batch_of_four_equals_single_images(make, sampling):
             alone.keypoints[matches.indices[:, 0]] - together.keypoints[matches.indices[:, 1]]
         )
         assert (np.linalg.norm(distance, axis=1) < 0.05).mean() > 0.99
+
+
+def test_batch_and_masks_as_one_array(extractor):
+    images = np.stack([textured_image(96, 64, seed) for seed in range(2)])
+    masks = np.zeros(images.shape[:3], bool)
+    masks[0, :, :48] = masks[1, :32] = True
+    first, second = extractor.extract_batch(images, masks)
+    assert 0 < first.keypoints[:, 0].max() < 49 and 0 < second.keypoints[:, 1].max() < 33
+    for features, image in zip(extractor.extract_batch(images), images, strict=True):
+        np.testing.assert_array_equal(features.keypoints, extractor(image).keypoints)
+    assert extractor.extract_batch(images[:0]) == []
+
+
+def test_a_read_only_image_is_taken_without_a_warning(extractor):
+    """As Pillow's and those of messages are."""
+    image = textured_image(96, 64)
+    image.setflags(write=False)
+    torch.set_warn_always(True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert len(extractor(image)) > 5
+    finally:
+        torch.set_warn_always(False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda e: pickle.loads(pickle.dumps(e))])
+def test_copies_and_pickles_find_the_same(make, copied):
+    extractor, image = make(max_keypoints=30, nms_radius=2), textured_image(96, 64)
+    features = extractor(image)
+    extractor.set_options(max_keypoints=20)
+    other = copied(extractor)
+    assert other.options == extractor.options and str(other.network) == str(extractor.network)
+    np.testing.assert_array_equal(other(image).keypoints, features.keypoints[:20])
+    np.testing.assert_array_equal(other(image).descriptors, features.descriptors[:20])
 
 
 @pytest.mark.parametrize("shift", [(1, 0), (0, 1), (16, 0)])

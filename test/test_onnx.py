@@ -1,6 +1,7 @@
 """Exported networks against PyTorch."""
 
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -44,6 +45,8 @@ def test_extractor_runs_the_file(file):
     a, b = exported(image), plain(image)
     np.testing.assert_allclose(a.keypoints, b.keypoints, atol=1e-2)
     np.testing.assert_allclose(a.descriptors, b.descriptors, atol=1e-3)
+    copied = pickle.loads(pickle.dumps(exported))
+    np.testing.assert_array_equal(copied(image).keypoints, a.keypoints)
 
 
 def test_half_precision_file(tmp_path):
