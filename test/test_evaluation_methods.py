@@ -251,6 +251,20 @@ def test_adapters_are_told_apart_by_name_and_file(tmp_path):
     assert create_methods("mine5", 100)[0].fingerprint() != few.fingerprint()
 
 
+def test_an_adapter_that_finds_more_than_the_limit_is_cut(tmp_path, image):
+    class Corners(Method):
+        def extract(self, image):
+            y, x = np.mgrid[:5, :6].reshape(2, -1) * 4.0
+            return to_features(np.stack([x, y], axis=1), x, np.stack([x, y + 1], axis=1), image)
+
+    cv2.imwrite(str(tmp_path / "image.png"), image)
+    for _ in range(2):  # extracted, and from the cache
+        extracted = Cache(tmp_path / "cache").extract(
+            Corners("corners", 10, "cpu"), tmp_path / "image.png"
+        )
+        assert set(extracted.features.scores) == {20, 16} and len(extracted.features) == 10
+
+
 def test_poselibs_translation_has_unit_length(monkeypatch):
     poselib = pytest.importorskip("poselib")
     points, K = np.random.default_rng(0).uniform(0, 400, (30, 2)), np.diag([500.0, 500, 1])

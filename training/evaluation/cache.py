@@ -143,6 +143,7 @@ class Cache:
             started = time.perf_counter()
             found = method.extract(working)
             seconds = time.perf_counter() - started
+            found = found.select(slice(method.max_keypoints))  # an adapter may have found more
             keypoints = (found.keypoints + np.float32(0.5)) * factors - np.float32(0.5)
             features = Features(keypoints, found.scores, found.descriptors, size)
         except Exception as error:  # of any library, or of an adapter's own code
