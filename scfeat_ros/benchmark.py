@@ -147,9 +147,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="scfeat benchmark",
-        description="Measure extraction, matching, decoding, encoding and the whole frame. "
-        "Rounds go over all cases in turn, so that a busy moment of the machine meets them alike. "
-        f"Of {SEQUENCE} frames at a time, and only if asked for: 'sequence', extraction of one "
+        description="Measure extraction, matching, decoding, encoding and the whole frame. Rounds\n"
+        "go over all cases in turn, so that a busy moment of the machine meets them alike.\n"
+        f"Of {SEQUENCE} frames at a time, and only if asked for: 'sequence', extraction of one\n"
         "after the other, and 'offline', `scfeat bag`'s work on them, with the output written.",
         epilog="example:\n  scfeat benchmark --ways auto,fp32:off --json speed.json\n\n"
         f"how cost grows:\n  scfeat benchmark --sizes {SCALING_SIZES} \\\n"
@@ -159,10 +159,18 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--models", default="scfeat-s", help="names or files, comma-separated")
-    add("--sizes", default="640x480", help="WIDTHxHEIGHT, comma-separated")
-    add("--top-k", default="2048", help="keypoints, comma-separated")
-    add("--devices", default="auto", help="auto, cpu, cuda ..., comma-separated")
+    add(
+        "--models",
+        default="scfeat-s",
+        help="models, names or files, comma-separated (default: %(default)s)",
+    )
+    add("--sizes", default="640x480", help="WIDTHxHEIGHT, comma-separated (default: %(default)s)")
+    add("--top-k", default="2048", help="keypoints, comma-separated (default: %(default)s)")
+    add(
+        "--devices",
+        default="auto",
+        help="auto, cpu, cuda ..., comma-separated (default: %(default)s)",
+    )
     add(
         "--ways",
         default="auto,fp32:off",
@@ -174,11 +182,20 @@ def _parser() -> argparse.ArgumentParser:
         default="decode,extract,match,encode,frame",
         help="which to measure, of these and sequence, offline (default: %(default)s)",
     )
-    add("--peers", default="orb,sift", help="OpenCV's features alongside; '' for none")
+    add(
+        "--peers",
+        default="orb,sift",
+        help="OpenCV's features alongside; '' for none (default: %(default)s)",
+    )
     add("--image", type=Path, help="picture to work on (default: a made-up one)")
-    add("--rounds", type=int, default=20, help="default: %(default)s")
+    add("--rounds", type=int, default=20, help="how often (default: %(default)s)")
     add("--warm-up", type=int, default=3, help="rounds before (default: %(default)s)")
-    add("--threads", type=int, default=0, help="CPU threads; 0 leaves it to PyTorch")
+    add(
+        "--threads",
+        type=int,
+        default=0,
+        help="CPU threads; 0 leaves it to PyTorch (default: %(default)s)",
+    )
     add("--json", type=Path, metavar="FILE", help="write all figures")
     add("--plot", type=Path, metavar="FILE.png", help="plot how cost grows (needs matplotlib)")
     return parser

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 
 import cv2
 import numpy as np
@@ -58,6 +59,26 @@ def test_every_command_has_an_example(capsys, command):
     text = capsys.readouterr().out
     assert f"example:\n  scfeat {command} " in text
     assert "--max-keypoints" in text and "--ratio" in text and "exit codes:" in text
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "bag",
+        "export",
+        "benchmark",
+        *(f"train {name}" for name in ("warmup", "ablation", "fit", "export")),
+        *(f"evaluate {name}" for name in ("hpatches", "odometry", "localization")),
+    ],
+)
+def test_every_option_is_explained(capsys, monkeypatch, command):
+    monkeypatch.setenv("COLUMNS", "100")
+    assert run(*command.split(), "--help") == OK
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 100
+    for line, following in pairwise(lines):
+        if line.startswith("  -") and "  " not in line.strip():
+            assert following.startswith(" " * 20), f"{line.strip()} is not explained"
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,11 @@ HELP = {
     "distillation": "a smaller network, by the maps of the one given by --init",
 }
 SKIP_BAD = "go on without images that cannot be used"
+CONFIGURED = "(default: the configuration's)"
+PAIRS = "pairs of each kind (default: %(default)s)"
+SIZE = "width and height of their images (default: {} {})"
+OVERWRITE = "replace a file that is there"
+_WH = ("W", "H")
 
 
 def export(checkpoint: str | Path, output: str | Path, overwrite: bool = False) -> None:
@@ -117,17 +122,19 @@ def _parser() -> argparse.ArgumentParser:
         one.add_argument(
             "-o", "--output", "--run", dest="run", required=True, help="folder of checkpoint, logs"
         )
-        one.add_argument("--data", help="folder of scenes, in place of the configuration's")
-        one.add_argument("--encoder-weights", help="torchvision ResNet file for the encoder")
+        one.add_argument("--data", help=f"folder of scenes {CONFIGURED}")
+        one.add_argument(
+            "--encoder-weights", help=f"torchvision ResNet file for the encoder {CONFIGURED}"
+        )
         one.add_argument("--init", help="checkpoint, weights file or installed model to start from")
         one.add_argument("--resume", action="store_true", help="go on from the run's checkpoint")
-        one.add_argument("--steps", type=int, help="steps of the whole run")
+        one.add_argument("--steps", type=int, help=f"steps of the whole run {CONFIGURED}")
         one.add_argument("--stop-at", type=int, help="stop there; --resume goes on to --steps")
         one.add_argument("--time-limit", type=float, metavar="MIN", help="stop after MIN minutes")
-        one.add_argument("--threads", type=int, help="threads of PyTorch")
-        one.add_argument("--workers", type=int, help="data processes")
-        one.add_argument("--seed", type=int)
-        one.add_argument("--device", default="auto", help="cpu, cuda or auto")
+        one.add_argument("--threads", type=int, help=f"threads of PyTorch {CONFIGURED}")
+        one.add_argument("--workers", type=int, help=f"data processes {CONFIGURED}")
+        one.add_argument("--seed", type=int, help=f"of all that is drawn by chance {CONFIGURED}")
+        one.add_argument("--device", default="auto", help="cpu, cuda or auto (default: auto)")
         one.add_argument("--compile", action="store_true", default=None, help="use torch.compile")
         one.add_argument("--skip-bad", action="store_true", help=SKIP_BAD)
     study = commands.add_parser("ablation", help="table of trained variants on held-out pairs")
@@ -135,8 +142,10 @@ def _parser() -> argparse.ArgumentParser:
         "runs", nargs="+", metavar="NAME=RUN", help="row's name and run's folder, or weights"
     )
     study.add_argument("--data", required=True, help="folder of scenes; the held-out ones count")
-    study.add_argument("--pairs", type=int, default=50, help="pairs of each kind")
-    study.add_argument("--size", type=int, nargs=2, default=[320, 240], metavar=("W", "H"))
+    study.add_argument("--pairs", type=int, default=50, help=PAIRS)
+    study.add_argument(
+        "--size", type=int, nargs=2, default=[320, 240], metavar=_WH, help=SIZE.format(320, 240)
+    )
     study.add_argument("-o", "--output", help="Markdown file, in place of the screen")
     study.add_argument("--skip-bad", action="store_true", help=SKIP_BAD)
     fitted = commands.add_parser(
@@ -147,14 +156,16 @@ def _parser() -> argparse.ArgumentParser:
         "--data", required=True, help="folder of scenes; held-out ones are not used"
     )
     fitted.add_argument("-o", "--output", required=True, help="a .safetensors file")
-    fitted.add_argument("--pairs", type=int, default=250, help="pairs of each kind")
-    fitted.add_argument("--size", type=int, nargs=2, default=[640, 480], metavar=("W", "H"))
-    fitted.add_argument("--overwrite", action="store_true")
+    fitted.add_argument("--pairs", type=int, default=250, help=PAIRS)
+    fitted.add_argument(
+        "--size", type=int, nargs=2, default=[640, 480], metavar=_WH, help=SIZE.format(640, 480)
+    )
+    fitted.add_argument("--overwrite", action="store_true", help=OVERWRITE)
     fitted.add_argument("--skip-bad", action="store_true", help=SKIP_BAD)
     out = commands.add_parser("export", help="checkpoint -> safetensors weights")
     out.add_argument("checkpoint", help="checkpoint file or a run's folder")
     out.add_argument("-o", "--output", required=True, help="a .safetensors file")
-    out.add_argument("--overwrite", action="store_true")
+    out.add_argument("--overwrite", action="store_true", help=OVERWRITE)
     return parser
 
 

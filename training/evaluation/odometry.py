@@ -51,7 +51,9 @@ SCORES = ("ate", "rpe_translation", "rpe_rotation")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of this task alone."""
     parser.add_argument("--step", type=int, default=1, help="take every n-th frame (default: 1)")
-    parser.add_argument("--max-frames", type=int, default=0, help="stop after n frames; 0 never")
+    parser.add_argument(
+        "--max-frames", type=int, default=0, help="stop after n frames; 0 never (default: 0)"
+    )
     parser.add_argument(
         "--intrinsics",
         type=_numbers,
