@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         where = error.filename
         if where is None and error.errno in _NO_SPACE:
-            where = getattr(arguments, "output", None)
+            where = getattr(arguments, "output", None) or getattr(arguments, "onnx", None)
         return _fail(f"{where}: {error.strerror or error}" if where else str(error))
     except KeyboardInterrupt:
         # training and evaluation keep what they have

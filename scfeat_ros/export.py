@@ -20,11 +20,12 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from scfeat_ros.errors import InputError, import_optional
+from scfeat_ros.errors import InputError, ScfeatError, import_optional
 from scfeat_ros.extractor import Extractor
 from scfeat_ros.features import Features, Matches
 from scfeat_ros.images import read_file
 from scfeat_ros.matcher import match_with
+from scfeat_ros.memory import is_out_of_memory
 from scfeat_ros.names import printable
 from scfeat_ros.parameters import MatcherOptions
 from scfeat_ros.sources import list_images
@@ -173,7 +174,14 @@ def export(
         elif output.suffix == ".h5":
             _write_h5(*partial, features, counter)
         else:
-            _write_colmap(partial[0], features, counter, folder, colmap)
+            try:
+                _write_colmap(partial[0], features, counter, folder, colmap)
+            except RuntimeError as error:  # of COLMAP, which does not tell a full disk from others
+                if is_out_of_memory(error):
+                    raise
+                raise ScfeatError(
+                    f"{output}: COLMAP cannot write it ({error}); is the disk full?"
+                ) from error
     return ExportResult(
         files=targets,
         images=len(features),

@@ -71,8 +71,15 @@ def test_pairs_of_a_file(tmp_path):
         read_pairs(tmp_path / "none.txt", [])
 
 
-@pytest.mark.parametrize("ending", [".npz", ".h5"])
-def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, folder, ending):
+@pytest.mark.parametrize(
+    ("ending", "reason"),
+    [
+        (".npz", "File too large"),
+        (".h5", "File too large"),
+        (".db", "COLMAP cannot write it (No registered database factory succeeded.)"),
+    ],
+)
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, folder, ending, reason):
     def limit_files():
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
@@ -83,7 +90,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, folder, ending):
         [*command, *options], preexec_fn=limit_files, capture_output=True, text=True
     )
     assert found.returncode == 1
-    assert found.stderr.splitlines()[-1] == f"scfeat: error: {output}: File too large"
+    assert found.stderr.splitlines()[-1].startswith(f"scfeat: error: {output}: {reason}")
     assert "Traceback" not in found.stderr
     assert list(tmp_path.iterdir()) == []
 

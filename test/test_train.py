@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -631,6 +632,29 @@ def test_a_checkpoint_of_another_network_is_named(settings, tmp_path, capsys):
     save_checkpoint(run / CHECKPOINT, state)
     assert main(["export", str(run), "-o", str(tmp_path / "model.safetensors")]) == 1
     assert f"{run}: weights of another network (Missing key" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(settings, tmp_path):
+    def limit_files():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+
+    def fails(*arguments):
+        command = [sys.executable, "-m", "scfeat_training.train", *map(str, arguments)]
+        found = subprocess.run(command, preexec_fn=limit_files, capture_output=True, text=True)
+        assert found.returncode == 1 and "Traceback" not in found.stderr
+        return found.stderr.splitlines()[-1]
+
+    run, output = tmp_path / "run", tmp_path / "model.safetensors"
+    train = ["warmup", "--config", settings("warmup", steps=2), "--run", run]
+    assert fails(*train) == f"scfeat train: {run / CHECKPOINT}: cannot be written (File too large)"
+    assert not list(run.glob(f"{CHECKPOINT}*"))
+    assert main([str(argument) for argument in train]) == 0
+    kept = (run / CHECKPOINT).read_bytes()
+    assert "cannot be written" in fails(*train, "--resume", "--steps", "3")
+    assert (run / CHECKPOINT).read_bytes() == kept
+    reason = fails("export", run, "-o", output)
+    assert reason == f"scfeat train: {output}: File too large"
+    assert [path.name for path in tmp_path.iterdir() if "model" in path.name] == []
 
 
 @pytest.mark.parametrize("stage", ["warmup", "detector"])

@@ -16,11 +16,22 @@ CHECKPOINT = "checkpoint.pt"
 
 
 def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
-    """Write a dict of tensors and plain values; a kill at any time leaves an old or a new file."""
-    with staged_file(path, overwrite=True) as partial, partial.open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
+    """Write a dict of tensors and plain values; a kill at any time leaves an old or a new file.
+
+    Raises:
+        InputError: it cannot be written, as on a full disk; an old file is left as it is.
+    """
+    try:
+        with staged_file(path, overwrite=True) as partial, partial.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:
+        # torch.save fails once more when it closes its archive, with an error of its own
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise InputError(f"{path}: cannot be written ({cause.strerror})") from error
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:

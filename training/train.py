@@ -188,8 +188,12 @@ def main(argv: list[str] | None = None) -> int:
         if args.command == "ablation":
             return _ablation(args)
         return _train(args, argv)
-    except ScfeatError as error:
-        print(f"scfeat train: {error}", file=sys.stderr)
+    except (ScfeatError, OSError) as error:
+        reason = str(error)
+        if isinstance(error, OSError):  # of a full disk's without a name
+            places = error.filename, getattr(args, "output", None), getattr(args, "run", None)
+            reason = f"{next(filter(None, places), args.command)}: {error.strerror or error}"
+        print(f"scfeat train: {reason}", file=sys.stderr)
         return 1
 
 

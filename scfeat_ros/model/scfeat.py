@@ -183,7 +183,7 @@ def save_model(model: SCFeat, path: str | os.PathLike, provenance: dict) -> None
 
     Args:
         model: the network.
-        path: a .safetensors file, which may be there.
+        path: a .safetensors file; one that is there is replaced once the new one is complete.
         provenance: how the weights were made; anything that JSON can hold.
 
     Raises:
@@ -199,9 +199,10 @@ def save_model(model: SCFeat, path: str | os.PathLike, provenance: dict) -> None
         "config": json.dumps(asdict(model.config)),
         "provenance": json.dumps(provenance),
     }
+    # serialized here and written by Python, so that the file gets the user's usual permissions
+    data = save({k: v.contiguous() for k, v in tensors.items()}, metadata)
     with staged_file(path, overwrite=True) as partial:
-        # serialized here and written by Python, so that the file gets the user's usual permissions
-        partial.write_bytes(save({k: v.contiguous() for k, v in tensors.items()}, metadata))
+        partial.write_bytes(data)
 
 
 def available_models() -> list[str]:
