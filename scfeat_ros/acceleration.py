@@ -232,7 +232,7 @@ def check_picture() -> torch.Tensor:
     """(1, 3, height, width) picture in [0, 1]: noise at several scales, with edges and corners."""
     random = np.random.default_rng(7)
     width, height = CHECK_SIZE
-    picture = torch.zeros(1, 3, height, width)
+    picture = torch.zeros(1, 3, height, width, dtype=torch.float32, device="cpu")
     for cells in (4, 10, 24):
         noise = torch.from_numpy(random.random((1, 3, cells, cells), np.float32))
         picture += F.interpolate(noise, size=(height, width), mode="bicubic")

@@ -162,7 +162,8 @@ class Extractor:
         return partial(type(self), **asdict(self.options)), (self.model, self.device)
 
     def _choose_network(self, options: ExtractorOptions) -> Network:
-        network = choose(self.model, self.device, options.precision, options.compile)
+        with torch.autocast(self.device.type, enabled=False):
+            network = choose(self.model, self.device, options.precision, options.compile)
         LOG.info("the network runs in %s", network)
         return network
 
@@ -257,7 +258,8 @@ class Extractor:
         masks = [None] * len(images) if masks is None else masks
         if len(masks) != len(images):
             raise ValueError(f"got {len(masks)} masks for {len(images)} images")
-        with torch.inference_mode(), cores_awake(self.device):
+        off = torch.autocast(self.device.type, enabled=False)  # the network knows its own precision
+        with torch.inference_mode(), off, cores_awake(self.device):
             return self._extract(images, masks)
 
     def _extract(

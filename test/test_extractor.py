@@ -150,6 +150,29 @@ def test_copies_and_pickles_find_the_same(make, copied):
     np.testing.assert_array_equal(other(image).descriptors, features.descriptors[:20])
 
 
+@pytest.mark.parametrize("compile", ["auto", "off"])
+def test_what_the_process_makes_of_pytorch_does_not_matter(make, compile):
+    """Geometry is often computed with fp64 as the default, and networks trained under autocast."""
+    extractor, image = make(compile=compile), textured_image(96, 64)
+    expected = extractor(image)
+
+    def check(extractor):
+        found = extractor(image)
+        check_invariants(found, (96, 64), extractor.descriptor_dim)
+        np.testing.assert_array_equal(found.keypoints, expected.keypoints)
+        np.testing.assert_array_equal(found.descriptors, expected.descriptors)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        check(extractor)
+        check(make(compile=compile))
+    torch.set_default_dtype(torch.float64)
+    try:
+        check(extractor)
+        check(make(compile=compile))
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.parametrize("shift", [(1, 0), (0, 1), (16, 0)])
 def test_shifted_image_gives_shifted_keypoints(make, shift):
     large = textured_image(336, 256)

@@ -56,7 +56,7 @@ class Projection(nn.Module):
     def __init__(self, dim: int, layer2: int, layer3: int) -> None:
         super().__init__()
         self.channels = [dim] * (1 + len(BLOCKS)) + [layer2, layer3]
-        matrix = torch.zeros(dim, sum(self.channels))
+        matrix = torch.zeros(dim, sum(self.channels), dtype=torch.float32)
         for part in (0, 1 + BLOCKS.index(START_BLOCK)):
             matrix[:, part * dim : (part + 1) * dim] = torch.eye(dim)
         self.register_buffer("matrix", matrix)

@@ -106,8 +106,8 @@ class SCFeatOutput(NamedTuple):
 
 
 def unit_range(image: torch.Tensor) -> torch.Tensor:
-    """A uint8 image as float in [0, 1]; a float image as it is."""
-    return image / 255 if image.dtype == torch.uint8 else image
+    """A uint8 image as fp32 in [0, 1]; a float image as it is."""
+    return image.float() / 255 if image.dtype == torch.uint8 else image
 
 
 class SCFeat(nn.Module):
@@ -131,8 +131,8 @@ class SCFeat(nn.Module):
             config.descriptor_dim, STEM_CHANNELS, *config.head_channels, config.upsampled_kernel
         )
         self.projection = Projection(config.descriptor_dim, *self.backbone.encoder.channels[1:])
-        mean = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
-        deviation = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
+        mean = torch.tensor([0.485, 0.456, 0.406], dtype=torch.float32).view(1, 3, 1, 1)
+        deviation = torch.tensor([0.229, 0.224, 0.225], dtype=torch.float32).view(1, 3, 1, 1)
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("deviation", deviation, persistent=False)
 
@@ -289,7 +289,8 @@ def load_model(name_or_path: str | os.PathLike) -> SCFeat:
     path = find_weights(name_or_path)
     config = config_of(read_metadata(path)["config"], path)
     try:
-        model = SCFeat(config)
+        with torch.device("cpu"):  # as fp32, whatever device and type PyTorch is told to use
+            model = SCFeat(config).float()
     except (ValueError, TypeError, RuntimeError) as error:
         raise ModelError(f"{path}: the config describes no network ({error})") from error
     tensors = load_file(path)

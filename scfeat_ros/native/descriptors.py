@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from scfeat_ros.model.descriptors import Maps, Projection
-from scfeat_ros.native.library import call, channels_last
+from scfeat_ros.native.library import call, channels_last, floats
 
 
 def describe(
@@ -16,7 +16,7 @@ def describe(
     layer2, layer3 = channels_last(maps.layer2[None]), channels_last(maps.layer3[None])
     bridged = channels_last(maps.bridged[None].float())
     sized = (part for x in (bridged, layer2, layer3) for part in (x, *x.shape[2:], x.shape[1]))
-    out = torch.empty((len(points), len(matrix)))
+    out = floats(len(points), len(matrix))
     call(
         "describe",
         layer2.dtype,

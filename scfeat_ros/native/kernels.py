@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from scfeat_ros.model.kernels import DetectorInput, Image, Norm
-from scfeat_ros.native.library import call, channels_last, empty_map
+from scfeat_ros.native.library import call, channels_last, empty_map, floats
 
 if TYPE_CHECKING:
     from scfeat_ros.model.fused import Conv
@@ -23,7 +23,7 @@ FACTOR = 4
 
 
 def _lines(height: int, width: int) -> torch.Tensor:
-    return torch.empty(height, FEW, width).permute(1, 0, 2)[None]
+    return floats(height, FEW, width).permute(1, 0, 2)[None]
 
 
 def _is_lines(x: torch.Tensor) -> bool:
@@ -32,13 +32,13 @@ def _is_lines(x: torch.Tensor) -> bool:
 
 
 def _totals(channels: int) -> torch.Tensor:
-    return torch.empty(1, 2, channels, dtype=torch.float64)
+    return torch.empty(1, 2, channels, dtype=torch.float64, device="cpu")
 
 
 def normalize_image(image: torch.Tensor, mean: torch.Tensor, deviation: torch.Tensor) -> Image:
     image = channels_last(image if image.dtype == torch.uint8 else image.float())
     _, _, height, width = image.shape
-    values, largest = torch.empty(1, 3, height, width), torch.empty(1)
+    values, largest = floats(1, 3, height, width), floats(1)
     call(
         "normalize_bytes" if image.dtype == torch.uint8 else "normalize_floats",
         None,
@@ -122,8 +122,8 @@ def bridge(
     descriptors, stem = channels_last(descriptors), channels_last(stem)
     _, channels, height, width = descriptors.shape
     bridged = empty_map(channels, height, width, torch.float32)
-    maps_mean, factors = torch.empty(height, width), torch.empty(1, 1, height, width)
-    largest = torch.empty(1)
+    maps_mean, factors = floats(height, width), floats(1, 1, height, width)
+    largest = floats(1)
     call(
         "bridge",
         descriptors.dtype,
@@ -139,7 +139,7 @@ def weigh_by_peakiness(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     _, channels, height, width = maps.bridged.shape
     stem = maps.stem.shape[1]
-    peaks = torch.empty(1, 1, height, width)
+    peaks = floats(1, 1, height, width)
     weighted = empty_map(channels + stem, height, width, dtype)
     call(
         "weigh_by_peakiness",
@@ -152,7 +152,7 @@ def weigh_by_peakiness(
 
 def image_branch(image: Image, conv: Conv) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     _, channels, height, width = image.values.shape
-    peaks = torch.empty(1, 1, height, width)
+    peaks = floats(1, 1, height, width)
     if conv.weight.shape[0] != FEW:
         weighted = empty_map(channels, height, width, torch.float32)
         call(
@@ -200,7 +200,7 @@ def response(
     x: torch.Tensor, totals: torch.Tensor, norm: Norm, slope: float, weight: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     _, channels, height, width = x.shape
-    out, sums = torch.empty(1, 1, height, width), _totals(1)
+    out, sums = floats(1, 1, height, width), _totals(1)
     rest = totals, norm.groups, norm.weight, norm.bias, slope, weight, out, sums
     if _is_lines(x):
         call("response_of_lines", None, x, height, width, *rest)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from scfeat_ros.native.library import call
+from scfeat_ros.native.library import call, floats
 
 if TYPE_CHECKING:
     from scfeat_ros.parameters import ExtractorOptions
@@ -23,7 +23,7 @@ def select(
     if mask is not None:
         mask = np.ascontiguousarray(mask)
     most = min(options.max_keypoints, height * width)
-    points, values, count = torch.empty(most, 2), torch.empty(most), np.empty(1, np.int64)
+    points, values, count = floats(most, 2), floats(most), np.empty(1, np.int64)
     call(
         "select",
         None,

@@ -269,6 +269,16 @@ def channels_last(x: torch.Tensor) -> torch.Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
+def floats(*shape: int) -> torch.Tensor:
+    """fp32 in main memory for a kernel to write, whatever types and devices PyTorch prefers."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
+
+
 def empty_map(channels: int, height: int, width: int, dtype: torch.dtype) -> torch.Tensor:
     """A (1, channels, height, width) map for a kernel to write."""
-    return torch.empty((1, channels, height, width), dtype=dtype, memory_format=torch.channels_last)
+    return torch.empty(
+        (1, channels, height, width),
+        dtype=dtype,
+        device="cpu",
+        memory_format=torch.channels_last,
+    )

@@ -233,7 +233,7 @@ class _Replay:
 
     def __init__(self, plan: _Plan, like: SCFeatOutput) -> None:
         self._weights = plan.weights
-        self._memory = torch.empty(plan.bytes + ALIGNMENT, dtype=torch.uint8)
+        self._memory = torch.empty(plan.bytes + ALIGNMENT, dtype=torch.uint8, device="cpu")
         self._words = np.frombuffer(b"".join(words for _, words in plan.calls), np.int64).copy()
         start = -(-self._memory.data_ptr() // ALIGNMENT) * ALIGNMENT
         for use in plan.between:
@@ -249,7 +249,7 @@ class _Replay:
 
     def __call__(self, image: torch.Tensor) -> SCFeatOutput:
         output = [
-            torch.empty_strided(shape, stride, dtype=dtype)
+            torch.empty_strided(shape, stride, dtype=dtype, device="cpu")
             for shape, stride, dtype in self._outputs
         ]
         pieces = np.array([piece.data_ptr() for piece in (image, *output)])
