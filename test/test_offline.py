@@ -206,6 +206,8 @@ def test_the_report_stands_alone(full_output, images):
     text = (path / "report" / "index.html").read_text(encoding="utf-8")
     page = Page(text)
     assert page.open == []
+    title = re.search("<title>(.*)</title>", text)[1]
+    assert title.startswith("SCFeat on ") and f"<h1>{title}</h1>" in text
     assert all(address.startswith("data:image/") for address in page.addresses)
     assert "script" not in page.tags and "@import" not in text and "url(" not in text
     # one per frame here, and the heat map
