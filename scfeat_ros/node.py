@@ -441,7 +441,7 @@ class ExtractorNode(LifecycleNode):
 
     def on_error(self, state: LifecycleState) -> TransitionCallbackReturn:
         """After an exception in a transition: back to unconfigured."""
-        self._release(STOP_TIMEOUT)
+        self._release()
         text = f"a transition from '{state.label}' failed; the node is unconfigured now"
         self._monitor.set_condition("transition", Level.ERROR, f"{text} (the log says why)")
         self.get_logger().error(text)
