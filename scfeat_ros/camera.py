@@ -126,6 +126,11 @@ class Camera:
         """Whether the calibration is for images of this (width, height)."""
         return self.image_size == (0, 0) or self.image_size == image_size
 
+    @property
+    def distorts(self) -> bool:
+        """Whether its images differ from a pinhole's, as those of an equidistant lens always do."""
+        return self.model == "equidistant" or bool(self.D.any())
+
     def bearings(self, points: np.ndarray) -> np.ndarray:
         """Undistorted directions of pixels in the optical frame (x right, y down, z ahead).
 

@@ -633,20 +633,31 @@ def test_odometry_in_eurocs_layout_with_distortion(tmp_path, capsys):
         assert "sensor.yaml: cannot be used (" in capsys.readouterr().err
 
 
-def test_odometry_on_a_bag(tmp_path):
+@pytest.mark.parametrize("model", ["plumb_bob", "equidistant"])
+def test_odometry_on_a_bag(model, tmp_path):
     world = World(cameras=5, points=200)
+    focal, centre = np.diag(world.K)[:2], world.K[:2, 2]
     messages = []
     for i, (points, pose) in enumerate(zip(world.images, world.poses, strict=True)):
         time = sample_bags.stamp(i)
+        if model == "equidistant":  # without coefficients no pinhole either
+            directions = (points - centre) / focal
+            radius = np.linalg.norm(directions, axis=1, keepdims=True)
+            points = directions * np.arctan(radius) / radius * focal + centre
         image = encoded_images.encode(points, np.arange(200), world.size)
         position = pose[:3, 3], quaternion(pose[:3, :3]), time
+        info = sample_bags.info_message(world.K, world.size, time, D=(0.0,) * 4, model=model)
         messages += [
-            ("/info", time, sample_bags.info_message(world.K, world.size, time)),
+            ("/info", time, info),
             ("/truth", time, sample_bags.pose_message(*position)),
             ("/image", time, sample_bags.image_message(image, time)),
         ]
     bag = sample_bags.write_bag(tmp_path / "bag", messages)
-    check_odometry(evaluate("odometry", bag, tmp_path / "out", "--pose-topic", "/truth"), 5)
+    result = evaluate("odometry", bag, tmp_path / "out", "--pose-topic", "/truth")
+    check_odometry(result, 5)
+    assert any("without the distortion" in line for line in result["protocol"]) == (
+        model == "equidistant"
+    )
 
 
 def test_images_of_a_bag_with_the_same_stamp_are_kept_apart(tmp_path):

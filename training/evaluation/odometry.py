@@ -44,7 +44,7 @@ from scfeat_training.evaluation.report import (
 from scfeat_training.evaluation.sequences import Sequence, load_sequence
 
 DEFAULTS = {"max_keypoints": 1000}
-RESULT_VERSION = 2
+RESULT_VERSION = 3
 SCORES = ("ate", "rpe_translation", "rpe_rotation")
 
 
@@ -360,6 +360,8 @@ def _report(
         else f"No poses: an inlier is a match that agrees with the estimated essential matrix at "
         f"{args.threshold:g} px; this flatters a method whose wrong matches agree by chance."
     )
+    if sequence.camera.distorts:
+        inlier += " Pixels are those of a pinhole camera with the same K, without the distortion."
     return Report(
         task="odometry",
         title=f"Odometry: {sequence.name}",

@@ -58,7 +58,7 @@ class Sequence:
 
         NaN where the lens model has no inverse.
         """
-        if not self.camera.D.any():
+        if not self.camera.distorts:
             return np.asarray(points, np.float64)
         return (self.camera.bearings(points).astype(np.float64) @ self.camera.K.T)[:, :2]
 
