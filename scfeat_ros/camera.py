@@ -182,12 +182,29 @@ class Camera:
             (N, 2) float64 pixels.
         """
         directions = np.asarray(directions, np.float64).reshape(-1, 1, 2)
+        if len(directions) == 0:
+            return np.zeros((0, 2))
         if self.model == "equidistant":
             D = self.D if len(self.D) else np.zeros(4)
             return cv2.fisheye.distortPoints(directions, self.K, D).reshape(-1, 2)
         rays = np.concatenate([directions, np.ones_like(directions[..., :1])], axis=2)
         D = self.D if len(self.D) else None
         return cv2.projectPoints(rays, np.zeros(3), np.zeros(3), self.K, D)[0].reshape(-1, 2)
+
+    def pixel_gradients(self, directions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """How pixels move with normalized coordinates, about (N, 2) x / z and y / z.
+
+        Returns:
+            d(u, v)/dx and d(u, v)/dy, (N, 2) each.
+        """
+        if not self.distorts:
+            return tuple(np.tile(column, (len(directions), 1)) for column in self.K[:2, :2].T)
+        step = 1e-6 * (1 + np.square(directions).sum(axis=1))[:, None]
+        gradients = []
+        for axis in np.eye(2):
+            ahead, behind = (self.project(directions + sign * step * axis) for sign in (1, -1))
+            gradients.append((ahead - behind) / (2 * step))
+        return gradients[0], gradients[1]
 
     def _undistort(self, pixels: np.ndarray) -> np.ndarray:
         """(N, 1, 2) pixels -> (N, 1, 2) normalized coordinates, without a check."""

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from scfeat_ros.camera import Camera
+
 POSE_TYPES = ("geometry_msgs/msg/PoseStamped", "nav_msgs/msg/Odometry")
 DEFAULT_TOPIC = "/ground_truth/pose"
 RIGHT_WITHIN = 2.0
@@ -101,12 +103,16 @@ def rotation_of(quaternion: np.ndarray) -> np.ndarray:
 
 
 def right_matches(
-    K: np.ndarray, first: Pose, second: Pose, bearings1: np.ndarray, bearings2: np.ndarray
+    camera: Camera, first: Pose, second: Pose, bearings1: np.ndarray, bearings2: np.ndarray
 ) -> np.ndarray | None:
     """Which correspondences lie on each other's true epipolar lines.
 
+    Distances are those in the images as they are, where a lens that distorts bends the lines;
+    without the distortion pixels would be larger at the border of a wide image than in its middle.
+    They are of first order: right for places that are a few pixels from the line.
+
     Args:
-        K: (3, 3) of the camera.
+        camera: of both images.
         first, second: poses of the camera at the two images.
         bearings1, bearings2: (M, 3) undistorted directions with z = 1, see `Camera.bearings`.
 
@@ -121,13 +127,24 @@ def right_matches(
         return None
     x, y, z = t / baseline
     E = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]]) @ R
-    # distances in pixels of the undistorted image with the same K
-    pixels1 = bearings1.astype(np.float64) @ K.T
-    pixels2 = bearings2.astype(np.float64) @ K.T
-    K_inverse = np.linalg.inv(K)
-    F = K_inverse.T @ E @ K_inverse
-    lines2, lines1 = pixels1 @ F.T, pixels2 @ F
-    algebraic = np.abs((pixels2 * lines2).sum(axis=1))
-    scale = np.minimum(np.hypot(*lines1[:, :2].T), np.hypot(*lines2[:, :2].T))
+    bearings1, bearings2 = bearings1.astype(np.float64), bearings2.astype(np.float64)
+    lines2, lines1 = bearings1 @ E.T, bearings2 @ E
+    algebraic = np.abs((bearings2 * lines2).sum(axis=1))
+    scale = np.minimum(_per_pixel(camera, bearings1, lines1), _per_pixel(camera, bearings2, lines2))
     # NaN, where the lens model has no inverse, is not right
     return algebraic <= RIGHT_WITHIN * scale
+
+
+def _per_pixel(camera: Camera, bearings: np.ndarray, lines: np.ndarray) -> np.ndarray:
+    """(M,) how much a line's equation changes from a bearing to one that is a pixel off the line.
+
+    Args:
+        camera: that has seen them.
+        bearings, lines: (M, 3) each, of the plane z = 1.
+    """
+    across, down = camera.pixel_gradients(bearings[:, :2])
+    determinant = across[:, 0] * down[:, 1] - across[:, 1] * down[:, 0]
+    along_u = lines[:, 0] * down[:, 1] - lines[:, 1] * across[:, 1]
+    along_v = lines[:, 1] * across[:, 0] - lines[:, 0] * down[:, 0]
+    with np.errstate(divide="ignore", invalid="ignore"):  # where nothing is known, nothing is right
+        return np.hypot(along_u, along_v) / np.abs(determinant)

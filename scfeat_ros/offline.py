@@ -308,7 +308,7 @@ class _Writer:
             return None
         one, other = matches.indices.T
         return right_matches(
-            frame.camera.K, self._previous.pose, frame.pose, before[one], bearings[other]
+            frame.camera, self._previous.pose, frame.pose, before[one], bearings[other]
         )
 
     def _draw(self, frame: Frame, result: FrameResult, inliers: np.ndarray | None) -> None:

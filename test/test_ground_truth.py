@@ -93,8 +93,8 @@ def test_true_matches_are_right_and_shifted_ones_are_not(D, model):
 
     def right(off1=(0, 0), off2=(0, 0)):
         bearings = camera.bearings(see(first) + off1), camera.bearings(see(second) + off2)
-        found = right_matches(K, first, second, *bearings)
-        np.testing.assert_array_equal(found, right_matches(K, second, first, *bearings[::-1]))
+        found = right_matches(camera, first, second, *bearings)
+        np.testing.assert_array_equal(found, right_matches(camera, second, first, *bearings[::-1]))
         return found
 
     assert right().all()
@@ -111,12 +111,43 @@ def test_the_limit_is_two_pixels():
     first, second = (Pose(np.eye(3), np.array([x, 0.0, 0.0])) for x in (0, 1))
     points = np.array([[100.0, 100.0]] * 4)
     moved = points + np.array([[-30, 0], [-30, 1.99], [-30, 2.01], [50, -1.9]])
-    right = right_matches(K, first, second, camera.bearings(points), camera.bearings(moved))
+    right = right_matches(camera, first, second, camera.bearings(points), camera.bearings(moved))
     assert right.tolist() == [True, True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("D", "model", "reach"),
+    [((), "plumb_bob", 1.0), ((-0.28, 0.07, 0, 0), "plumb_bob", 0.9), ((), "equidistant", 1.4)],
+    ids=["pinhole", "plumb_bob", "equidistant"],
+)
+def test_the_limit_is_of_the_image_as_it_is(D, model, reach):
+    """Moved along the pixel rows, a wide lens sees lines that bend; 2 px are 2 px everywhere."""
+    camera = Camera(K, D, model)
+    first, second = (Pose(np.eye(3), np.array([x, 0.0, 0.0])) for x in (0, 0.2))
+    radius, angle = np.meshgrid(np.linspace(0.1, reach, 12), np.linspace(0.2, 2.9, 12))
+    radius = np.tan(radius) if model == "equidistant" else radius
+    here = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=-1).reshape(-1, 2)
+    there = here - (0.05, 0)
+    # the lines are those of equal y; across such a line as the image shows it
+    step = np.array([1e-5, 0])
+    ahead, behind = camera.project(there + step), camera.project(there - step)
+    along = ahead - behind
+    across = np.stack([-along[:, 1], along[:, 0]], axis=1)
+    across /= np.linalg.norm(across, axis=1, keepdims=True)
+    bearings = camera.bearings(camera.project(here))
+    assert right_matches(camera, first, second, bearings[:0], bearings[:0]).shape == (0,)
+    unknown = np.full_like(bearings, np.nan)
+    assert not right_matches(camera, first, second, bearings, unknown).any()
+    for off in (-1.9, 1.9, -2.15, 2.15):
+        moved = camera.bearings(camera.project(there) + off * across)
+        right = right_matches(camera, first, second, bearings, moved)
+        # in the other image the same error may be the larger one, where pixels see less
+        assert right.mean() > 0.9 if abs(off) < 2 else not right.any(), (off, right.mean())
 
 
 def test_a_camera_that_stands_still_says_nothing():
     first, second = Pose(np.eye(3), np.ones(3)), Pose(rotation_y(0.1), np.ones(3))
     points = np.array([[100.0, 100.0]])
-    bearings = Camera(K).bearings(points)
-    assert right_matches(K, first, second, bearings, bearings) is None
+    camera = Camera(K)
+    bearings = camera.bearings(points)
+    assert right_matches(camera, first, second, bearings, bearings) is None
