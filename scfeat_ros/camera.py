@@ -209,8 +209,43 @@ class Camera:
     def _undistort(self, pixels: np.ndarray) -> np.ndarray:
         """(N, 1, 2) pixels -> (N, 1, 2) normalized coordinates, without a check."""
         if self.model == "equidistant":
-            D = self.D if len(self.D) else np.zeros(4)
-            return cv2.fisheye.undistortPoints(pixels, self.K, D)
+            return self._undistort_fisheye(pixels)
         D = self.D if len(self.D) else None
         criteria = (cv2.TERM_CRITERIA_COUNT | cv2.TERM_CRITERIA_EPS, _ITERATIONS, _TOLERANCE)
         return cv2.undistortPointsIter(pixels, self.K, D, None, None, criteria)
+
+    def _undistort_fisheye(self, pixels: np.ndarray) -> np.ndarray:
+        """As `_undistort`, by Newton's method on the angle from the axis; NaN from 90 degrees on.
+
+        OpenCV's own takes no radius above pi / 2 focal lengths, which a lens with positive
+        coefficients reaches well before 90 degrees.
+        """
+        image = (pixels[:, 0] - self.K[:2, 2]) / np.diag(self.K)[:2]
+        radius = np.hypot(*image.T)
+        k1, k2, k3, k4 = self.D if len(self.D) else np.zeros(4)
+        low, high = np.zeros_like(radius), np.full_like(radius, self._widest_angle)
+        angle = np.minimum(radius, high)
+        for _ in range(_ITERATIONS):
+            square = angle * angle
+            excess = angle * (1 + square * (k1 + square * (k2 + square * (k3 + square * k4))))
+            excess -= radius
+            low, high = np.where(excess > 0, low, angle), np.where(excess > 0, angle, high)
+            slope = 1 + square * (3 * k1 + square * (5 * k2 + square * (7 * k3 + square * 9 * k4)))
+            with np.errstate(divide="ignore", invalid="ignore"):
+                following = angle - excess / slope
+            within = (following >= low) & (following <= high)
+            following = np.where(within, following, (low + high) / 2)
+            angle, before = following, angle
+            if (np.abs(angle - before) < _TOLERANCE).all():
+                break
+        tangent = np.where(angle < np.pi / 2, np.tan(angle), np.nan)
+        scale = np.divide(tangent, radius, out=np.ones_like(radius), where=radius > 0)
+        return (image * scale[:, None])[:, None]
+
+    @cached_property
+    def _widest_angle(self) -> float:
+        """From the axis, up to which a fisheye's radius grows; at most 90 degrees."""
+        slope = [9, 7, 5, 3, 1] * np.array([*self.D[::-1], *[0.0] * (4 - len(self.D)), 1])
+        squares = np.roots(slope)
+        folds = squares.real[(abs(squares.imag) < 1e-9) & (squares.real > 0)]
+        return float(min([np.pi / 2, *np.sqrt(folds)]))

@@ -94,6 +94,28 @@ def test_pixels_that_the_lens_cannot_have_made_are_nan():
     assert np.isnan(fisheye.bearings(np.array([[310.0 + 300 * 2.0, 250.0]]))).all()
 
 
+@pytest.mark.parametrize(
+    ("D", "widest"),
+    [
+        ((0.0,) * 4, 89),
+        ((0.08, 0.02, 0, 0), 89),
+        ((-0.0062, 0.041, -0.039, 0.006), 89),
+        (EQUIDISTANT, 89),
+        ((0.5, -0.4, 0.1, -0.3), 46),  # its radius shrinks again from 52 degrees on
+    ],
+)
+def test_a_fisheye_has_bearings_up_to_ninety_degrees(D, widest):
+    """However many focal lengths from the middle the image of such an angle lies."""
+    shares = [0, 1e-6, 0.1, 0.7, 0.85, 0.9, 0.95, 1]
+    angles, around = np.meshgrid(np.radians(widest) * np.array(shares), np.arange(6))
+    angles, around = angles.ravel(), around.ravel()
+    radius = np.tan(angles)
+    directions = np.column_stack([radius * np.cos(around), radius * np.sin(around)])
+    pixels = [equidistant(x, y, D) for x, y in directions] * K[[0, 1], [0, 1]] + K[:2, 2]
+    bearings = Camera(K, D, "equidistant").bearings(pixels)
+    np.testing.assert_allclose(bearings[:, :2], directions, rtol=1e-5, atol=1e-7)
+
+
 def test_no_points_give_no_bearings():
     assert Camera(K).bearings(np.zeros((0, 2))).shape == (0, 3)
 
