@@ -57,7 +57,7 @@ class NodeOptions:
     warm_up_height: int = option(480, "height of the warm-up image, pixels", 0, 10000)
     descriptor_type: str = option(
         "float32",
-        "descriptors in ~/features: float32, or int8 (times 127, a quarter of the bandwidth)",
+        "descriptors in ~/features: float32, or int8 (times 127, three tenths of the bandwidth)",
         choices=("float32", "int8"),
         live=True,
     )
