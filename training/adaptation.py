@@ -5,7 +5,8 @@ pixels, with scale, light and noise, and so do keypoints. The mean over many vie
 changes less; SuperPoint's homographic adaptation (DeTone, Malisiewicz and Rabinovich 2018, Sec. 5)
 labels photos by it. Here it is learned: the score map of a view is trained towards what the
 detector of stage 2 finds in another view, warped. As the other view is a new one every time, and
-the divergence a Bregman divergence, the map that it is smallest for is the mean over views.
+the divergence a Bregman divergence, the map that it is smallest for is a mean over views, in which
+a view counts the less the larger its scores are altogether.
 """
 
 from __future__ import annotations

@@ -12,8 +12,9 @@ Where the paper's text cannot be right:
 - A fundamental matrix has no scale: points are normalized, and unit-norm matrices of equal sign
   are compared (`geometry.eight_point`, `geometry.fundamental_error`).
 - P_m marks all pairs that fit the epipolar lines, which holds for many points on a line that do
-  not correspond. Resamples are drawn from the mutual nearest neighbours among them: from the
-  matches that the features would give.
+  not correspond. Resamples are drawn from those among them that are each other's most
+  probable match. (By `match_probability`, whose second softmax favours points with few others like
+  them: about a fifth are no mutual nearest neighbours, as which the features are matched later.)
 - Eq. 20 prints the second term as -tanh(L) (-P_m); it is the penalty for pairs that are no match,
   -tanh(L) (not P_m). With good geometry it vanishes, and false matches would cost nothing; a floor
   is kept (`false_match`), as DISK has it.

@@ -74,8 +74,9 @@ def repeatability(
     """Share of keypoints in the shared region that have a keypoint nearby in the other image.
 
     A keypoint of either image counts if it maps into the other image; it is repeated if a
-    keypoint of the other image lies within `threshold` pixels of where it maps to (SuperPoint's
-    definition). 0 where no keypoint is in the shared region.
+    keypoint of the other image lies within `threshold` pixels of where it maps to, which may be one
+    for several. That is SuperPoint's definition, but that here a keypoint nearby may lie outside of
+    the shared region. 0 where no keypoint is in the shared region.
 
     Args:
         first, second: (N, 2) and (M, 2) keypoints.
