@@ -29,6 +29,7 @@ def run(command: Sequence[str], timeout: float) -> subprocess.CompletedProcess[s
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            errors="replace",  # a program need not write in the encoding that Python expects
             start_new_session=True,
         )
         _running.add(process)

@@ -22,6 +22,11 @@ def test_status_and_output():
         programs.run(["no-such-program"], 60)
 
 
+def test_output_of_another_encoding_can_be_read():
+    result = programs.run(["printf", r"caf\351\n"], 60)
+    assert result.stdout == "caf\N{REPLACEMENT CHARACTER}\n"
+
+
 def test_a_timeout_ends_the_programs_of_the_program_too(tmp_path):
     file = tmp_path / "pid"
     with pytest.raises(subprocess.TimeoutExpired):
