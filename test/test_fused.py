@@ -4,6 +4,8 @@ import copy
 import logging
 import math
 import os
+import shutil
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -436,11 +438,11 @@ def test_kernels_are_compiled_once_and_kept(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(library, "SOURCES", [library.FOLDER / "replay.cpp"])  # takes the least
     caplog.set_level(logging.INFO)
-    library.load.__wrapped__()
+    library._load()
     (compiled,) = (tmp_path / "scfeat_ros").iterdir()
     assert "compiled CPU kernels in" in caplog.text
     written = compiled.stat().st_mtime_ns
-    library.load.__wrapped__()
+    library._load()
     assert compiled.stat().st_mtime_ns == written
 
 
@@ -448,7 +450,7 @@ def test_missing_compiler_is_named(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(library.CompilerError, match="install g"):
-        library.load.__wrapped__()
+        library._load()
 
 
 def test_a_compiler_that_cannot_run_is_named(monkeypatch, tmp_path):
@@ -456,7 +458,69 @@ def test_a_compiler_that_cannot_run_is_named(monkeypatch, tmp_path):
     (tmp_path / "c++").chmod(0o755)
     monkeypatch.setenv("CXX", str(tmp_path / "c++"))
     with pytest.raises(library.CompilerError, match=r"c\+\+ failed: .*Exec format error"):
-        library.load.__wrapped__()
+        library._load()
+
+
+def test_without_a_home_folder_nothing_is_compiled(monkeypatch, tmp_path):
+    """As in a container that runs under a user id of its own."""
+
+    def no_account(uid):
+        raise KeyError(uid)
+
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", no_account)
+    with pytest.raises(library.CompilerError, match="set XDG_CACHE_HOME"):
+        library._load()
+
+
+def test_a_cache_folder_that_cannot_be_written_is_named(monkeypatch, tmp_path, caplog):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    caplog.set_level(logging.INFO)
+    with pytest.raises(library.CompilerError, match=r"file/scfeat_ros: .*set XDG_CACHE_HOME"):
+        library._load()
+    assert not caplog.text  # no word of compiling
+
+
+def test_a_compiler_that_fails_is_tried_once(tmp_path):
+    compiler = tmp_path / "compiler"
+    compiler.write_text(f'#!/bin/sh\necho "$1" >> {tmp_path}/calls; exit 1\n')
+    compiler.chmod(0o755)
+    code = (
+        "from scfeat_ros.native import library\n"
+        "for _ in range(2):\n"
+        "    try:\n"
+        "        library.load()\n"
+        "    except library.CompilerError as error:\n"
+        "        print(error)\n"
+        "print(library.is_compiled())\n"
+    )
+    environment = {**os.environ, "CXX": str(compiler), "XDG_CACHE_HOME": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    assert (tmp_path / "calls").read_text() == "--version\n"
+
+
+@needs_compiler
+def test_sources_of_an_earlier_version_are_left_alone(tmp_path):
+    """An installation over an earlier one may keep its files."""
+    package = tmp_path / "scfeat_ros"
+    shutil.copytree(library.FOLDER.parent, package, ignore=shutil.ignore_patterns("weights"))
+    (package / "native" / "gone.cpp").write_text("#error a file of an earlier version\n")
+    code = "from scfeat_ros.native import library; library.load(); print(library.FOLDER)"
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert Path(result.stdout.strip()) == package / "native"
+
+
+def test_all_sources_are_compiled():
+    assert sorted(library.SOURCES) == sorted(library.FOLDER.glob("*.cpp"))
 
 
 @needs_compiler
@@ -464,7 +528,7 @@ def test_failing_compiler_leaves_nothing_behind(monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", "g++ -fno-such-option")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(library.CompilerError, match="no-such-option"):
-        library.load.__wrapped__()
+        library._load()
     assert not list((tmp_path / "scfeat_ros").iterdir())
 
 
@@ -479,5 +543,5 @@ def test_what_killed_compilations_have_left_is_removed(monkeypatch, tmp_path):
     then = time.time() - 2 * library.COMPILE_TIMEOUT
     os.utime(old, (then, then))
     with pytest.raises(library.CompilerError):
-        library.load.__wrapped__()
+        library._load()
     assert list((tmp_path / "scfeat_ros").iterdir()) == [new]  # somebody may be compiling there

@@ -37,7 +37,21 @@ from scfeat_ros.cpu import cpu_info
 LOG = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent
-SOURCES = sorted(FOLDER.glob("*.cpp"))
+SOURCES = [
+    FOLDER / f"{name}.cpp"  # by name: an installation over an earlier one may keep older files
+    for name in (
+        "awake",
+        "descriptors",
+        "direct",
+        "kernels",
+        "keypoints",
+        "matching",
+        "matching_integers",
+        "replay",
+        "stem",
+        "winograd",
+    )
+]
 HEADERS = sorted(FOLDER.glob("*.h"))
 FLAGS = (
     "-std=c++17 -O3 -march=native -fopenmp -pthread -shared -fPIC "
@@ -54,19 +68,42 @@ class CompilerError(RuntimeError):
 
 
 def cache_folder() -> Path:
-    """Where compiled kernels are kept between runs."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "scfeat_ros"
+    """Where compiled kernels are kept between runs.
+
+    Raises:
+        CompilerError: there is no home folder.
+    """
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "scfeat_ros"
+    except RuntimeError as error:  # a user id without an account, as in containers
+        raise CompilerError(
+            "compiled kernels cannot be kept: there is no home folder (set XDG_CACHE_HOME)"
+        ) from error
 
 
-@functools.cache
 def load() -> ctypes.CDLL:
     """Compile the kernels, or take them from the cache, and load them.
 
-    The compiler is $CXX, else g++, else clang++, else c++.
+    The compiler is $CXX, else g++, else clang++, else c++. It is tried once in a process.
 
     Raises:
         CompilerError: there is no compiler, or it fails.
     """
+    library = _load_once()
+    if isinstance(library, CompilerError):
+        raise library
+    return library
+
+
+@functools.cache
+def _load_once() -> ctypes.CDLL | CompilerError:
+    try:
+        return _load()
+    except CompilerError as error:
+        return error
+
+
+def _load() -> ctypes.CDLL:
     if sys.platform == "win32":
         raise CompilerError("the compiled kernels need Linux or macOS")
     try:
@@ -86,7 +123,10 @@ def load() -> ctypes.CDLL:
     try:
         return ctypes.CDLL(str(library))
     except OSError as error:
-        raise CompilerError(f"{library} cannot be loaded ({error}): delete it") from error
+        raise CompilerError(
+            f"compiled kernels cannot be loaded: {error} (delete the file; if programs must not "
+            "run from its folder, set XDG_CACHE_HOME to another)"
+        ) from error
 
 
 def _cpu() -> str:
@@ -99,15 +139,16 @@ def _cpu() -> str:
 
 def _compile(command: list[str], library: Path) -> None:
     started = time.perf_counter()
-    LOG.info("compiling kernels for this CPU, once; it takes some 15 s")
     try:
         library.parent.mkdir(parents=True, exist_ok=True)
         # beside the final name and renamed: two processes may be compiling at once
         scratch = tempfile.TemporaryDirectory(dir=library.parent, suffix=".partial")
     except OSError as error:
-        raise CompilerError(f"compiled kernels cannot be kept in {library.parent}: {error}") from (
-            error
-        )
+        raise CompilerError(
+            f"compiled kernels cannot be kept in {library.parent}: {error.strerror} "
+            "(set XDG_CACHE_HOME to another folder)"
+        ) from error
+    LOG.info("compiling kernels for this CPU, once; it takes some 15 s")
     _remove_abandoned(library.parent)
     with scratch as folder:
         objects = [f"{folder}/{source.stem}.o" for source in SOURCES]
@@ -120,7 +161,9 @@ def _compile(command: list[str], library: Path) -> None:
                 raise
         _run([*command, *objects, "-o", f"{folder}/{library.name}"])
         try:
-            os.replace(f"{folder}/{library.name}", library)
+            with open(f"{folder}/{library.name}", "rb") as built:
+                os.fsync(built)  # a part of it, left by a power cut, would crash what loads it
+            os.replace(built.name, library)
         except OSError as error:
             raise CompilerError(f"{library} cannot be written: {error}") from error
     LOG.info("compiled CPU kernels in %.1f s: %s", time.perf_counter() - started, library)
