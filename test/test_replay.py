@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from torch.utils import _python_dispatch
 
 from scfeat_ros.model.fused import FusedSCFeat
 from scfeat_ros.model.scfeat import load_model
@@ -181,6 +182,19 @@ def test_an_error_while_recording_leaves_nothing_behind(network):
     for seed in range(3):
         assert is_same(replays(image_of(seed)), network(image_of(seed)))
     assert counted.calls == 3  # the second, which failed, is recorded again
+
+
+def test_where_nothing_can_be_recorded_the_network_runs_as_ever(network):
+    def unwatched(image):
+        if _python_dispatch._get_current_dispatch_mode() is not None:  # as PyTorch 2.1
+            raise RuntimeError("Cannot set version_counter for inference tensor")
+        return network(image)
+
+    counted = Counted(unwatched)
+    replays = Replays(counted)
+    for seed in range(4):
+        assert is_same(replays(image_of(seed)), network(image_of(seed)))
+    assert counted.calls == 5  # one of them in vain
 
 
 def test_a_recording_holds_no_maps_but_its_own(network):

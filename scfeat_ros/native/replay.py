@@ -96,8 +96,14 @@ class Replays:
 
     def _record(self, kept: _Kept, image: torch.Tensor) -> tuple[SCFeatOutput, _Replay | None]:
         recorder = _Recorder()
-        with recorded(recorder), recorder:
+        try:
+            with recorded(recorder), recorder:
+                output = self.network(image)
+        except RuntimeError as error:  # PyTorch 2.1 cannot make memory in a dispatch mode
             output = self.network(image)
+            LOG.debug("%s: not recorded: %s", tuple(image.shape), error)
+            kept.records_from = math.inf
+            return output, None
         if recorder.computed:
             LOG.debug("%s: not replayed for %s", tuple(image.shape), ", ".join(recorder.computed))
             kept.records_from = math.inf
