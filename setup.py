@@ -12,7 +12,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (HERE / NAME / "__init__.py").read_
 
 # beyond the node and the offline tool
 EXTRAS = {
-    "export": ["h5py>=3", "pycolmap>=3.11"],
+    "export": ["h5py>=3", "pycolmap>=3.13"],
     "onnx": ["onnx>=1.15", "onnxruntime>=1.17"],
     "plot": ["matplotlib>=3.5"],
     "ray": ["ray>=2.9"],
@@ -65,7 +65,7 @@ setup(
         "numpy>=1.21",
         "opencv-python-headless>=4.6,<5",
         "pyyaml>=5.4",
-        "rosbags>=0.11",
+        "rosbags>=0.11.6",
         "rosbags-image>=0.10",
         "safetensors>=0.4",
         "torch>=2.1",
