@@ -78,11 +78,16 @@ class VideoWriter:
         frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
         frame = frame.reformat(*self._size, format="yuv420p")
         frame.pts, frame.time_base = self._time, Fraction(1, _TICKS)
-        self._container.mux(self._stream.encode(frame))
+        self._mux(frame)
 
     def close(self) -> None:
-        self._container.mux(self._stream.encode())
+        self._mux(None)
         self._container.close()
+
+    def _mux(self, frame: av.VideoFrame | None) -> None:
+        for packet in self._stream.encode(frame):
+            packet.duration = _TICKS // _RATE  # of the last frame; PyAV before 18 sets one tick
+            self._container.mux(packet)
 
 
 def read_video(path: Path) -> Iterator[tuple[np.ndarray, int, bool]]:
