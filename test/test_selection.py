@@ -4,6 +4,8 @@
 there is a GPU, there as well.
 """
 
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -83,3 +85,19 @@ def test_scores_that_are_no_numbers_are_left_out(way):
     expected, found = both(scores, textured_image(40, 40), None, way, subpixel=False)
     for selected in (expected, found):
         assert selected.points.tolist() == [[30, 30]]
+
+
+@needs_compiler
+def test_a_plain_image_is_quick_whatever_the_radius():
+    """Its scores are a plateau: no pixel's neighbourhood has a larger one to stop the search at."""
+    scores, image = torch.full((240, 320), 0.5), np.full((240, 320, 3), 9, np.uint8)
+
+    def seconds(radius):
+        options, times = ExtractorOptions(nms_radius=radius), []
+        for _ in range(5):
+            started = time.perf_counter()
+            assert not len(selection.on_cpu(scores, image, None, options, compiled=True).points)
+            times.append(time.perf_counter() - started)
+        return min(times)
+
+    assert seconds(64) < 10 * seconds(1) + 0.01

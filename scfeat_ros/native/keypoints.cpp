@@ -69,18 +69,20 @@ std::vector<Maximum> local_maxima(const float *scores, int height, int width, co
         const float value = row[x];
         if (!(value > threshold) || !is_finite(value)) continue;
         if (mask && !mask[long(y) * width + x]) continue;
-        bool above_one = radius == 0;
-        if (any_neighbour(y, x, radius, height, width, [&](int v, int u) {
-              const float other = scores[long(v) * width + u];
-              above_one |= other < value;
-              return other > value;
-            }))
-          continue;
+        // before the maximum, since without texture there are plateaus, where every neighbour is
+        // looked at
         const uint8_t *centre = image + y * pitch + 3 * x;
-        if (above_one && any_neighbour(y, x, TEXTURE_RADIUS, height, width, [&](int v, int u) {
+        if (!any_neighbour(y, x, TEXTURE_RADIUS, height, width, [&](int v, int u) {
               return std::memcmp(image + v * pitch + 3 * u, centre, 3) != 0;
             }))
-          mine.push_back({value, y, x});
+          continue;
+        bool above_one = radius == 0;
+        const bool exceeded = any_neighbour(y, x, radius, height, width, [&](int v, int u) {
+          const float other = scores[long(v) * width + u];
+          above_one |= other < value;
+          return other > value;
+        });
+        if (above_one && !exceeded) mine.push_back({value, y, x});
       }
     }
   }
