@@ -3,6 +3,7 @@
 import gc
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -195,6 +196,23 @@ def test_where_nothing_can_be_recorded_the_network_runs_as_ever(network):
     for seed in range(4):
         assert is_same(replays(image_of(seed)), network(image_of(seed)))
     assert counted.calls == 5  # one of them in vain
+
+
+def test_an_error_in_a_replay_does_not_use_up_the_memory(network, size, monkeypatch):
+    counted = Counted(network)
+    replays = Replays(counted)
+    images = [image_of(seed) for seed in range(2)]
+    for image in images:
+        replays(image)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty_strided", Mock(side_effect=MemoryError("made up")))
+        for image in images:
+            with pytest.raises(MemoryError, match="made up"):
+                replays(image)
+    for image in images:
+        assert is_same(replays(image), network(image))
+    assert counted.calls == 2
+    assert bytes_kept(replays) == size
 
 
 def test_a_recording_holds_no_maps_but_its_own(network):

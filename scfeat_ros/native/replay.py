@@ -86,15 +86,14 @@ class Replays:
         if is_new or (replay is None and kept.used < kept.records_from):
             return self.network(image)
         if replay is None:
-            output, replay = self._record(kept, image)
-        else:
-            output = replay(image)
-        if replay is not None:
+            return self._record(kept, image)
+        try:
+            return replay(image)
+        finally:  # also where there was no memory for the output
             with self._lock:
                 kept.idle.append(replay)
-        return output
 
-    def _record(self, kept: _Kept, image: torch.Tensor) -> tuple[SCFeatOutput, _Replay | None]:
+    def _record(self, kept: _Kept, image: torch.Tensor) -> SCFeatOutput:
         recorder = _Recorder()
         try:
             with recorded(recorder), recorder:
@@ -103,18 +102,19 @@ class Replays:
             output = self.network(image)
             LOG.debug("%s: not recorded: %s", tuple(image.shape), error)
             kept.records_from = math.inf
-            return output, None
+            return output
         if recorder.computed:
             LOG.debug("%s: not replayed for %s", tuple(image.shape), ", ".join(recorder.computed))
             kept.records_from = math.inf
-            return output, None
+            return output
         plan = _Plan.of(recorder, image, output)
         with self._lock:
             if not self._has_room(plan.bytes):
                 kept.records_from = self._images + UNUSED
-                return output, None
+                return output
+            kept.idle.append(_Replay(plan, output))
             kept.bytes += plan.bytes
-        return output, _Replay(plan, output)
+        return output
 
     def _has_room(self, size: int) -> bool:
         """Whether another recording may be kept; what has not been used for long goes."""
