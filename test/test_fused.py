@@ -397,6 +397,41 @@ def test_cores_are_kept_awake_by_threads_that_give_way_and_stop(monkeypatch):
         assert becomes(cores * ["S"])
 
 
+FORKS = """
+import os, signal, threading
+from scfeat_ros.native import library
+
+kernels = library.load()
+
+def use():
+    kernels.awake_begin()
+    kernels.awake_end()
+
+def use_for_ever():
+    while True:
+        use()
+
+for _ in range(3):
+    threading.Thread(target=use_for_ever, daemon=True).start()
+for _ in range(50):
+    child = os.fork()
+    if child == 0:
+        signal.alarm(10)
+        use()
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    if status:
+        os._exit(1)
+os._exit(0)
+"""
+
+
+@needs_compiler
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_process_may_fork_while_cores_are_kept_awake():
+    assert subprocess.run([sys.executable, "-W", "ignore", "-c", FORKS]).returncode == 0
+
+
 @pytest.mark.parametrize(
     ("file", "content", "limited"),
     [

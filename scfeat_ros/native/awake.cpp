@@ -9,6 +9,7 @@
 #ifdef __linux__
 
 #include <linux/futex.h>
+#include <pthread.h>
 #include <sched.h>
 #include <signal.h>
 #include <sys/syscall.h>
@@ -18,6 +19,7 @@
 #include <chrono>
 #include <climits>
 #include <mutex>
+#include <new>
 #include <system_error>
 #include <thread>
 
@@ -28,7 +30,16 @@ constexpr std::chrono::milliseconds LINGER{10};  // the next frame often follows
 
 std::atomic<int> users{0};  // computations under way
 std::mutex starting;
-pid_t process = 0;  // threads do not follow into a forked process
+bool started = false;
+
+// In a forked process, into which threads do not follow: one of them may have held the lock.
+void forget() {
+  new (&starting) std::mutex;
+  started = false;
+  users = 0;
+}
+
+[[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, forget);
 
 void relax() {
 #if defined(__x86_64__) || defined(__i386__)
@@ -58,9 +69,8 @@ void spin(int core) {
 
 void start() {
   std::lock_guard<std::mutex> lock(starting);
-  if (process == getpid()) return;
-  process = getpid();
-  users = 0;
+  if (started) return;
+  started = true;
   cpu_set_t all;
   if (sched_getaffinity(0, sizeof all, &all) != 0) return;
   sigset_t every, before;  // signals are for the threads of the program
@@ -86,7 +96,8 @@ void awake_begin() {
 }
 
 void awake_end() {
-  if (users.load() > 0) users.fetch_sub(1);  // 0 in a process that was forked in between
+  int count = users.load();  // 0 in a process that was forked in between
+  while (count > 0 && !users.compare_exchange_weak(count, count - 1)) continue;
 }
 }
 
