@@ -468,6 +468,31 @@ def test_result_does_not_depend_on_the_number_of_threads():
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
+TOO_LITTLE = """
+import resource
+from pathlib import Path
+import numpy as np
+from scfeat_ros.native import matching
+
+many = np.ones((100_000, 256), np.float32)
+matching.nearest(many[:9], many[:9])
+pages = int(Path("/proc/self/statm").read_text().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, 2 * (pages * resource.getpagesize() + 10 * 2**20,))
+try:
+    matching.nearest(many, many)
+except MemoryError as error:
+    assert "nearest" in str(error), error
+else:
+    raise AssertionError("there was enough")
+"""
+
+
+@needs_compiler
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux's /proc")
+def test_a_kernel_without_memory_does_not_end_the_process():
+    subprocess.run([sys.executable, "-c", TOO_LITTLE], check=True)
+
+
 @needs_compiler
 def test_kernels_are_compiled_once_and_kept(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

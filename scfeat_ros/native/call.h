@@ -1,8 +1,10 @@
-// Functions that Python calls, with the address of their arguments: eight bytes for each.
+// Functions that Python calls, with the address of their arguments: eight bytes for each. They return
+// whether there was memory for what they keep (but not for what their threads keep, which is little).
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <new>
 #include <type_traits>
 #include <utility>
 
@@ -30,14 +32,19 @@ void apply(void (*function)(Arguments...), const Word *words, std::index_sequenc
 }
 
 template <typename... Arguments>
-void apply(void (*function)(Arguments...), const Word *words) {
-  apply(function, words, std::index_sequence_for<Arguments...>{});
+int apply(void (*function)(Arguments...), const Word *words) {
+  try {
+    apply(function, words, std::index_sequence_for<Arguments...>{});
+  } catch (const std::bad_alloc &) {
+    return false;
+  }
+  return true;
 }
 
 }  // namespace
 
 #define EXPORT(name, ...) \
-  extern "C" void scfeat_##name(const Word *words) { apply(__VA_ARGS__, words); }
+  extern "C" int scfeat_##name(const Word *words) { return apply(__VA_ARGS__, words); }
 
 // A template for maps of both types.
 #define EXPORT_TYPES(name)            \

@@ -253,7 +253,7 @@ def kernel(name: str, dtype: torch.dtype | None) -> Kernel:
     """A kernel for maps of a type, None for those of no type."""
     symbol = name if dtype is None else f"{name}_{SUFFIX[dtype]}"
     function = getattr(load(), f"scfeat_{symbol}")
-    function.argtypes, function.restype = [ctypes.c_char_p], None
+    function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_int
     words = struct.Struct("<" + "".join(WORDS[a] for a in ARGUMENTS[name] + "n"))
     return Kernel(function, words)
 
@@ -294,10 +294,14 @@ def call(name: str, dtype: torch.dtype | None, *arguments: Argument) -> None:
     """Call a kernel for maps of a type, None for those of no type; with as many threads as PyTorch.
 
     Arrays must be contiguous in the order that the kernel wants.
+
+    Raises:
+        MemoryError: there is not enough.
     """
     chosen = kernel(name, dtype)
     words = chosen.words.pack(*map(_word, arguments), torch.get_num_threads())
-    chosen.function(words)
+    if not chosen.function(words):
+        raise MemoryError(f"there is not enough memory for '{name}'")
     if _watching.recorder is not None:
         _watching.recorder.called(chosen, words, arguments)
 

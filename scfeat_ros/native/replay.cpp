@@ -5,12 +5,14 @@
 namespace {
 
 struct Step {
-  void (*kernel)(const Word *words);
+  int (*kernel)(const Word *words);
   const Word *words;
 };
 
 }  // namespace
 
-extern "C" void replay(const Step *steps, long count) {
-  for (long i = 0; i < count; i++) steps[i].kernel(steps[i].words);
+extern "C" int replay(const Step *steps, long count) {
+  for (long i = 0; i < count; i++)
+    if (!steps[i].kernel(steps[i].words)) return false;
+  return true;
 }

@@ -260,5 +260,7 @@ class _Replay:
         ]
         pieces = np.array([piece.data_ptr() for piece in (image, *output)])
         self._words[self._given] = pieces[self._slots] + self._offsets
-        load().replay(ctypes.c_void_p(self._steps.ctypes.data), ctypes.c_long(len(self._steps)))
+        steps = ctypes.c_void_p(self._steps.ctypes.data), ctypes.c_long(len(self._steps))
+        if not load().replay(*steps):
+            raise MemoryError("there is not enough memory for an image")
         return SCFeatOutput(*output)
