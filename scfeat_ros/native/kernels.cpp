@@ -484,17 +484,17 @@ void bridge(const T *x, const T *stem, int height, int width, int channels, int 
         float *__restrict to = bridged + i * channels;
         const float a = factor[column] * inverse_deviation[i];
         const float b = offset[column] - mean_row(y)[column] * a;
-        float total = 0, peak = 0, norm = 0, along = 0;
-#pragma omp simd reduction(+ : total, norm, along) reduction(max : peak)
+        float total = 0, peak = 0, squared = 0, along = 0;
+#pragma omp simd reduction(+ : total, squared, along) reduction(max : peak)
         for (int c = 0; c < channels; c++) {
           float v = read(p[c]) * (a + scale[c]) + (b + shift[c]);
           to[c] = v;
           total += v;
-          norm += v * v;
+          squared += v * v;
           along += v * direction[c];
           peak = std::max(peak, std::fabs(v));
         }
-        reliability[i] = std::exp(along / std::max(std::sqrt(norm), 1e-12f) + *direction_bias);
+        reliability[i] = std::exp(along / std::max(std::sqrt(squared), 1e-12f) + *direction_bias);
 #pragma omp simd reduction(+ : total) reduction(max : peak)
         for (int c = 0; c < stem_channels; c++) {
           float v = read(q[c]);

@@ -216,7 +216,7 @@ void nearest(const float *a_values, int rows, const float *b_values, int columns
   std::vector<OfColumns> of_columns(threads, OfColumns(size_t(tiles) * COLUMNS));
 #pragma omp parallel num_threads(threads)
   {
-    const typename Products::Thread prepared;
+    [[maybe_unused]] const typename Products::Thread prepared;
     OfColumns &found = of_columns[omp_get_thread_num()];
     alignas(64) float values[ROWS][COLUMNS];
     Integers lane;
