@@ -89,8 +89,10 @@ def has_bfloat16(device: torch.device) -> bool:
     """Whether the device multiplies bf16 in hardware."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    names = ("avx512_bf16", "amx_bf16", " bf16")
-    return device.type == "cpu" and any(name in cpu_info() for name in names)
+    if device.type != "cpu":
+        return False
+    info = cpu_info()
+    return any(name in info for name in ("avx512_bf16", "amx_bf16", " bf16"))
 
 
 def choose(

@@ -103,7 +103,8 @@ def bfloat16_conv2d(
 
 def cpu_has_bfloat16() -> bool:
     """Whether this machine's CPU multiplies bf16 in hardware (Linux only, False elsewhere)."""
-    return any(name in cpu_info() for name in ("avx512_bf16", "amx_bf16"))
+    info = cpu_info()
+    return "avx512_bf16" in info or "amx_bf16" in info
 
 
 def cpu_has_amx() -> bool:

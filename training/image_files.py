@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -28,6 +29,26 @@ def read_image(path: str | Path) -> np.ndarray:
     if image is None:
         raise InputError(f"{path}: no image that can be decoded; replace or remove the file")
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+
+def write_image(path: Path, image: np.ndarray, parameters: Sequence[int] = ()) -> None:
+    """Write an image in the format that its name ends with.
+
+    Not by `cv2.imwrite`, which crashes over a path that is no UTF-8.
+
+    Args:
+        path: the file.
+        image: (H, W) or (H, W, 3) uint8, grey or BGR.
+        parameters: of the format, as `cv2.imencode` takes them.
+
+    Raises:
+        InputError: it cannot be written; the message names the file.
+    """
+    _, data = cv2.imencode(path.suffix, image, parameters)
+    try:
+        path.write_bytes(data.tobytes())
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror})") from error
 
 
 def image_size(path: str | Path) -> tuple[int, int]:

@@ -28,6 +28,7 @@ from scfeat_training.geometry import (
     relative_pose,
     rotation_angle,
 )
+from scfeat_training.image_files import write_image
 from scfeat_training.photometric import Photometric, augment
 from scfeat_training.render import Atlas, Camera, Light, World
 
@@ -425,12 +426,7 @@ def write_pairs(out: Path, count: int, config: SyntheticPairsConfig) -> None:
     for index in range(count):
         sample = pairs[index]
         both = torch.cat([sample["image1"], sample["image2"]], 2).permute(1, 2, 0).numpy()
-        path = out / f"{index:06d}.jpg"
-        _, jpeg = cv2.imencode(".jpg", cv2.cvtColor(both, cv2.COLOR_RGB2BGR))
-        try:
-            path.write_bytes(jpeg.tobytes())
-        except OSError as error:
-            raise InputError(f"{path}: cannot be written ({error.strerror})") from error
+        write_image(out / f"{index:06d}.jpg", cv2.cvtColor(both, cv2.COLOR_RGB2BGR))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -20,6 +20,7 @@ from scfeat_ros.ground_truth import rotation_of
 from scfeat_ros.sources import BagSource
 from scfeat_ros.text_files import read_text
 from scfeat_training.evaluation.data import list_images, read_usable_scene, require_folder
+from scfeat_training.image_files import write_image
 from scfeat_training.scenes import check_camera, is_scene
 
 LAYOUT = (
@@ -262,11 +263,7 @@ def _load_bag(
             file = frames_folder / f"{len(frames):06d}.png"
             image = frame.image if frame.image.ndim == 2 else frame.image[..., ::-1]
             # level 1 is quick; the format is lossless, so features are those of the bag's image
-            _, png = cv2.imencode(".png", image, [cv2.IMWRITE_PNG_COMPRESSION, 1])
-            try:  # by Python: OpenCV crashes over a path that is no UTF-8
-                file.write_bytes(png.tobytes())
-            except OSError as error:
-                raise InputError(f"{file}: cannot be written ({error.strerror})") from error
+            write_image(file, image, [cv2.IMWRITE_PNG_COMPRESSION, 1])
             frames.append(file)
             stamps.append(frame.stamp * 1e-9)
             poses.append(None if frame.pose is None else (frame.pose.R, frame.pose.position))
