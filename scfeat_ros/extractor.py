@@ -25,6 +25,7 @@ from scfeat_ros.model.scfeat import DESCRIPTOR_STRIDE, SCFeat, SCFeatOutput, loa
 from scfeat_ros.native import descriptors as native_descriptors
 from scfeat_ros.native.awake import cores_awake
 from scfeat_ros.onnx_export import OnnxSCFeat
+from scfeat_ros.openmp import release_threads
 from scfeat_ros.parameters import ExtractorOptions, validate
 from scfeat_ros.selection import Selected
 
@@ -164,6 +165,7 @@ class Extractor:
     def _choose_network(self, options: ExtractorOptions) -> Network:
         with torch.autocast(self.device.type, enabled=False):
             network = choose(self.model, self.device, options.precision, options.compile)
+        release_threads()  # another thread may be the one that extracts
         LOG.info("the network runs in %s", network)
         return network
 
