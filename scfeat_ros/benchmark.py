@@ -364,8 +364,8 @@ def _write_sequence(picture: np.ndarray, folder: Path) -> None:
     folder.mkdir()
     for k in range(SEQUENCE):
         moved = np.roll(picture, (3 * k, 5 * k), axis=(0, 1))
-        if not cv2.imwrite(str(folder / f"{k}.jpg"), moved[..., ::-1]):
-            raise OSError(f"{folder}: cannot write {k}.jpg")
+        _, jpeg = cv2.imencode(".jpg", moved[..., ::-1])  # (`imwrite` wants paths of UTF-8)
+        (folder / f"{k}.jpg").write_bytes(jpeg)
 
 
 def _with_top_k(extractor: Extractor, top_k: int) -> Extractor:
