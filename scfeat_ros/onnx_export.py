@@ -69,7 +69,7 @@ def export_onnx(
     Raises:
         ModelError: the weights cannot be read.
         OutputExistsError, InputError: see `staging.staged_file`.
-        ScfeatError: the `onnx` package is missing.
+        ScfeatError: the `onnx` package is missing, or this PyTorch is too old for the precision.
         ValueError: another precision, or another file name extension.
     """
     path = Path(path)
@@ -83,7 +83,13 @@ def export_onnx(
         network = fold_batch_norms(model)
         if precision == "fp16":
             _use_half(network)
-        _write(network, partial)
+        try:
+            _write(network, partial)
+        except RuntimeError as error:  # old versions do not compute in fp16 on the CPU
+            raise ScfeatError(
+                f"PyTorch {torch.__version__} cannot write the network in {precision} "
+                f"({str(error).splitlines()[0]}); use a newer version, or another precision"
+            ) from error
         written = onnx.load(partial)
         metadata = {"format": "scfeat", "precision": precision}
         metadata["config"] = json.dumps(asdict(model.config))

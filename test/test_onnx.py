@@ -11,7 +11,7 @@ pytest.importorskip("onnx", reason="the extra 'onnx' is not installed")
 pytest.importorskip("onnxruntime", reason="the extra 'onnx' is not installed")
 
 from scfeat_ros import acceleration, cli
-from scfeat_ros.errors import ModelError, OutputExistsError
+from scfeat_ros.errors import ModelError, OutputExistsError, ScfeatError
 from scfeat_ros.extractor import Extractor
 from scfeat_ros.model.scfeat import load_model
 from scfeat_ros.onnx_export import OnnxSCFeat, export_onnx
@@ -62,6 +62,16 @@ def test_half_precision_file(tmp_path):
     assert acceleration.check(network, model, torch.device("cpu")) is None
     error = network(image).descriptors - model(image).descriptors
     assert 0 < error.abs().max() < 0.05
+
+
+def test_a_pytorch_that_lacks_fp16_is_named(tmp_path, monkeypatch):
+    def half(*_):
+        raise RuntimeError("\"slow_conv2d_cpu\" not implemented for 'Half'")
+
+    monkeypatch.setattr(torch.nn.Conv2d, "forward", half)  # as PyTorch 2.1's
+    with pytest.raises(ScfeatError, match=r"PyTorch .* cannot write .* fp16 .*'Half'.*newer"):
+        export_onnx("scfeat-s", tmp_path / "half.onnx", "fp16")
+    assert not list(tmp_path.iterdir())
 
 
 def test_mistakes_are_named(file, tmp_path, capsys):
