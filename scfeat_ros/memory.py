@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import sys
+from contextlib import suppress
 
 
 def keep_freed_memory(limit: int = 1 << 30) -> None:
@@ -32,7 +33,8 @@ def free_memory() -> None:
     gc.collect()
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
-        torch.cuda.empty_cache()
+        with suppress(RuntimeError):  # of a GPU that has failed, or after a capture that has
+            torch.cuda.empty_cache()
     # glibc keeps freed blocks for later; elsewhere there is no such function
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
@@ -44,6 +46,8 @@ def is_out_of_memory(error: Exception) -> bool:
     text = str(error).lower()
     phrases = (
         *("out of memory", "can't allocate memory", "not enough memory", "insufficient memory"),
-        *("alloc_failed", "unable to find an engine"),  # cuBLAS's and cuDNN's words for it
+        # cuBLAS's and cuDNN's words for it
+        *("alloc_failed", "status_not_initialized", "unable to find an engine"),
+        "nvml_success == r",  # on a Jetson, which lacks what PyTorch's message is made of
     )
     return isinstance(error, MemoryError) or any(phrase in text for phrase in phrases)
