@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 from collections.abc import Callable
@@ -9,12 +10,17 @@ from typing import Generic, NamedTuple, TypeVar
 
 import torch
 
+from scfeat_ros.memory import is_out_of_memory
+
 LOG = logging.getLogger(__name__)
 
 KEPT = 12
 """Sizes of images whose graphs are kept, enough for all levels of a pyramid; others run without."""
 WARM_UPS = 3
 """Runs before the capture, in which libraries choose their algorithms and allocate."""
+
+_LOCK = threading.Lock()
+"""PyTorch captures one graph at a time in a process."""
 
 Output = TypeVar("Output", bound=tuple[torch.Tensor, ...])
 Key = tuple[tuple[torch.Size, torch.dtype], ...]
@@ -29,8 +35,8 @@ class _Captured(NamedTuple):
 class CudaGraphs(Generic[Output]):
     """Calls a function by replaying what it launched for the first inputs of the same sizes.
 
-    May be called from several threads. All graphs share one pool of memory, since they run one
-    after the other and their results are copied at once.
+    May be called from several threads, each on a stream of its own. All graphs share one pool of
+    memory, since they run one after the other and their results are copied at once.
 
     Args:
         function: takes tensors on a CUDA device, gives a named tuple of such, and never waits for
@@ -39,32 +45,37 @@ class CudaGraphs(Generic[Output]):
 
     def __init__(self, function: Callable[..., Output]) -> None:
         self.function = function
-        self._lock = threading.Lock()
-        self.clear()
+        self._captured: dict[Key, _Captured | None] = {}
+        self._pool: tuple[int, int] | None = None
+        self._done: torch.cuda.Event | None = None
 
     def clear(self) -> None:
         """Forget all graphs and free their memory."""
-        with self._lock:
-            self._captured: dict[Key, _Captured | None] = {}
-            self._pool: tuple[int, int] | None = None
+        with _LOCK:
+            self._captured, self._pool, self._done = {}, None, None
 
     def is_captured(self, *inputs: torch.Tensor) -> bool:
         """Whether there is a graph for inputs of these sizes."""
         return self._captured.get(_key(inputs)) is not None
 
     def __call__(self, *inputs: torch.Tensor) -> Output:
-        with self._lock, torch.cuda.device(inputs[0].device):
+        with _LOCK, torch.cuda.device(inputs[0].device):
             key = _key(inputs)
             if key not in self._captured and len(self._captured) < KEPT:
                 self._captured[key] = self._capture(inputs)
             captured = self._captured.get(key)
             if captured is None:
                 return self.function(*inputs)
+            stream = torch.cuda.current_stream()
+            if self._done is not None:  # of another thread's stream
+                stream.wait_event(self._done)
             for place, given in zip(captured.inputs, inputs, strict=True):
                 place.copy_(given)
             captured.graph.replay()
             # the next replay writes to the same place
-            return captured.output._make(part.clone() for part in captured.output)
+            output = captured.output._make(part.clone() for part in captured.output)
+            self._done = stream.record_event()
+            return output
 
     def _capture(self, inputs: tuple[torch.Tensor, ...]) -> _Captured | None:
         """The graph for inputs like these; None, with a warning, where they cannot be captured.
@@ -73,7 +84,7 @@ class CudaGraphs(Generic[Output]):
             RuntimeError: the function fails, or memory runs out.
         """
         places = tuple(given.clone() for given in inputs)
-        current, beside = torch.cuda.current_stream(), torch.cuda.Stream()
+        current, beside = torch.cuda.current_stream(), _side_stream(inputs[0].device)
         beside.wait_stream(current)
         with torch.cuda.stream(beside):
             for _ in range(WARM_UPS):
@@ -86,15 +97,22 @@ class CudaGraphs(Generic[Output]):
                 graph, pool=self._pool, stream=beside, capture_error_mode="thread_local"
             ):
                 output = self.function(*places)
-        except torch.cuda.OutOfMemoryError:
-            raise
         except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
             LOG.warning("%s: runs without a CUDA graph: %s", tuple(inputs[0].shape), error)
             return None
         finally:
             torch.cuda.set_stream(current)  # where a capture fails, PyTorch leaves the other one
         self._pool = graph.pool()
         return _Captured(graph, places, output)
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """Where graphs are captured: those of one pool share memory on one stream only, and for every
+    stream PyTorch keeps a workspace of cuBLAS."""
+    return torch.cuda.Stream(device)
 
 
 def _key(inputs: tuple[torch.Tensor, ...]) -> Key:

@@ -1,6 +1,10 @@
 """A frame on a GPU: nothing in it waits, and graphs give what is computed without them."""
 
 import copy
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
+from typing import NamedTuple
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -9,8 +13,8 @@ from test_extractor import nearest, textured_image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from scfeat_ros import acceleration
-from scfeat_ros.cuda_graphs import KEPT
+from scfeat_ros import acceleration, cuda_graphs
+from scfeat_ros.cuda_graphs import KEPT, CudaGraphs
 from scfeat_ros.extractor import Extractor
 from scfeat_ros.model.fused import FusedSCFeat
 from scfeat_ros.model.scfeat import load_model
@@ -72,6 +76,82 @@ def test_a_frame_neither_waits_for_the_device_nor_copies_to_it(model, options):
         (count,),
         (count, extractor.descriptor_dim),
     ]
+
+
+class Doubled(NamedTuple):
+    values: torch.Tensor
+
+
+@pytest.fixture
+def captures(monkeypatch):
+    """PyTorch's captures, with nothing behind them: which stream and pool each of them has."""
+    seen = []
+
+    @contextmanager
+    def graph(captured, pool, stream, capture_error_mode):
+        seen.append(SimpleNamespace(stream=stream, pool=pool))
+        yield
+
+    for name, stand_in in {
+        "graph": graph,
+        "CUDAGraph": lambda: MagicMock(**{"pool.return_value": (0, 1)}),
+        "Stream": lambda device: MagicMock(),
+        "current_stream": MagicMock(),
+        "set_stream": MagicMock(),
+        "stream": nullcontext,
+        "device": nullcontext,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    cuda_graphs._side_stream.cache_clear()
+    yield seen
+    cuda_graphs._side_stream.cache_clear()
+
+
+def test_graphs_share_memory_since_all_are_captured_on_one_stream(captures):
+    graphs = CudaGraphs(lambda x: Doubled(2 * x))
+    for size in (2, 3, 2):
+        assert graphs(torch.ones(size)).values.tolist() == [2.0] * size
+    CudaGraphs(lambda x: Doubled(2 * x))(torch.ones(4))
+    assert [capture.pool for capture in captures] == [None, (0, 1), None]
+    assert len({id(capture.stream) for capture in captures}) == 1
+
+
+def failing(error):
+    """A function that raises where it is captured, after the warm-up."""
+    calls = []
+
+    def function(x):
+        calls.append(x)
+        if len(calls) == cuda_graphs.WARM_UPS + 1:
+            raise error
+        return Doubled(2 * x)
+
+    return function
+
+
+def test_what_cannot_be_captured_runs_without_a_graph(captures, caplog):
+    graphs = CudaGraphs(failing(RuntimeError("operation not permitted when stream is capturing")))
+    for _ in range(2):
+        assert graphs(torch.ones(1)).values == 2
+    assert len(captures) == 1
+    assert not graphs.is_captured(torch.ones(1))
+    assert "runs without a CUDA graph: operation not permitted" in caplog.text
+    torch.cuda.set_stream.assert_called_with(torch.cuda.current_stream())
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        RuntimeError('NVML_SUCCESS == r INTERNAL ASSERT FAILED at "CUDACachingAllocator.cpp":838'),
+    ],
+)
+def test_a_capture_that_runs_out_of_memory_is_tried_again(captures, error):
+    graphs = CudaGraphs(failing(error))
+    with pytest.raises(RuntimeError, match=str(error)[:20]):
+        graphs(torch.ones(1))
+    assert graphs(torch.ones(1)).values == 2
+    assert graphs.is_captured(torch.ones(1))
 
 
 @needs_cuda
