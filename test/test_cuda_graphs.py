@@ -1,6 +1,7 @@
 """A frame on a GPU: nothing in it waits, and graphs give what is computed without them."""
 
 import copy
+import weakref
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -17,7 +18,7 @@ from scfeat_ros import acceleration, cuda_graphs
 from scfeat_ros.cuda_graphs import KEPT, CudaGraphs
 from scfeat_ros.extractor import Extractor
 from scfeat_ros.model.fused import FusedSCFeat
-from scfeat_ros.model.scfeat import load_model
+from scfeat_ros.model.scfeat import CONFIGS, SCFeat, load_model
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -50,16 +51,57 @@ class HostTensors(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@torch.inference_mode()
-def test_a_frame_neither_waits_for_the_device_nor_copies_to_it(model, options):
-    """What CUDA graphs can capture. On `meta`, where every look at a value is an error."""
-    extractor = Extractor(copy.deepcopy(model), "cpu", compile="off", **options)
+def fused_on_meta(model):
+    """The fast network without values."""
     network = FusedSCFeat(model, torch.bfloat16).to("meta")
     for name, norm in network.norms.items():
         network.norms[name] = norm._replace(
             weight=norm.weight.to("meta"), bias=norm.bias.to("meta")
         )
+    return network
+
+
+class Allocated(TorchDispatchMode):
+    """Counts the bytes of the tensors that are made: there now, and most at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = {}
+        self.now = self.most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            storage = leaf.untyped_storage()
+            if storage._cdata not in self.sizes:
+                self.sizes[storage._cdata] = storage.nbytes()
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self._freed, storage._cdata)
+        self.most = max(self.most, self.now)
+        return result
+
+    def _freed(self, key):
+        self.now -= self.sizes.pop(key)
+
+
+@torch.inference_mode()
+def test_the_largest_network_takes_less_than_a_gibibyte():
+    model = SCFeat(CONFIGS["scfeat"]).eval()
+    weights = sum(tensor.nbytes for tensor in model.state_dict().values())
+    network = fused_on_meta(model)
+    image = torch.empty(1, 3, 480, 640, dtype=torch.uint8, device="meta")
+    with Allocated() as allocated:
+        network(image)
+    # those of the plain network stay, too
+    assert 1.5 * weights + allocated.most < 2**30
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@torch.inference_mode()
+def test_a_frame_neither_waits_for_the_device_nor_copies_to_it(model, options):
+    """What CUDA graphs can capture. On `meta`, where every look at a value is an error."""
+    extractor = Extractor(copy.deepcopy(model), "cpu", compile="off", **options)
+    network = fused_on_meta(model)
     extractor.model.to("meta")
     extractor.device = torch.device("meta")
     extractor.set_options()

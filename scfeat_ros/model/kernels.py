@@ -145,18 +145,29 @@ def _sum_of_nine(taps: torch.Tensor, factor: int) -> torch.Tensor:
     """
     batch, channels, height, width = taps.shape
     channels //= 9
-    rows = F.interpolate(taps, size=(height, width * factor), mode="bilinear")
-    rows = rows.view(batch, 3, 3, channels, height, width * factor)
-    total = rows[:, :, 1].clone()
-    total[..., 1:] += rows[:, :, 0, ..., :-1]
-    total[..., :-1] += rows[:, :, 2, ..., 1:]
-    size = (height * factor, width * factor)
-    columns = F.interpolate(total.flatten(1, 2), size=size, mode="bilinear")
-    columns = columns.view(batch, 3, channels, *size)
-    result = columns[:, 1].contiguous(memory_format=torch.channels_last)
-    result[:, :, 1:] += columns[:, 0, :, :-1]
-    result[:, :, :-1] += columns[:, 2, :, 1:]
+    taps = taps.view(batch, 3, 3, channels, height, width)
+
+    def wide(column: int) -> torch.Tensor:
+        return _stretched(taps[:, :, column].flatten(1, 2), (height, width * factor))
+
+    def high(row: int) -> torch.Tensor:
+        part = total[:, row * channels : (row + 1) * channels]
+        return _stretched(part, (height * factor, width * factor))
+
+    # one at a time, as all of them take more memory than all the rest of the network
+    total = wide(1)
+    total[..., 1:] += wide(0)[..., :-1]
+    total[..., :-1] += wide(2)[..., 1:]
+    result = high(1)
+    result[:, :, 1:] += high(0)[:, :, :-1]
+    result[:, :, :-1] += high(2)[:, :, 1:]
     return result
+
+
+def _stretched(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """(B, C, h, w) -> bilinearly upsampled to (height, width) `size`, channels-last."""
+    x = x.contiguous(memory_format=torch.channels_last)
+    return F.interpolate(x, size=size, mode="bilinear")
 
 
 def up_conv(taps: torch.Tensor, channels: int, factor: int, norm: Norm, out: torch.Tensor) -> None:
