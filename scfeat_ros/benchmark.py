@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import copy
 import itertools
 import json
 import os
@@ -23,6 +22,7 @@ import torch
 
 from scfeat_ros.acceleration import DTYPES
 from scfeat_ros.cpu import cpu_name
+from scfeat_ros.cuda_graphs import CudaGraphs
 from scfeat_ros.extractor import Extractor
 from scfeat_ros.frontend import FrontEnd
 from scfeat_ros.images import read_file
@@ -33,6 +33,7 @@ from scfeat_ros.model.fused import Conv, FusedSCFeat
 from scfeat_ros.model.scfeat import STRIDE
 from scfeat_ros.native import library, matching
 from scfeat_ros.native.awake import keeps_cores_awake
+from scfeat_ros.native.replay import Replays
 from scfeat_ros.offline import OutputOptions, peak_memory
 from scfeat_ros.offline import run as run_offline
 from scfeat_ros.sources import FolderSource
@@ -370,7 +371,8 @@ def _write_sequence(picture: np.ndarray, folder: Path) -> None:
 
 def _with_top_k(extractor: Extractor, top_k: int) -> Extractor:
     """Another extractor on the same network."""
-    other = copy.copy(extractor)
+    other = object.__new__(type(extractor))  # `copy` would make a network anew
+    vars(other).update(vars(extractor))
     other.set_options(max_keypoints=top_k)
     return other
 
@@ -396,8 +398,11 @@ def count_gflop(extractor: Extractor, size: tuple[int, int]) -> float:
 
     Counted for the network that runs: the fast one needs fewer than the plain one.
     """
-    run = extractor.network.run
-    network = getattr(run, "network", run)  # which is captured or recorded
+    network = extractor.network.run
+    if isinstance(network, CudaGraphs):
+        network = network.function
+    elif isinstance(network, Replays):
+        network = network.network
     network = network if isinstance(network, FusedSCFeat) else extractor.model
     total = 0
 

@@ -7,9 +7,12 @@ import pytest
 from test_fused import needs_compiler
 
 from scfeat_ros import benchmark
+from scfeat_ros.acceleration import GRAPHED, Network
 from scfeat_ros.benchmark import count_gflop, main
+from scfeat_ros.cuda_graphs import CudaGraphs
 from scfeat_ros.errors import InputError
 from scfeat_ros.extractor import Extractor
+from scfeat_ros.model.fused import FusedSCFeat
 from scfeat_ros.model.scfeat import CONFIGS, SCFeat
 
 SMALL = ["--sizes", "128x96", "--top-k", "100", "--rounds", "2", "--warm-up", "1"]
@@ -70,6 +73,23 @@ def test_fast_network_needs_less_arithmetic():
     )
     # minimal filtering takes a quarter of the products, of most convolutions
     assert 0.25 < fast / plain < 0.5
+
+
+def test_arithmetic_of_captured_graphs_is_that_of_the_fast_network(tiny_weights):
+    extractor = Extractor.from_pretrained(tiny_weights, "cpu", compile="off")
+    plain = count_gflop(extractor, (320, 240))
+    fast = FusedSCFeat(extractor.model)
+    extractor.network = Network(CudaGraphs(fast), "fp32", GRAPHED)
+    captured = count_gflop(extractor, (320, 240))
+    extractor.network = Network(fast, "fp32", "fused")
+    assert captured == count_gflop(extractor, (320, 240)) < plain
+
+
+def test_numbers_of_keypoints_are_measured_with_one_network(tiny_weights):
+    extractor = Extractor.from_pretrained(tiny_weights, "cpu", compile="off")
+    other = benchmark._with_top_k(extractor, 10)
+    assert other.network is extractor.network
+    assert (other.options.max_keypoints, extractor.options.max_keypoints) == (10, 2048)
 
 
 def test_table_names_paths_and_machine(capsys):
