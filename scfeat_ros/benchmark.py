@@ -20,7 +20,7 @@ import cv2
 import numpy as np
 import torch
 
-from scfeat_ros.acceleration import DTYPES
+from scfeat_ros.acceleration import DTYPES, has_bfloat16
 from scfeat_ros.cpu import cpu_name
 from scfeat_ros.cuda_graphs import CudaGraphs
 from scfeat_ros.extractor import Extractor
@@ -43,8 +43,8 @@ SCALING_SIZES = "320x240,640x480,960x720,1280x960,1920x1080"
 SCALING_TOP_K = "512,1024,2048,4096,8192"
 CPU_WORK = 1024, 64 << 20, 1
 """Rows of the matrices and bytes that the machine's peaks are measured with, and runs in a row."""
-GPU_WORK = 8192, 1 << 30, 10
-"""The same on a GPU, to which a product of a CPU's size is no work."""
+GPU_WORK = 4096, 256 << 20, 10
+"""The same on a GPU, to which a product of a CPU's size is no work; a Jetson takes seconds."""
 MIN_SIDE = 32
 """Of images, pixels."""
 OPENMP = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
@@ -465,6 +465,8 @@ def _peaks(device: torch.device) -> dict[str, float]:
     for name, dtype in DTYPES.items():
         if name == "int16" or (device.type == "cpu" and name == "fp16"):
             continue
+        if device.type == "cuda" and name == "bf16" and not has_bfloat16(device):
+            continue  # which PyTorch would emulate
         a = torch.randn(size, size, device=device).to(dtype)
         seconds = _time(lambda a=a: a @ a, device, times)
         found[f"{device} {name}"] = 2e-9 * size**3 / seconds
