@@ -38,6 +38,8 @@ FUSION_WEIGHTS = (1.0, 2.0, 3.0, 4.0)
 def select_device(device: str | torch.device) -> torch.device:
     """The torch device of a name; "auto" is CUDA where there is one that works, else the CPU.
 
+    A CUDA device has a number: "cuda" means another one in a thread that has chosen another.
+
     Raises:
         ScfeatError: the device is unknown, not there or does not work.
     """
@@ -69,13 +71,14 @@ def select_device(device: str | torch.device) -> torch.device:
             f"cuda:{count - 1}, 'cpu' or 'auto'"
         )
     try:
-        torch.ones(1, device=chosen).add(1).item()
+        result = torch.ones(1, device=chosen).add(1)
+        result.item()
     except (RuntimeError, AssertionError) as error:  # e.g. no kernels for so old a GPU
         raise ScfeatError(
             f"device '{device}' does not work with this PyTorch ({torch.__version__}): "
             f"{str(error).splitlines()[0]}"
         ) from error
-    return chosen
+    return result.device
 
 
 class _Found(NamedTuple):

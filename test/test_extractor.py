@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from scfeat_ros.errors import ScfeatError
 from scfeat_ros.extractor import Extractor, fusion_normalize, select_device
@@ -428,6 +429,14 @@ def test_a_gpu_that_does_not_work_is_named_or_left_aside(monkeypatch, caplog):
         select_device("cuda:1")
     assert select_device("auto") == torch.device("cpu")
     assert "Running on the CPU instead" in caplog.text
+
+
+def test_a_cuda_device_has_a_number(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.Tensor, "item", lambda _: 2.0)
+    with FakeTensorMode():
+        assert [select_device(name).index for name in ("auto", "cuda", "cuda:1")] == [0, 0, 1]
 
 
 def test_missing_device_is_named():

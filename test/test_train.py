@@ -21,6 +21,7 @@ import yaml
 import scfeat_training
 from scfeat_ros.errors import InputError, OutputExistsError
 from scfeat_ros.model.scfeat import CONFIGS, SCFeat, load_model, read_metadata, save_model
+from scfeat_training import trainer
 from scfeat_training.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
 from scfeat_training.config import STAGES, make_config, read_config
 from scfeat_training.correspondences import CorrespondencePairs, MixedPairs, textured_points
@@ -152,6 +153,19 @@ def test_resumed_run_is_the_same_to_the_bit(stage, settings, teacher, tmp_path):
     assert same(first["ema"], second["ema"])
     assert losses(straight) == losses(broken)
     assert [part["to_step"] for part in second["history"]] == [3, 6]
+
+
+@pytest.mark.parametrize(
+    ("name", "looked_at"), [("auto", "cuda:3"), ("cuda", "cuda:3"), ("cuda:1", "cuda:1")]
+)
+def test_a_process_of_several_looks_at_its_own_gpu_alone(monkeypatch, name, looked_at):
+    seen = []
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", seen.append)
+    monkeypatch.setattr(trainer, "select_device", torch.device)
+    assert trainer._device(name) == torch.device(looked_at)
+    assert seen == [torch.device(looked_at)]
 
 
 @pytest.mark.parametrize("stage", STAGES)

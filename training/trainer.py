@@ -497,9 +497,10 @@ def _drop_later_rows(path: Path, step: int) -> None:
 
 
 def _device(name: str) -> torch.device:
+    number = os.environ.get("LOCAL_RANK")
+    if number is not None and name in ("auto", "cuda") and torch.cuda.is_available():
+        name = f"cuda:{number}"  # at once, since a look at another one takes memory there
     device = select_device(name)
-    if device.type == "cuda" and device.index is None:
-        device = select_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
