@@ -15,6 +15,8 @@ from scfeat_ros.preprocessing import upload
 
 BLOCK_ROWS = 512
 """Of the similarity matrix, at a time on the CPU: with 2,048 columns 4 MiB."""
+BLOCK_VALUES = 1 << 26
+"""The same on a GPU, in values: 256 MiB, all rows of up to 8,192 features."""
 
 
 def match(
@@ -101,9 +103,9 @@ def _similarities(a: torch.Tensor, b: torch.Tensor) -> Iterator[tuple[slice, tor
     """The (N, M) matrix a b^T by blocks of rows: which rows, and the block.
 
     On the CPU a block is used up while it lies in the cache, and the next one overwrites it; the
-    whole matrix would go through memory several times.
+    whole matrix would go through memory several times. On a GPU it may not fit into memory.
     """
-    height = BLOCK_ROWS if a.device.type == "cpu" else len(a)
+    height = BLOCK_ROWS if a.device.type == "cpu" else max(1, BLOCK_VALUES // len(b))
     block = a.new_empty(min(height, len(a)), len(b))
     for start in range(0, len(a), height):
         rows = slice(start, min(start + height, len(a)))

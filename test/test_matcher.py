@@ -6,8 +6,10 @@ from functools import partial
 
 import numpy as np
 import pytest
+import torch
 from test_fused import needs_compiler
 
+from scfeat_ros import matcher
 from scfeat_ros.features import Features, Matches
 from scfeat_ros.matcher import match
 from scfeat_ros.native import library, matching
@@ -206,3 +208,12 @@ def test_a_selection_keeps_rows_together():
     np.testing.assert_array_equal(chosen.indices, matches.indices[keep])
     np.testing.assert_array_equal(chosen.similarity, matches.similarity[keep])
     assert len(Matches.empty()) == 0
+
+
+def test_on_a_gpu_many_features_are_matched_in_little_memory():
+    a = torch.empty(100_000, 16, device="meta")  # as many as an image may have
+    blocks = list(matcher._similarities(a, a))
+    assert all(block.numel() <= matcher.BLOCK_VALUES for _, block in blocks)
+    assert sum(rows.stop - rows.start for rows, _ in blocks) == len(a)
+    few = torch.empty(8192, 16, device="meta")
+    assert len(list(matcher._similarities(few, few))) == 1
