@@ -107,6 +107,8 @@ def _collect(ray: object, arguments: argparse.Namespace, outputs: dict) -> list[
         job = copy.copy(arguments)
         job.input, job.output = [path.absolute()], output
         job.ray, job.quiet, job.threads = None, True, threads
+        if wants_gpu and job.device != "auto":
+            job.device = "cuda"  # the task's only one, whatever its number elsewhere
         jobs[task.options(name=f"scfeat {path.name} -> {output}").remote(job)] = path
     results = {}
     waiting = list(jobs)

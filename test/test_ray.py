@@ -5,12 +5,14 @@ import signal
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import cv2
 import pytest
 from sample_bags import sequence
 
-from scfeat_ros import cli
+from scfeat_ros import cli, ray_jobs
 
 ray = pytest.importorskip("ray", reason="the extra 'ray' is not installed")
 
@@ -108,3 +110,19 @@ def test_many_inputs_without_ray_are_refused(tmp_path, capsys):
     inputs = [make_folder(tmp_path / name) for name in "ab"]
     assert cli.main(["images", *inputs, "-o", str(tmp_path / "out")]) == 1
     assert "--ray local" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("device", "in_task"), [("cuda:1", "cuda"), ("cuda", "cuda"), ("auto", "auto"), ("cpu", "cpu")]
+)
+def test_a_task_takes_the_gpu_that_it_was_given(tmp_path, device, in_task):
+    cluster = MagicMock(exceptions=ray.exceptions)
+    cluster.cluster_resources.return_value = {"GPU": 2}
+    cluster.nodes.return_value = [{"Alive": True, "Resources": {"CPU": 4, "GPU": 2}}]
+    cluster.wait.side_effect = lambda tasks, num_returns: (tasks[:1], tasks[1:])
+    cluster.get.return_value = ray_jobs.JobResult(tmp_path, 0)
+    remote = cluster.remote.return_value.return_value.options.return_value.remote
+    arguments = SimpleNamespace(device=device, threads=0, quiet=True)
+    ray_jobs._collect(cluster, arguments, {tmp_path: tmp_path / "out"})
+    assert remote.call_args.args[0].device == in_task
+    assert cluster.remote.call_args.kwargs["num_gpus"] == (device != "cpu")
