@@ -554,6 +554,26 @@ def test_two_processes_train_like_one(settings, tmp_path):
     assert len(load_checkpoint(tmp_path / "two")["history"]) == 1
 
 
+@pytest.mark.parametrize(
+    ("stage", "loss"),
+    [
+        *((stage, {}) for stage in STAGES),
+        ("warmup", {"bridged_weight": 0.0}),
+        ("descriptor", {"contrast_weight": 0.5}),
+        ("distillation", {"scores": 0.3}),
+    ],
+)
+def test_all_that_is_trained_has_a_gradient(stage, loss, settings, teacher, tmp_path):
+    """Else several processes wait for it in vain."""
+    config = read_config(settings(stage, steps=1, loss=loss), stage)
+    init = teacher if stage == "distillation" else None
+    one = Trainer(config, tmp_path / "run", init=init, device="cpu")
+    one.train()
+    parameters = list(one.network.parameters())
+    assert all((p.grad is not None) == p.requires_grad for p in parameters)
+    assert any(p.requires_grad for p in parameters)
+
+
 BROKEN_LOSS = """
 import os, sys, torch
 from scfeat_training import stages, train

@@ -241,7 +241,10 @@ class WarmupStage(Stage):
         self.network = Describe(model)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        return description_groups(self.config, self.model)
+        groups = description_groups(self.config, self.model)
+        if not self.options.bridged_weight:  # DistributedDataParallel waits for every gradient
+            self.model.bridge.requires_grad_(False)
+        return groups
 
     def dataset(
         self, scenes: Sequence[Scene], skip_bad: bool, images: ImageCache | None = None
