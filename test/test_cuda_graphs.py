@@ -1,7 +1,10 @@
 """A frame on a GPU: nothing in it waits, and graphs give what is computed without them."""
 
 import copy
+import subprocess
+import sys
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -158,6 +161,15 @@ def test_graphs_share_memory_since_all_are_captured_on_one_stream(captures):
     assert len({id(capture.stream) for capture in captures}) == 1
 
 
+def test_a_replay_waits_for_the_one_before(captures):
+    graphs = CudaGraphs(lambda x: Doubled(2 * x))
+    stream = torch.cuda.current_stream()
+    graphs(torch.ones(1))
+    stream.wait_event.assert_not_called()
+    graphs(torch.ones(1))
+    stream.wait_event.assert_called_once_with(stream.record_event())
+
+
 def failing(error):
     """A function that raises where it is captured, after the warm-up."""
     calls = []
@@ -239,3 +251,65 @@ def test_features_are_those_of_the_cpu(model, options):
                     expected.descriptors[j], axis=1
                 )
                 assert np.median(cosines / lengths) > 0.999
+
+
+@needs_cuda
+@torch.inference_mode()
+def test_threads_with_streams_of_their_own_get_results_of_their_own(model):
+    graphs = CudaGraphs(FusedSCFeat(copy.deepcopy(model).cuda(), torch.float32))
+    images = [torch.rand(1, 3, 240, 320, device="cuda") for _ in range(4)]
+    expected = [graphs.function(image) for image in images]
+    torch.cuda.synchronize()
+
+    @torch.inference_mode()
+    def several(image):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            outputs = [graphs(image) for _ in range(20)]
+            torch.cuda.current_stream().synchronize()
+        return outputs
+
+    with ThreadPoolExecutor(len(images)) as pool:
+        for one, outputs in zip(expected, pool.map(several, images), strict=True):
+            for output in outputs:
+                torch.testing.assert_close(output, one, atol=1e-3, rtol=1e-3)
+
+
+@needs_cuda
+@torch.inference_mode()
+def test_sizes_share_their_memory():
+    network = FusedSCFeat(SCFeat(CONFIGS["scfeat"]).eval().cuda(), torch.float16)
+    graphs = CudaGraphs(network)
+    taken = []
+    for width in (640, 608, 576):
+        graphs(torch.zeros(1, 3, 480, width, device="cuda"))
+        torch.cuda.empty_cache()
+        taken.append(torch.cuda.memory_reserved())
+    assert taken[0] < 2**30
+    assert taken[2] - taken[0] < 0.3 * taken[0]
+
+
+BROKEN_OFF = """
+import torch
+from typing import NamedTuple
+from scfeat_ros.cuda_graphs import CudaGraphs
+from scfeat_ros.memory import free_memory
+
+class Result(NamedTuple):
+    values: torch.Tensor
+
+one = torch.ones(3, device="cuda")
+waits = CudaGraphs(lambda x: Result(x * x.sum().item()))
+doubles = CudaGraphs(lambda x: Result(2 * x))
+for _ in range(2):
+    assert waits(one).values.tolist() == [3, 3, 3]
+    assert not waits.is_captured(one)
+    assert doubles(one).values.tolist() == [2, 2, 2]
+free_memory()
+assert torch.cuda.current_stream() == torch.cuda.default_stream()
+"""
+
+
+@needs_cuda
+def test_after_a_capture_that_was_broken_off_all_goes_on():
+    # in a process of its own: PyTorch before 2.12 never captures again
+    subprocess.run([sys.executable, "-c", BROKEN_OFF], check=True)
