@@ -155,6 +155,15 @@ def test_resumed_run_is_the_same_to_the_bit(stage, settings, teacher, tmp_path):
     assert [part["to_step"] for part in second["history"]] == [3, 6]
 
 
+def test_one_process_trains_without_torch_distributed(monkeypatch, settings, tmp_path):
+    """Which PyTorch's builds for Jetsons are without."""
+    for module in ("train", "trainer"):
+        monkeypatch.setattr(f"scfeat_training.{module}.dist", None)
+    config = str(settings("warmup", steps=1))
+    run = ["--run", str(tmp_path / "run"), "--device", "cpu"]
+    assert main(["warmup", "--config", config, *run]) == 0
+
+
 @pytest.mark.parametrize(
     ("name", "looked_at"), [("auto", "cuda:3"), ("cuda", "cuda:3"), ("cuda:1", "cuda:1")]
 )

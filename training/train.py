@@ -211,7 +211,7 @@ def _train(args: argparse.Namespace, argv: list[str]) -> int:
         command=shlex.join(["scfeat", "train", *argv]),
     )
     step = trainer.train(args.stop_at, args.time_limit)
-    if dist.is_initialized():
+    if trainer.world > 1:
         dist.destroy_process_group()
     if trainer.rank == 0:
         print(f"{args.command}: at step {step} of {config.steps}{trainer.left_out}; {args.run}")
