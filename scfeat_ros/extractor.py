@@ -71,7 +71,8 @@ def select_device(device: str | torch.device) -> torch.device:
             f"cuda:{count - 1}, 'cpu' or 'auto'"
         )
     try:
-        result = torch.ones(1, device=chosen).add(1)
+        # a convolution, which takes cuDNN, too
+        result = F.conv2d(*torch.ones(2, 1, 1, 3, 3, device=chosen))
         result.item()
     except (RuntimeError, AssertionError) as error:  # e.g. no kernels for so old a GPU
         raise ScfeatError(

@@ -431,6 +431,18 @@ def test_a_gpu_that_does_not_work_is_named_or_left_aside(monkeypatch, caplog):
     assert "Running on the CPU instead" in caplog.text
 
 
+def test_a_gpu_without_cudnn_is_left_aside(monkeypatch, caplog):
+    def conv2d(*_):
+        raise RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.nn.functional, "conv2d", conv2d)
+    with FakeTensorMode():
+        assert select_device("auto") == torch.device("cpu")
+    assert "cuDNN error" in caplog.text
+
+
 def test_a_cuda_device_has_a_number(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
