@@ -510,7 +510,9 @@ def _progress(done: int, total: int) -> None:
 
 def _machine() -> dict[str, Any]:
     """What the figures were measured on."""
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    # counted are also those that this PyTorch cannot use, and these have no names
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    gpus = [torch.cuda.get_device_name(i) for i in range(count)]
     return {
         "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),

@@ -4,6 +4,7 @@ import json
 import os
 
 import pytest
+import torch
 from test_fused import needs_compiler
 
 from scfeat_ros import benchmark
@@ -90,6 +91,12 @@ def test_numbers_of_keypoints_are_measured_with_one_network(tiny_weights):
     other = benchmark._with_top_k(extractor, 10)
     assert other.network is extractor.network
     assert (other.options.max_keypoints, extractor.options.max_keypoints) == (10, 2048)
+
+
+def test_a_gpu_that_cannot_be_used_is_left_out_of_the_report(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # as the driver's library counts
+    assert benchmark._machine()["gpus"] == []
 
 
 def test_table_names_paths_and_machine(capsys):
