@@ -448,7 +448,7 @@ def test_a_cuda_device_has_a_number(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.Tensor, "item", lambda _: 2.0)
     with FakeTensorMode():
-        assert [select_device(name).index for name in ("auto", "cuda", "cuda:1")] == [0, 0, 1]
+        assert [select_device(name).index for name in ("auto", "cuda", "cuda:0")] == [0, 0, 0]
 
 
 def test_missing_device_is_named():
