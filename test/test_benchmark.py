@@ -16,7 +16,8 @@ from scfeat_ros.extractor import Extractor
 from scfeat_ros.model.fused import FusedSCFeat
 from scfeat_ros.model.scfeat import CONFIGS, SCFeat
 
-SMALL = ["--sizes", "128x96", "--top-k", "100", "--rounds", "2", "--warm-up", "1"]
+BRIEF = ["--sizes", "128x96", "--top-k", "100", "--rounds", "2", "--warm-up", "1"]
+SMALL = [*BRIEF, "--devices", "cpu"]
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +92,19 @@ def test_numbers_of_keypoints_are_measured_with_one_network(tiny_weights):
     other = benchmark._with_top_k(extractor, 10)
     assert other.network is extractor.network
     assert (other.options.max_keypoints, extractor.options.max_keypoints) == (10, 2048)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_is_measured(tmp_path):
+    file = tmp_path / "speed.json"
+    options = ["--devices", "cuda", "--ways", "auto", "--peers", "", "--json", str(file)]
+    assert main([*BRIEF, *options]) == 0
+    report = json.loads(file.read_text())
+    (row,) = (row for row in report["rows"] if row["stage"] == "extract")
+    assert row["path"].endswith(GRAPHED)
+    assert row["peak_memory_mib"] > 0
+    assert 0 < row["share_of_peak"] < 1
+    assert report["machine"]["gpus"]
 
 
 def test_a_gpu_that_cannot_be_used_is_left_out_of_the_report(monkeypatch):
