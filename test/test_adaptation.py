@@ -47,3 +47,11 @@ def test_what_does_not_count_changes_nothing():
     changed = torch.where(counts, scores, 7.0)
     assert divergence(changed, target, counts) == whole
     assert divergence(scores, target, torch.zeros(5, 6, dtype=torch.bool)) == 0
+
+
+def test_whole_maps_are_compared_without_a_look_at_values():
+    """For which a GPU would have to be waited for."""
+    maps = torch.rand(2, 5, 6)
+    everywhere = torch.ones(5, 6, dtype=torch.bool)
+    assert divergence(*maps) == divergence(*maps, everywhere)
+    assert divergence(*maps.to("meta")).shape == ()

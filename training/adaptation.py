@@ -11,6 +11,8 @@ a view counts the less the larger its scores are altogether.
 
 from __future__ import annotations
 
+from types import EllipsisType
+
 import torch
 
 from scfeat_ros.model.sampling import sample
@@ -42,12 +44,14 @@ def seen_from(scores: torch.Tensor, H: torch.Tensor) -> tuple[torch.Tensor, torc
     return seen.view(height, width), inside.view(height, width)
 
 
-def divergence(scores: torch.Tensor, target: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+def divergence(
+    scores: torch.Tensor, target: torch.Tensor, counts: torch.Tensor | EllipsisType = ...
+) -> torch.Tensor:
     """Generalized Kullback-Leibler divergence, a share of the target's sum.
 
     Args:
         scores, target: (h, w), not negative.
-        counts: (h, w) bool.
+        counts: (h, w) bool, `...` for everywhere.
 
     Returns:
         A scalar; 0 where nothing counts.

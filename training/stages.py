@@ -565,9 +565,8 @@ class DistillationStage(HomographyStage):
         for name in target:
             own, theirs = maps[name].float(), target[name].float()
             if name == "scores":
-                everywhere = torch.ones_like(theirs[0, 0], dtype=torch.bool)
                 both = zip(own[:, 0], theirs[:, 0], strict=True)
-                loss = torch.stack([divergence(a, b, everywhere) for a, b in both])
+                loss = torch.stack([divergence(a, b) for a, b in both])
             else:
                 loss = unexplained(own, theirs)
             total = total + weights.get(name, self.options.layers) * loss
