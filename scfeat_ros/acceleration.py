@@ -159,6 +159,8 @@ def _lacking(device: torch.device, precision: str, fast: bool) -> str | None:
         return None if has_shorts() else "there are no kernels for this CPU in it"
     if device.type == "cpu" and not cpu_computes(DTYPES[precision]):
         return "this CPU does not compute in it"
+    if device.type == "cuda" and precision == "bf16" and not has_bfloat16(device):
+        return "this GPU has no convolutions in it"  # without cuDNN's PyTorch's own are far slower
     return None
 
 

@@ -57,6 +57,16 @@ def test_a_precision_that_the_cpu_lacks_is_not_taken(model, monkeypatch, caplog)
     assert "bf16 was not taken: this CPU does not compute in it" in caplog.text
 
 
+@pytest.mark.parametrize(("capability", "lacks"), [((7, 5), True), ((8, 7), False)])
+def test_bfloat16_is_taken_on_gpus_that_have_it(capability, lacks, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    gpu = torch.device("cuda:0")
+    assert (acceleration._lacking(gpu, "bf16", True) is not None) == lacks
+    assert acceleration._lacking(gpu, "fp16", True) is None
+    first = "fp16" if lacks else "bf16"
+    assert acceleration._ways(gpu, "auto", True) == [(first, True), ("fp32", True), (first, False)]
+
+
 @pytest.mark.parametrize(
     ("bfloat16", "shorts", "expected"),
     [(True, True, "bf16"), (False, True, "int16"), (False, False, "fp32")],
