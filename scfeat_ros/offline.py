@@ -43,7 +43,8 @@ INLIER_THRESHOLD = 1.0
 GEOMETRY_FROM = 500
 """Matches from which the fundamental matrix of a frame is estimated; all are judged by it."""
 FRAMES_AT_ONCE = 2
-"""In the network, on a CPU. They share its threads: fewer of them wait for each other."""
+"""In the network. On a CPU they share its threads, fewer of which wait for each other; on a GPU one
+is prepared and uploaded while the other is computed."""
 FRAMES_AHEAD = 4
 """Of the matching, at most."""
 SWITCH_INTERVAL = 5e-4
@@ -92,9 +93,9 @@ def run(
     """Process a source and write the output folder.
 
     Reading and decoding, the network, matching, and writing run on threads of their own with short
-    queues in between, so that memory does not depend on the length of the input. On a CPU two
-    frames are in the network at the same time and share its threads: where one waits for a core
-    that reads or writes, the other goes on.
+    queues in between, so that memory does not depend on the length of the input. Two frames are in
+    the network at the same time: where one waits, for a core that reads or writes or for a GPU,
+    the other goes on.
 
     Args:
         source: where frames come from.
@@ -191,7 +192,7 @@ def _process(
     threads = torch.get_num_threads()
 
     def share_threads() -> None:
-        torch.set_num_threads(threads // FRAMES_AT_ONCE)
+        torch.set_num_threads(max(1, threads // FRAMES_AT_ONCE))
 
     def extract(group: _Group) -> _Group:
         frame = group.frame
@@ -201,7 +202,7 @@ def _process(
             group.extract_seconds = time.perf_counter() - began
         return group
 
-    if extractor.device.type == "cpu" and threads >= FRAMES_AT_ONCE:
+    if extractor.device.type != "cpu" or threads >= FRAMES_AT_ONCE:
         extracted = on_threads(extract, groups, FRAMES_AT_ONCE, FRAMES_AHEAD, share_threads)
         torch.set_num_threads(1)  # of the matching, which goes on beside the network
     else:

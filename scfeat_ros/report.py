@@ -271,7 +271,7 @@ def _latency(summary: dict[str, Any]) -> str:
     )
     return (
         "<section><h2>Latency by stage</h2><p>Median (bar) and 95th percentile (line) per frame. "
-        "The stages overlap, and on a CPU two frames are extracted at the same time, so these "
+        "The stages overlap, and two frames may be extracted at the same time, so these "
         f"add up to more than the time between frames.</p>{chart}</section>"
     )
 

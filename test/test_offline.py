@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from html.parser import HTMLParser
 
 import av
@@ -28,7 +29,7 @@ from scfeat_ros.frontend import FrontEnd
 from scfeat_ros.messages import decode_features, decode_matches, feature_array, match_array
 from scfeat_ros.offline import OutputOptions
 from scfeat_ros.parameters import MatcherOptions
-from scfeat_ros.sources import BagSource, open_images
+from scfeat_ros.sources import BagSource, Frame, open_images
 from scfeat_ros.video import VideoWriter
 
 COUNT = 6
@@ -54,6 +55,28 @@ def read_output(folder):
 
 def stamp_of(message):
     return message.header.stamp.sec * 10**9 + message.header.stamp.nanosec
+
+
+def test_on_a_gpu_one_frame_is_uploaded_while_another_is_computed(images):
+    both = threading.Barrier(2)
+
+    class ExtractorOnGpu:
+        device = torch.device("cuda", 0)
+
+        def __call__(self, image, mask):
+            both.wait(60)  # for the other frame's
+            return image
+
+    class FrontEndOnGpu:
+        extractor = ExtractorOnGpu()
+
+        def follow(self, features, *_):
+            return features
+
+    groups = [offline._Group([], Frame(image, k, "", k, "")) for k, image in enumerate(images)]
+    found = [features for _, features in offline._process(groups, FrontEndOnGpu(), None)]
+    assert len(found) == COUNT
+    assert all(features is image for features, image in zip(found, images, strict=True))
 
 
 @pytest.fixture(scope="module")
