@@ -88,9 +88,9 @@ def test_encodings(encoding, padding):
     assert picture.flags.c_contiguous
 
 
-@pytest.mark.parametrize("encoding", ["mono16", "rgb16", "bayer_rggb16"])
+@pytest.mark.parametrize("encoding", ["mono16", "rgb16", "bayer_rggb16", "32FC1"])
 def test_big_endian_pixels(encoding):
-    pixels, _, _ = CASES[encoding]
+    pixels = CASES[encoding][0] // 3  # whose bytes are not all the same
     message = image_message(pixels.byteswap(), encoding=encoding)
     message.is_bigendian = 1
     little = from_message(image_message(pixels, encoding=encoding)).pixels
@@ -113,6 +113,15 @@ def test_numbers_without_a_range_are_stretched_and_those_that_are_none_masked():
     assert plain.mask is None and plain.note is None
     with pytest.raises(UnreadableImageError, match="without a single finite pixel"):
         from_message(image_message(pixels * np.nan, encoding="32FC1"))
+
+
+def test_numbers_of_the_smallest_and_of_the_largest_range_are_stretched():
+    with np.errstate(all="raise"):
+        same = from_message(image_message(np.full((2, 3), 2.5, np.float32), encoding="32FC1"))
+        pixels = np.array([[-1.7e308, 0, 1.7e308]])
+        far = from_message(image_message(pixels, encoding="64FC1"))
+    assert not same.pixels.any() and same.mask is None
+    assert far.pixels.tolist() == [[0, 128, 255]]
 
 
 def test_the_padding_of_the_last_row_may_be_missing():
@@ -172,6 +181,9 @@ def test_a_compressed_mosaic_becomes_colour(pattern):
     message.format = f"bayer_{pattern}8; png compressed "
     expected = from_message(image_message(mosaic(pattern), encoding=f"bayer_{pattern}8"))
     np.testing.assert_array_equal(from_message(message).pixels, expected.pixels)
+    # what came out of it as colour already, stays so
+    message.data = compressed_message(RGB).data
+    np.testing.assert_array_equal(from_message(message).pixels, RGB)
 
 
 @pytest.mark.parametrize("ending", [".png", ".jpg"])
@@ -217,6 +229,12 @@ def test_a_compressed_floating_point_image_is_stretched_and_masked():
     image = from_message(message)
     assert image.pixels[0, 1] == 0 and image.pixels[2, 3] == 255
     assert not image.mask[0, 0] and image.mask.sum() == 11
+    colour = np.repeat(pixels[..., None], 3, axis=2)
+    colour[1, 1, 2] = np.inf  # one channel is enough
+    message.data = cv2.imencode(".tiff", colour)[1].reshape(-1)
+    image = from_message(message)
+    assert image.pixels.shape == (3, 4, 3)
+    assert not image.mask[0, 0] and not image.mask[1, 1] and image.mask.sum() == 10
 
 
 @pytest.mark.parametrize("dtype", [np.int8, np.int32, np.float64])

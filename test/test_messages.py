@@ -112,6 +112,9 @@ def test_int8_descriptors_are_the_rounded_multiples_of_127():
     descriptors = messages.to_features(points, (640, 480)).descriptors
     np.testing.assert_allclose(np.linalg.norm(descriptors, axis=1), 1, atol=1e-6)
     assert ((descriptors * result.features.descriptors).sum(axis=1) > 0.998).all()
+    points = points.copy()
+    points["descriptor"][0] = 0
+    assert not messages.to_features(points, (640, 480)).descriptors[0].any()
 
 
 def test_bearings_are_nan_without_a_camera():
@@ -121,6 +124,8 @@ def test_bearings_are_nan_without_a_camera():
     assert not message.is_dense
     bearings = np.ones((5, 3), np.float32)
     assert messages.encode_features(make_result(), bearings, TYPES).is_dense
+    bearings[3] = np.nan  # a single one that the lens cannot have made
+    assert not messages.encode_features(make_result(), bearings, TYPES).is_dense
 
 
 def test_matches_survive_the_round_trip():
@@ -207,15 +212,25 @@ def foreign_cloud(order, width=3, height=2, padding=5):
 @pytest.mark.parametrize("order", ["<", ">"])
 def test_clouds_of_other_programs_are_read(order):
     points, message = foreign_cloud(order)
-    decoded = messages.decode_cloud(message)
-    np.testing.assert_array_equal(decoded["a"], points["a"])
-    np.testing.assert_array_equal(decoded["b"], points["b"])
+    for missing in (0, 5):  # the last row's padding
+        message.data = message.data[: len(message.data) - missing]
+        decoded = messages.decode_cloud(message)
+        np.testing.assert_array_equal(decoded["a"], points["a"])
+        np.testing.assert_array_equal(decoded["b"], points["b"])
+    message.height = 0
+    assert messages.decode_cloud(message).shape == (0,)
 
 
 def test_clouds_that_do_not_fit_are_refused():
     _, message = foreign_cloud("<")
     with pytest.raises(ValueError, match=r"lacks the field\(s\) x, y, z"):
         messages.decode_features(message)
+    with pytest.raises(ValueError, match=r"lacks the field\(s\) prev_u, prev_v, similarity"):
+        messages.decode_matches(messages.encode_features(make_result(), None, TYPES))
+    message.row_step = 59  # rows that overlap
+    with pytest.raises(ValueError, match="2 x 3 points"):
+        messages.decode_cloud(message)
+    message.row_step = 65
     message.data = message.data[:60]
     with pytest.raises(ValueError, match="holds 60 bytes"):
         messages.decode_cloud(message)
@@ -252,17 +267,23 @@ def test_the_overlay_survives_the_round_trip():
     np.testing.assert_array_equal(messages.decode_image(message), picture)
     padded = image_message(picture, padding=6)
     np.testing.assert_array_equal(messages.decode_image(padded), picture)
+    mirrored = messages.encode_image(picture[:, ::-1], 0, "", TYPES)
+    np.testing.assert_array_equal(messages.decode_image(mirrored), picture[:, ::-1])
 
 
 def test_no_overlay_is_refused():
-    with pytest.raises(ValueError, match="uint8"):
-        messages.encode_image(np.zeros((4, 4), np.uint8), 0, "", TYPES)
+    for shape in ((4, 4), (4, 4, 4)):
+        with pytest.raises(ValueError, match="uint8"):
+            messages.encode_image(np.zeros(shape, np.uint8), 0, "", TYPES)
     message = image_message(np.zeros((4, 4), np.uint8))
     with pytest.raises(ValueError, match="mono8"):
         messages.decode_image(message)
     message = image_message(np.zeros((4, 4, 3), np.uint8))
     message.data = message.data[:-1]
     with pytest.raises(ValueError, match="47 bytes"):
+        messages.decode_image(message)
+    message.step = 11
+    with pytest.raises(ValueError, match="4 rows of 11 bytes for 4 pixels"):
         messages.decode_image(message)
 
 
