@@ -77,6 +77,21 @@ def test_no_coefficients_mean_no_distortion_but_for_the_fisheye(name):
     np.testing.assert_allclose(bearings, [[0, 0, 1], [edge, 0, 1]], atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("alias", "D", "name"),
+    [
+        ("", PLUMB_BOB, "plumb_bob"),
+        ("radtan", PLUMB_BOB[:4], "plumb_bob"),
+        ("fisheye", EQUIDISTANT, "equidistant"),
+    ],
+)
+def test_other_names_of_models_are_known(alias, D, name):
+    points = np.array([[100.0, 80.0], [500.0, 400.0]])
+    camera = Camera(K, D, alias)
+    assert camera.model == name
+    np.testing.assert_array_equal(camera.bearings(points), Camera(K, D, name).bearings(points))
+
+
 def test_four_coefficients_of_plumb_bob_leave_out_the_last_radial_one():
     points = np.array([[100.0, 80.0], [500.0, 400.0]])
     four, five = Camera(K, PLUMB_BOB[:4]), Camera(K, (*PLUMB_BOB[:4], 0.0))
@@ -157,6 +172,16 @@ def test_region_of_interest_and_binning_move_the_pixels():
     np.testing.assert_allclose(
         part.bearings((point - (100, 60)) / 2), whole.bearings(point), atol=1e-6
     )
+    message = info_message(K, (641, 481), D=PLUMB_BOB, roi=(9, 9, 9, 0), binning=2)
+    message.binning_y = 4
+    odd = Camera.from_message(message)  # a region without a height is none
+    assert odd.image_size == (320, 120)
+    np.testing.assert_allclose(odd.bearings(point / (2, 4)), whole.bearings(point), atol=1e-6)
+
+
+def test_a_camera_info_without_a_size_fits_every_image():
+    camera = Camera.from_message(info_message(K, (0, 0), D=PLUMB_BOB))
+    assert camera.fits((640, 480)) and camera.fits((1, 1))
 
 
 def test_an_uncalibrated_camera_is_none():
@@ -169,7 +194,10 @@ def test_an_uncalibrated_camera_is_none():
         (K, (0.1,) * 4, "kannala_brandt", "kannala_brandt.*plumb_bob, rational_polynomial"),
         (K, (0.1,) * 7, "plumb_bob", "7 distortion coefficients.*0 or 4 or 5"),
         (K, (0.1,) * 5, "equidistant", "5 distortion coefficients"),
+        (K, (0.1,) * 5, "rational_polynomial", "5 distortion coefficients.*0 or 8"),
         (np.diag([-1.0, 1, 1]), (), "plumb_bob", "focal"),
+        (np.diag([1.0, 0, 1]), (), "plumb_bob", "focal"),
+        (np.diag([1.0, 1, 0]), (), "plumb_bob", "a last element of 1"),
         (np.diag([np.nan, 1, 1]), (), "plumb_bob", "focal"),
         (K, (np.nan,) * 5, "plumb_bob", "distortion coefficients: D is"),
     ],
@@ -190,7 +218,15 @@ def test_the_image_size_does_not_change_bearings(size):
     assert np.isfinite(strong.bearings(far)).all(axis=1).tolist() == [True, False]
     # outside of the image nothing has been tried
     weak = Camera(K, (-0.03, 0.0, 0.0, 0.0, 0.0), image_size=(640, 480))
-    assert np.isfinite(weak.bearings(far)).all(axis=1).tolist() == [True, False]
+    far = np.array([[310.0, 250.0], [990.0, 250.0], [-990.0, 250.0]])
+    for points in (far[:2], far[::2]):
+        assert np.isfinite(weak.bearings(points)).all(axis=1).tolist() == [True, False]
+    # and what is inside is, up to the last pixel: here from column 606 on there is nothing
+    edge = Camera(K, (-0.28, 0.0, 0.0, 0.0, 0.0), image_size=(531, 480))
+    limit = 310 + 300 * 2 / 3 / np.sqrt(3 * 0.28)
+    near = np.array([[limit - 1, 250.0], [limit + 1, 250.0]])
+    assert near.max() < 530.5
+    assert np.isfinite(edge.bearings(near)).all(axis=1).tolist() == [True, False]
 
 
 def test_the_same_calibration_is_known_again():
@@ -203,3 +239,5 @@ def test_the_same_calibration_is_known_again():
         Camera(K, PLUMB_BOB),
     ):
         assert not camera.same_as(other)
+    fisheye = Camera(K, EQUIDISTANT, "equidistant")
+    assert not fisheye.same_as(Camera(K, EQUIDISTANT))
