@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from sample_bags import PERIOD, sequence
 
+from scfeat_ros.errors import OptionError
 from scfeat_ros.extractor import Extractor
 from scfeat_ros.features import Features, Matches
 from scfeat_ros.frontend import FrontEnd
@@ -61,6 +62,15 @@ def test_ids_do_not_come_back_after_a_reset():
     second, lengths = tracker.update(features(5), Matches.empty(), 1, "cam")
     assert not set(first.tolist()) & set(second.tolist())
     assert lengths.tolist() == [1] * 5
+
+
+def test_after_the_last_id_comes_the_first():
+    """Ids have 32 bits, and 0 is none of them."""
+    tracker = Tracker()
+    tracker._next_id = 2**32 - 3
+    for count, expected in ((2, [2**32 - 3, 2**32 - 2]), (3, [2**32 - 1, 1, 2]), (1, [3])):
+        ids, _ = tracker.update(features(count), Matches.empty(), 0, "cam")
+        assert ids.tolist() == expected
 
 
 @pytest.mark.parametrize(
@@ -147,6 +157,27 @@ def test_epipolar_verification_drops_matches(tiny_extractor):
     rows = set(map(tuple, loose.matches.indices.tolist()))
     assert set(map(tuple, kept.matches.indices.tolist())) <= rows
     assert kept.previous_keypoints.shape == (len(kept.matches), 2)
+
+
+def test_matches_are_limited_and_the_limits_can_change(front_end):
+    first, second = sequence(2, step=12)
+
+    def matches():
+        front_end.reset()
+        front_end.process(first, 0, "cam")
+        return front_end.process(second, PERIOD, "cam").matches
+
+    every = matches()
+    limit = float(np.median(every.similarity))
+    front_end.set_matching(min_similarity=limit)
+    assert len(matches()) == (every.similarity >= limit).sum() < len(every)
+    front_end.set_matching(min_similarity=-1.0, ratio=0.95)
+    assert 0 < len(matches()) < len(every)
+    with pytest.raises(OptionError, match="ratio"):
+        front_end.set_matching(max_gap=0.01, ratio=1.5)
+    assert len(matches()) and front_end.matching.ratio == 0.95  # nothing of it is taken over
+    front_end.set_matching(max_gap=0.01)
+    assert len(matches()) == 0
 
 
 def test_frames_without_keypoints_end_all_tracks(front_end):
