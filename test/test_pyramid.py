@@ -18,6 +18,7 @@ from scfeat_ros.matcher import match
         ((640, 480), 3, [(640, 480), (453, 339), (320, 240)]),
         ((100, 90), 9, [(100, 90), (71, 64)]),
         ((10, 8), 3, [(10, 8)]),
+        ((640, 100), 3, [(640, 100), (453, 71)]),
     ],
 )
 def test_sizes(size, levels, expected):
@@ -43,6 +44,13 @@ def test_of_keypoints_at_one_place_the_best_level_stays():
     all_of_them = pyramid.merge([first, second], count=10, radius=0)
     assert all_of_them.scores.tolist() == [5, 4, 3, 2, 1, 0.5]
     assert pyramid.merge([first, second], count=2, radius=0).scores.tolist() == [5, 4]
+
+
+def test_equal_scores_neighbours_of_one_level_and_keypoints_at_the_border_stay():
+    # as far out as a keypoint can be: half a pixel from the last pixel's centre
+    first = features((39.5, 29.5, 4), (10, 10, 3), (11, 10, 2))
+    second = features((-0.5, -0.5, 5), (39.4, 29.4, 4))
+    assert pyramid.merge([first, second], count=10, radius=1).scores.tolist() == [5, 4, 4, 3, 2]
 
 
 @pytest.fixture(scope="module")

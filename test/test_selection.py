@@ -79,6 +79,17 @@ def test_both_ways_select_the_same(scores, way, options):
 
 
 @pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("count", [1, 49, 50])
+def test_of_different_scores_as_many_as_wanted_are_kept(way, count):
+    scores = torch.from_numpy(np.random.default_rng(2).random((40, 60), np.float32))
+    expected, found = both(scores, textured_image(60, 40), None, way, max_keypoints=count)
+    every, _ = both(scores, textured_image(60, 40), None, way)
+    assert len(every.scores) > 50
+    for selected in (expected, found):
+        assert torch.equal(selected.scores, every.scores[:count])
+
+
+@pytest.mark.parametrize("way", WAYS)
 def test_scores_that_are_no_numbers_are_left_out(way):
     scores = torch.zeros(40, 40)
     scores[10, 10], scores[20, 20], scores[30, 30] = torch.nan, torch.inf, 1.0
