@@ -82,9 +82,9 @@ def test_error_grows_with_noise(view):
 def test_error_ignores_scale_and_sign(view, factor):
     first, second, true = view
     other = eight_point(first, second + 0.5)
-    assert float(fundamental_error(other, factor * true)) == pytest.approx(
-        float(fundamental_error(other, true)), abs=1e-12
-    )
+    expected = pytest.approx(float(fundamental_error(other, true)), abs=1e-12)
+    assert float(fundamental_error(other, factor * true)) == expected
+    assert float(fundamental_error(factor * other, true)) == expected
 
 
 def test_error_does_not_depend_on_the_pixels_unit(view):
@@ -107,6 +107,16 @@ def test_error_does_not_depend_on_the_pixels_unit(view):
     assert float(large) == pytest.approx(float(small), rel=1e-6)
 
 
+def test_the_best_of_the_resamples_counts(view):
+    """With a quarter of the matches wrong a tenth of the resamples is right."""
+    first, second, true = view
+    wrong = second.clone()
+    wrong[:15] = second[:15].roll(1, dims=0)
+    generator = torch.Generator().manual_seed(0)
+    assert fundamental_matrix_error(first, wrong, true, SIZE, 200, generator) < 1e-6
+    assert fundamental_error(eight_point(first, wrong), true) > 1e-3
+
+
 def test_resamples_are_all_different():
     sets = resample(40, 100, torch.Generator().manual_seed(0))
     assert sets.shape == (100, 8)
@@ -118,12 +128,16 @@ def test_resamples_are_all_different():
 def test_few_matches_give_as_many_resamples_as_there_are():
     sets = resample(9, 100, torch.Generator().manual_seed(0))
     assert len({tuple(row) for row in sets.tolist()}) == len(sets) == 9
+    # 30 of the 45 sets of ten matches take more than 30 draws
+    assert len(resample(10, 30, torch.Generator().manual_seed(0))) == 30
 
 
 def test_too_few_points_are_refused(view):
     first, second, true = view
     with pytest.raises(ValueError, match="N >= 8"):
         eight_point(first[:7], second[:7])
+    with pytest.raises(ValueError, match="the same N"):
+        eight_point(first[:9], second[:8])
     with pytest.raises(ValueError, match="8 of 7"):
         resample(7, 10, torch.Generator())
     generator = torch.Generator()

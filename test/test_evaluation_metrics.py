@@ -23,6 +23,7 @@ def test_auc_of_a_known_list():
     assert metrics.auc([1, 2, np.inf, np.inf], [4]) == pytest.approx([(0.125 + 0.375 + 1.0) / 4])
     assert metrics.auc([np.inf] * 3, [5, 10]) == [0, 0]
     assert metrics.auc([], [5]) == [0]
+    assert metrics.auc([5], [5]) == [0]  # an error of the threshold is beyond it
 
 
 @given(st.integers(2, 400), st.floats(0.5, 50))
@@ -75,6 +76,12 @@ def test_motion_errors_with_and_without_a_translation():
     assert sideways == pytest.approx([3, 0], abs=1e-9)
     still = metrics.motion_errors(K, K, R, np.zeros(3), first, second)
     assert still == pytest.approx([np.hypot(20, 3), 40])
+    # another lens, and turned
+    K2 = np.array([[250.0, 0, 100], [0, 250, 90], [0, 0, 1]])
+    R, X = rotation([1, 2, -1], 10), np.array([[-0.5, 0.3, 4.0], [1, -0.7, 6]])
+    for t in (np.zeros(3), np.array([0.5, -0.3, 0.4])):
+        seen = [camera[:, :2] / camera[:, 2:] for camera in (X @ K.T, (X @ R.T + t) @ K2.T)]
+        assert metrics.motion_errors(K, K2, R, t, *seen) == pytest.approx(0, abs=1e-9)
 
 
 @pytest.mark.parametrize("degrees", [0, 1e-6, 0.01, 45, 179])
@@ -101,8 +108,37 @@ def test_repeatability_and_matching_score_of_a_known_layout():
     assert score == pytest.approx(2 / 3)
 
 
+def test_the_shared_region_is_that_of_both_images():
+    H = np.diag([2.0, 2.0, 1.0])  # the second image shows a part of the first, twice as large
+    first = np.array([[-0.4, -0.4], [20, 10], [49.7, 10], [50.2, 10], [90, 70]])
+    second = np.array([[-0.5, -0.5], [40, 20], [99.4, 20]])
+    sizes = (100, 80), (100, 40)
+    # of the first image's keypoints two are off the second one, to the right by 50.2 * 2 - 99.5
+    assert metrics.repeatability(first, second, H, *sizes, 0.5) == pytest.approx(6 / 6)
+    assert metrics.repeatability(first, second[:0], H, *sizes) == 0
+    # a match off the shared region may be right; no share exceeds 1
+    matches = np.array([[0, 0], [1, 1], [2, 2], [3, 2]])
+    assert metrics.homography_matching_score(first, second, matches, H, *sizes, 3) == 1
+
+
+def test_places_at_infinity_are_no_matches():
+    H = np.array([[1.0, 0, 0], [0, 1, 0], [1, 0, -10]])
+    points = np.array([[10.0, 0], [10, 5], [0, 0]])
+    assert np.isinf(metrics.project_homography(H, points)[:2]).all()
+    errors = metrics.homography_errors(H, points, points)
+    assert errors.tolist() == [np.inf, np.inf, 0]
+    assert metrics.corner_error(H, np.eye(3), (11, 11)) == np.inf
+
+
+def test_extractions_that_failed_have_no_time():
+    assert metrics.median_milliseconds([np.nan, 0.002, 0.004, np.nan]) == pytest.approx(3)
+    assert metrics.median_milliseconds([np.nan]) is None
+
+
 def test_corner_error():
     H = np.diag([2.0, 2.0, 1.0])
+    corners = np.hypot([0, 99, 0, 99], [0, 0, 79, 79])  # the outermost pixels' centres
+    assert metrics.corner_error(np.eye(3), H, (100, 80)) == pytest.approx(corners.mean())
     shifted = H.copy()
     shifted[:2, 2] = 3, 4
     assert metrics.corner_error(shifted, H, (100, 80)) == pytest.approx(5)
@@ -123,3 +159,16 @@ def test_similarity_transform_is_found_again():
     assert scale == pytest.approx(2.5)
     assert R_found == pytest.approx(R)
     assert t_found == pytest.approx(t)
+
+
+def test_a_similarity_transform_is_no_reflection():
+    rng = np.random.default_rng(2)
+    for degrees in (10, 130, 170):
+        points = rng.normal(size=(20, 3)) * (1, 1, 0)  # in a plane, which does not know its back
+        R = rotation([3, 1, 2], degrees)
+        _, found, _ = metrics.similarity_transform(points, points @ R.T)
+        assert found == pytest.approx(R)
+    octahedron = np.concatenate([np.eye(3), -np.eye(3)])
+    scale, R, _ = metrics.similarity_transform(octahedron, octahedron * (1, 1, -1))
+    assert np.linalg.det(R) == pytest.approx(1)
+    assert scale == pytest.approx(1 / 3)  # two axes fit, and the third one is the wrong way round

@@ -17,6 +17,7 @@ from scfeat_training.geometry import (
     relative_pose,
     rotation_angle,
     skew,
+    symmetric_epipolar_distance,
     transform_points,
 )
 
@@ -61,6 +62,28 @@ def test_epipolar_distance_is_in_pixels():
     along = x2 + 40 * normals[:, ::-1] * (1, -1)
     np.testing.assert_allclose(epipolar_distance(F, x1, moved), 3.5, atol=1e-8)
     np.testing.assert_allclose(epipolar_distance(F, x1, along), 0, atol=1e-8)
+
+
+def test_the_symmetric_distance_is_the_larger_one_of_both_images():
+    K1, K2, pose1, pose2, points = two_views()
+    R, t = relative_pose(*pose1, *pose2)
+    F = fundamental_from_pose(K1, K2, R, t)
+    rng = np.random.default_rng(1)
+    x1, x2 = (project(K, *pose, points)[0] for K, pose in ((K1, pose1), (K2, pose2)))
+    x1, x2 = x1 + rng.normal(size=x1.shape), x2 + rng.normal(size=x2.shape)
+    there, back = epipolar_distance(F, x1, x2), epipolar_distance(F.T, x2, x1)
+    assert (there > back).all()  # the second image is the larger one
+    for views in ((F, x1, x2), (F.T, x2, x1)):
+        np.testing.assert_array_equal(symmetric_epipolar_distance(*views), there)
+        tensors = (torch.from_numpy(array) for array in views)
+        np.testing.assert_allclose(symmetric_epipolar_distance(*tensors).numpy(), there)
+
+
+def test_the_epipole_has_no_line_and_no_distance():
+    ahead = skew(np.array([0.0, 0, 1]))
+    lines = epipolar_lines(ahead, np.array([[0.0, 0], [3, 4]]))
+    np.testing.assert_allclose(lines, [[0, 0, 0], [-0.8, 0.6, 0]])
+    assert epipolar_distance(ahead, np.zeros((1, 2)), np.ones((1, 2))) == 0
 
 
 def test_torch_batches_agree_with_numpy():

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from scfeat_training.geometry import fundamental_from_pose
+from scfeat_training.geometry import fundamental_from_pose, symmetric_epipolar_distance
 from scfeat_training.keypoint_policy import (
     Keypoints,
     PolicyOptions,
@@ -33,16 +33,17 @@ def test_at_most_one_keypoint_a_cell_and_inside_it():
     assert (drawn.points[:, 0] < 48).all() and (drawn.points[:, 1] < 32).all()
 
 
-def test_log_probability_is_softmax_in_the_cell_times_acceptance():
+@pytest.mark.parametrize("sharpness", [1.0, 2.5])
+def test_log_probability_is_softmax_in_the_cell_times_acceptance(sharpness):
     scores = 3 * uniform(16, 16, seed=1)
-    drawn = draw_keypoints(scores, 8, uniform(noise_count(16, 16, 8), seed=2))
+    drawn = draw_keypoints(scores, 8, uniform(noise_count(16, 16, 8), seed=2), sharpness)
     assert len(drawn.points) > 0
     for (x, y), log_probability in zip(
         drawn.points.long().tolist(), drawn.log_probability, strict=True
     ):
         top, left = y // 8 * 8, x // 8 * 8
-        cell = scores[top : top + 8, left : left + 8]
-        place = scores[y, x].exp() / cell.exp().sum()
+        cell = sharpness * scores[top : top + 8, left : left + 8]
+        place = (sharpness * scores[y, x]).exp() / cell.exp().sum()
         accept = 1 - torch.exp(-scores[y, x])
         assert float(log_probability) == pytest.approx(math.log(place * accept), abs=1e-4)
 
@@ -76,6 +77,17 @@ def test_epipolar_matches_need_both_directions():
     found = epipolar_errors(F, first, second)
     assert found[0, 0] == pytest.approx(1.5) and found[1, 2] == pytest.approx(3.0)
     assert (found < 2.0).tolist() == [[True, False, False], [False, True, False]]
+
+
+def test_epipolar_errors_are_those_of_every_pair_in_both_images():
+    F = torch.tensor([[0.1, -0.5, 20.0], [0.7, 0.2, -90.0], [-30.0, 80.0, 500.0]])
+    first, second = 100 * uniform(3, 2, seed=1), 100 * uniform(4, 2, seed=2)
+    found = epipolar_errors(F, first, second)
+    assert found.shape == (3, 4)
+    for row, one in zip(found, first.double(), strict=True):
+        points = one.expand(4, 2)
+        expected = symmetric_epipolar_distance(F.double(), points, second.double())
+        torch.testing.assert_close(row, expected)
 
 
 def test_homography_matches():
@@ -127,6 +139,14 @@ def test_loss_is_the_negative_objective_of_eq_21():
     pairs = 0.5 * (-1.0 - 3.0) + 0.25 * -0.2 * (-2.0 - 3.0)
     objective = (pairs - 0.1 * 0.3 * (-1.0 - 2.0 - 3.0)) / 3
     assert loss.item() == pytest.approx(-objective)
+    # a keypoint's cost rises with the steps, and is all of it without the fundamental matrix
+    options = PolicyOptions(
+        fundamental_reward=False, keypoint_cost=0.2, regularization=0.1, penalty_rise=100
+    )
+    for step, share in ((0, 0.0), (50, 0.5), (None, 1.0)):
+        loss = keypoint_loss(first, second, probability, reward, error, options, step)
+        objective = (pairs - share * 0.2 * (-1.0 - 2.0 - 3.0)) / 3
+        assert loss.item() == pytest.approx(-objective)
 
 
 def test_scores_rise_at_good_places_and_fall_at_bad_ones():
