@@ -95,6 +95,87 @@ def test_exact_descriptors_beat_wrong_ones_in_both_directions(stereo):
     assert right < 0.5 * wrong
 
 
+def test_both_directions_count_alike():
+    """Images, cameras and noise in the other order give the same loss, whatever the geometry."""
+    generator = torch.Generator().manual_seed(7)
+    width, height = 40, 24
+    map1, map2 = (torch.randn(2, 8, height, width, generator=generator) for _ in range(2))
+    K = torch.tensor([[150.0, 0, 80], [0, 150, 48], [0, 0, 1]]).expand(2, 3, 3)
+    K2 = K * torch.tensor([[1.2], [1.2], [1]])
+    angle = torch.tensor(0.3)
+    turn = torch.eye(3)
+    turn[[0, 0, 2, 2], [0, 2, 0, 2]] = torch.stack(
+        [angle.cos(), angle.sin(), -angle.sin(), angle.cos()]
+    )
+    R = turn.expand(2, 3, 3)
+    t = torch.tensor([[-1.0, 0.3, 0.2], [0.5, 0.1, -0.6]])
+    first = View(K, torch.tensor([[2.0, 9.0], [3.0, 5.0]]))
+    second = View(K2, torch.tensor([[4.0, 7.0], [2.5, 30.0]]))
+    fundamental = fundamental_from_pose(*(part.double() for part in (K, K2, R, t)))
+    noise = torch.rand(2, query_count((4 * width, 4 * height), 16), 8, generator=generator)
+    options = DescriptorOptions(jitter=0.8, max_cost=0.02)
+    there = descriptor_loss(map1, map2, fundamental, noise, options, (first, second, R, t))
+    back = descriptor_loss(
+        map2,
+        map1,
+        fundamental.mT,
+        noise[..., [2, 3, 0, 1, 6, 7, 4, 5]],
+        options,
+        (second, first, R.mT, -(R.mT @ t[..., None])[..., 0]),
+    )
+    assert (there[1] > 0.1).all() and (there[1] < 0.9).all()
+    torch.testing.assert_close(there, back, atol=1e-4, rtol=1e-3)
+
+
+def test_queries_are_weighted_by_how_sure_they_are():
+    """By the deviation of Eq. 14, which takes no part in the gradient."""
+    generator = torch.Generator().manual_seed(8)
+    map1 = torch.randn(1, 8, 16, 20, generator=generator)
+    map2 = torch.randn(1, 8, 16, 20, generator=generator, requires_grad=True)
+    points = torch.tensor([[[10.0, 20], [40, 30], [60, 50]]])
+    lines = torch.tensor([[[0.6, 0.8, -40.0], [0, 1, -33], [1, 0, -60]]])
+    noise = torch.rand(1, 3, 2, generator=generator)
+    options = DescriptorOptions(window=0.3, temperature=8.0, max_cost=1.0)
+    alone, deviations = [], []
+    for row in range(3):
+        one = points[:, [row]], lines[:, [row]], noise[:, [row]]
+        loss, used = epipolar_loss(map1, map2, *one, options)
+        assert used == 1
+        alone.append(loss)
+        queries = F.normalize(sample(map1, one[0]), dim=-1)
+        found, _ = search_line(queries, map2, clip_lines(one[1], (80, 64))[0], 100)
+        shift = (one[2] - 0.5) * 0.5 * 0.3 * torch.tensor([80.0, 64])
+        _, deviation = expected_place(queries, map2, found + shift, (24.0, 19.2), 8.0)
+        deviations.append(deviation.detach()[0])
+    weight = 1 / torch.stack(deviations)
+    assert weight.max() > 1.05 * weight.min()
+    expected = (weight * torch.stack(alone)).sum() / weight.sum()
+    found, _ = epipolar_loss(map1, map2, points, lines, noise, options)
+    torch.testing.assert_close(found[0], expected)
+    gradients = [torch.autograd.grad(loss.sum(), map2)[0] for loss in (found, expected)]
+    torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-4)
+
+
+def test_the_window_is_shifted_to_both_sides():
+    """By at most `jitter` of its half side; where nothing is alike, its middle is expected."""
+    map1, map2 = torch.ones(1, 4, 32, 40), torch.ones(1, 4, 32, 40)
+    points, lines = torch.tensor([[[80.0, 60.0]]]), torch.tensor([[[0.0, 1.0, -60.0]]])
+    for noise, shift in ((0.0, 3.2), (0.5, 0.0), (1.0, 3.2)):
+        shifts = torch.tensor([[[0.9, noise]]])
+        loss, _ = epipolar_loss(map1, map2, points, lines, shifts, DescriptorOptions())
+        assert float(loss) == pytest.approx(shift, abs=1e-3)  # half of 0.1 of 128 px, halved
+
+
+def test_what_is_far_from_its_line_is_left_out():
+    """Farther than a share of the shorter side."""
+    map1, map2 = torch.ones(1, 4, 32, 40), torch.ones(1, 4, 32, 40)
+    points, lines = torch.tensor([[[80.0, 60.0]]]), torch.tensor([[[0.0, 1.0, -60.0]]])
+    noise = torch.tensor([[[0.5, 0.5 + 14 / 64]]])  # shifts the window by 14 px
+    for share, used in ((0.1, 0), (0.12, 1)):
+        options = DescriptorOptions(window=1.0, max_cost=share)
+        assert epipolar_loss(map1, map2, points, lines, noise, options)[1] == used
+
+
 def test_gradient_agrees_with_finite_differences():
     """One query: the weight of Eq. 14, which is detached, cancels."""
     generator = torch.Generator().manual_seed(3)
@@ -138,6 +219,23 @@ def test_lines_that_miss_the_image_do_not_count(stereo):
     loss.sum().backward()
     assert loss == 0 and used == 0
     assert (maps.grad == 0).all()
+    # the image is wider than high
+    upright, flat = torch.tensor([[[1.0, 0.0, -150.0]]]), torch.tensor([[[0.0, 1.0, -150.0]]])
+    for line, hit in ((upright, True), (flat, False)):
+        _, used = epipolar_loss(
+            map1, map2, points[:, :1], line, noise[:, :1], DescriptorOptions(max_cost=1.0)
+        )
+        assert bool(used) == hit
+    # and where there is no geometry there is no line
+    two = torch.cat([torch.full_like(upright, torch.nan), upright], dim=1)
+    maps = map2.clone().requires_grad_()
+    loss, used = epipolar_loss(map1, maps, points, two, noise, DescriptorOptions(max_cost=1.0))
+    loss.sum().backward()
+    assert used == 0.5 and maps.grad.isfinite().all()
+    alone, _ = epipolar_loss(
+        map1, map2, points[:, 1:], upright, noise[:, 1:], DescriptorOptions(max_cost=1.0)
+    )
+    torch.testing.assert_close(loss, alone, atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -163,9 +261,28 @@ def test_depth_range_keeps_the_part_of_the_line_that_can_be(stereo):
     place = ends[0, 0, 0] + torch.stack([low, high])[:, 0] * (ends[0, 0, 1] - ends[0, 0, 0])
     # disparities 200 / 5 = 40 and 200 / 20 = 10
     assert sorted(place[:, 0].tolist()) == pytest.approx([60.0, 90.0], abs=1e-2)
-    unknown = View(first.K, torch.tensor([[0.0, torch.inf]]))
-    low, high = depth_interval(points, ends, unknown, second, R, t)
+    for unknown in ((0.0, torch.inf), (5.0, torch.inf), (0.0, 20.0)):
+        view = View(first.K, torch.tensor([unknown]))
+        low, high = depth_interval(points, ends, view, second, R, t)
+        assert (low.item(), high.item()) == (0.0, 1.0)
+    # the second camera stands between the two depths
+    low, high = depth_interval(points, ends, first, second, R, t - torch.tensor([[0, 0, 10.0]]))
     assert (low.item(), high.item()) == (0.0, 1.0)
+
+
+def test_the_search_keeps_to_what_is_allowed(stereo):
+    map1, map2, fundamental, _ = stereo
+    points = cell_centres()
+    queries = F.normalize(sample(map1, points), dim=-1)
+    ends, _ = clip_lines(lines_of(fundamental, points), SIZE)
+    for low, high in ((0.0, 0.3), (0.4, 0.6), (0.8, 1.0)):
+        limits = torch.full(points.shape[:2], low), torch.full(points.shape[:2], high)
+        found, some = search_line(queries, map2, ends, 101, limits)
+        share = (found - ends[..., 0, :]).norm(dim=-1) / (SIZE[0] - 1)
+        assert some.all()
+        assert share.min() >= low - 1e-5 and share.max() <= high + 1e-5
+    between = torch.full(points.shape[:2], 0.501), torch.full(points.shape[:2], 0.509)
+    assert not search_line(queries, map2, ends, 101, between)[1].any()
 
 
 def test_query_points_lie_in_their_cells():
@@ -173,6 +290,7 @@ def test_query_points_lie_in_their_cells():
     points = query_points(SIZE, 16, noise)
     cells = ((points + 0.5) / 16).floor()
     assert len({tuple(c) for c in cells[0].tolist()}) == (160 // 16) * (128 // 16)
+    assert cells.amin((0, 1)).tolist() == [0, 0] and cells.amax((0, 1)).tolist() == [9, 7]
 
 
 def test_contrastive_loss_by_hand():

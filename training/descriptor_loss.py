@@ -237,6 +237,9 @@ def epipolar_loss(
         (B,) loss in pixels, 0 for a pair without a usable query, and (B,) share of queries used.
     """
     size = map2.shape[-1] * 4, map2.shape[-2] * 4
+    # without geometry there is no line (NaN), which must not come into the sum or the gradient
+    known = lines.isfinite().all(-1)
+    lines = torch.where(known[..., None], lines, torch.zeros_like(lines))
     queries = F.normalize(sample(map1, points), dim=-1)
     ends, hit = clip_lines(lines, size)
     with torch.no_grad():
@@ -246,10 +249,8 @@ def epipolar_loss(
     shift = (noise - 0.5) * options.jitter * noise.new_tensor(window)
     mean, deviation = expected_place(queries, map2, found + shift, window, options.temperature)
     distance = ((lines[..., :2] * mean).sum(-1) + lines[..., 2]).abs()
-    used = hit & some & (distance.detach() < options.max_cost * min(size))
+    used = known & hit & some & (distance.detach() < options.max_cost * min(size))
     weight = used / deviation.detach()
-    # a line that misses the image may be degenerate (NaN): keep it out of the sum altogether
-    distance = torch.where(used, distance, torch.zeros_like(distance))
     loss = (weight * distance).sum(1) / weight.sum(1).clamp_min(1e-9)
     return loss, used.float().mean(1)
 
