@@ -111,8 +111,12 @@ def test_a_time_range_and_topics(tmp_path, rows, pictures):
     with BagReader(path) as reader:
         start = reader.start_time + 3 * PERIOD
         chosen = list(reader.messages([IMAGE_TOPIC], start, start + 4 * PERIOD))
+        first = list(reader.messages([IMAGE_TOPIC], stop=start))
+        last = list(reader.messages([IMAGE_TOPIC], start))
         assert not reader.damage
     check_images(chosen, pictures, range(3, 7))
+    check_images(first, pictures, range(3))
+    check_images(last, pictures, range(3, COUNT))
 
 
 def split_bag(tmp_path, rows):
@@ -135,6 +139,17 @@ def test_a_split_bag(tmp_path, rows, pictures):
     found, damage = read(folder)
     check_images(found[IMAGE_TOPIC], pictures, range(COUNT))
     assert not damage, damage.places
+
+
+def test_files_that_metadata_names_with_the_folder_are_found(tmp_path, rows, pictures):
+    """As early recorders of ROS 2 wrote them."""
+    path = sample_bags.write_bag(tmp_path / "bag", rows)
+    text = (path / "metadata.yaml").read_text()
+    assert text.count("- bag.mcap") == 1
+    (path / "metadata.yaml").write_text(text.replace("- bag.mcap", "- bag/bag.mcap"))
+    found, damage = read(path)
+    check_images(found[IMAGE_TOPIC], pictures, range(COUNT))
+    assert not damage
 
 
 def test_a_split_bag_with_a_file_missing(tmp_path, rows, pictures):
@@ -162,6 +177,26 @@ def test_a_folder_without_metadata(tmp_path, rows, pictures, compression):
     found, damage = read(path)
     check_images(found[IMAGE_TOPIC], pictures, range(COUNT))
     assert "metadata.yaml" in damage.places[0] and damage.messages_lost == 0
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\xff\xfe",
+        b"a: [",
+        b"hello",
+        b"rosbag2_bagfile_information: 5",
+        b"rosbag2_bagfile_information: {topics_with_message_count: [{message_count: x}]}",
+    ],
+    ids=["empty", "no text", "no yaml", "text", "number", "no topic"],
+)
+def test_damaged_metadata_costs_no_message(tmp_path, rows, pictures, content):
+    path = sample_bags.write_bag(tmp_path / "bag", rows)
+    (path / "metadata.yaml").write_bytes(content)
+    found, damage = read(path)
+    check_images(found[IMAGE_TOPIC], pictures, range(COUNT))
+    assert damage.messages_lost == 0 and "metadata.yaml" in damage.places[0]
 
 
 @pytest.mark.parametrize(
@@ -326,6 +361,30 @@ def test_a_broken_chunk_costs_that_chunk_only(tmp_path, rows, kind):
         assert damage.messages_lost >= COUNT - images
 
 
+def test_a_broken_chunk_costs_nothing_beside_it_of_the_same_time(tmp_path, rows):
+    """Reading goes on behind it with what has not been given yet, each message once."""
+    same = [
+        (topic, rows[14][1] if 14 <= index < 20 else time, message)
+        for index, (topic, time, message) in enumerate(rows)
+    ]
+    options = {"chunk_size": 1, "compression": CompressionType.ZSTD}  # a message in each
+    path = write_mcap(tmp_path / "bag.mcap", same, **options)
+    data = bytearray(path.read_bytes())
+    frames = [m.start() for m in re.finditer(re.escape(b"\x28\xb5\x2f\xfd"), data)]
+    assert len(frames) == 2 * COUNT
+    data[frames[17]] ^= 0xFF  # the second of three images, with a CameraInfo each
+    path.write_bytes(data)
+    found, damage = read(path)
+    assert [(m.time, m.data) for m in found[INFO_TOPIC]] == [
+        (time, bytes(ROS2.serialize_cdr(message, message.__msgtype__)))
+        for topic, time, message in same
+        if topic == INFO_TOPIC
+    ]
+    expected = [time for topic, time, _ in same if topic == IMAGE_TOPIC]
+    assert [m.time for m in found[IMAGE_TOPIC]] == expected[:8] + expected[9:]
+    assert damage
+
+
 @pytest.mark.parametrize("kind", ["small chunks", "no chunks", "zstd"])
 def test_a_hole_without_an_index_is_skipped(tmp_path, rows, pictures, kind):
     path = write_mcap(tmp_path / "bag.mcap", rows, **MCAPS[kind])
@@ -433,6 +492,13 @@ def test_a_message_that_cannot_be_decompressed_is_counted(tmp_path, rows):
     found, damage = read(path)
     assert sum(len(messages) for messages in found.values()) == 2 * COUNT - 1
     assert damage.messages_lost == 1
+    # one that vanished besides is not taken for it, whatever topic it was on
+    metadata = (path / "metadata.yaml").read_text()
+    assert metadata.count(f"message_count: {COUNT}\n") == 2
+    (path / "metadata.yaml").write_text(
+        metadata.replace(f"message_count: {COUNT}\n", f"message_count: {COUNT + 1}\n")
+    )
+    assert read(path)[1].messages_lost == 3
 
 
 def test_a_message_of_an_impossible_time_is_counted(tmp_path, rows):
@@ -443,6 +509,10 @@ def test_a_message_of_an_impossible_time_is_counted(tmp_path, rows):
     found, damage = read(path)
     assert sum(len(messages) for messages in found.values()) == 2 * COUNT - 1
     assert damage.messages_lost == 1 and "impossible time (-5 ns)" in damage.places[0]
+    late = [*rows[:-1], (rows[-1][0], 2**63, rows[-1][2])]
+    found, damage = read(write_mcap(tmp_path / "late.mcap", late))
+    assert sum(len(messages) for messages in found.values()) == 2 * COUNT - 1
+    assert damage.messages_lost == 1 and f"({2**63} ns)" in damage.places[0]
 
 
 @pytest.mark.parametrize("kind", ["mcap", "ros 1"])
@@ -535,3 +605,5 @@ def test_start_time_is_that_of_the_first_message(tmp_path, rows):
     path = sample_bags.write_bag(tmp_path / "bag", rows)
     with BagReader(path) as reader:
         assert reader.start_time == START + 123 + 5_000_000
+    with BagReader(sample_bags.write_bag(tmp_path / "empty", [])) as reader:
+        assert reader.start_time is None and list(reader.messages()) == [] and not reader.damage
