@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import cv2
 import numpy as np
 import pytest
 from sample_bags import odometry_message, pose_message
 
 from scfeat_ros.camera import Camera
-from scfeat_ros.ground_truth import Pose, PoseTrack, right_matches
+from scfeat_ros.ground_truth import Pose, PoseTrack, right_matches, rotation_of
 
 MS = 1_000_000
 K = np.array([[400.0, 0, 320], [0, 410, 240], [0, 0, 1]])
@@ -45,6 +46,24 @@ def test_the_sign_of_a_quaternion_does_not_matter():
     np.testing.assert_allclose(track.at(50 * MS).R, rotation_z(0.3), atol=1e-12)
 
 
+def test_a_rotation_turns_as_its_quaternion_does():
+    random = np.random.default_rng(0)
+    for axis, angle in zip(random.normal(size=(10, 3)), random.uniform(0.1, 3, 10), strict=True):
+        axis /= np.linalg.norm(axis)
+        R = rotation_of(np.array([*np.sin(angle / 2) * axis, np.cos(angle / 2)]))
+        np.testing.assert_allclose(R, cv2.Rodrigues(angle * axis)[0], atol=1e-12)
+
+
+def test_a_camera_that_does_not_turn_keeps_its_rotation():
+    """Also where rounding makes the cosine of two equal quaternions exceed 1."""
+    random = np.random.default_rng(0)
+    for quaternion in random.normal(size=(50, 4)).tolist():
+        track = PoseTrack()
+        track.add(0, pose_message((0, 0, 0), quaternion))
+        track.add(100 * MS, pose_message((1, 0, 0), quaternion))
+        np.testing.assert_allclose(track.at(30 * MS).R, track.at(0).R, atol=1e-9)
+
+
 def test_poses_at_and_around_the_ends(track):
     np.testing.assert_allclose(track.at(100 * MS).position, [1, 2, 4])
     np.testing.assert_allclose(track.at(101 * MS).position, [1, 2, 4])
@@ -63,6 +82,7 @@ def test_a_long_gap_is_not_bridged(track):
 def test_poses_that_are_none_are_left_out(track):
     track.add(200 * MS, pose_message((np.nan, 0, 0)))
     track.add(300 * MS, pose_message((0, 0, 0), (0, 0, 0, 0)))
+    track.add(300 * MS, pose_message((0, 0, 0), (0, 0, np.nan, 1)))
     track.add(50 * MS, pose_message((7, 7, 7)))
     assert not track.covers(101 * MS)
     np.testing.assert_allclose(track.at(50 * MS).position, [0.5, 1, 2])
@@ -115,6 +135,15 @@ def test_the_limit_is_two_pixels():
     assert right.tolist() == [True, True, False, True]
 
 
+def test_the_limit_is_of_both_images():
+    """The camera backs away: what is 1.5 px off its line now would be 3 px off in the first."""
+    camera = Camera(K)
+    first, second = (Pose(np.eye(3), np.array([0.0, 0, z])) for z in (1, 0))
+    near, far = np.array([[0.4, 0, 1]] * 2), np.array([[0.2, 0.9 / 410, 1], [0.2, 1.5 / 410, 1]])
+    assert right_matches(camera, first, second, near, far).tolist() == [True, False]
+    assert right_matches(camera, second, first, far, near).tolist() == [True, False]
+
+
 @pytest.mark.parametrize(
     ("D", "model", "reach"),
     [((), "plumb_bob", 1.0), ((-0.28, 0.07, 0, 0), "plumb_bob", 0.9), ((), "equidistant", 1.4)],
@@ -150,4 +179,9 @@ def test_a_camera_that_stands_still_says_nothing():
     points = np.array([[100.0, 100.0]])
     camera = Camera(K)
     bearings = camera.bearings(points)
+    assert right_matches(camera, first, second, bearings, bearings) is None
+    # or moves by what is lost in rounding
+    second = Pose(np.eye(3), 1e5 * np.ones(3))
+    first = Pose(np.eye(3), second.position + np.array([1e-10, 0, 0]))
+    assert (first.position != second.position).any()
     assert right_matches(camera, first, second, bearings, bearings) is None

@@ -2,12 +2,13 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from scfeat_ros import staging
-from scfeat_ros.errors import OutputExistsError
-from scfeat_ros.staging import SUMMARY, staged_file, staged_folder
+from scfeat_ros.errors import InputError, OutputExistsError
+from scfeat_ros.staging import SUMMARY, check_apart, check_output, staged_file, staged_folder
 
 PROGRAM = """
 import sys
@@ -83,6 +84,55 @@ def test_files_beside_an_unfinished_file_go_with_it(tmp_path):
         partial.with_name(f"{partial.name}-wal").touch()
         raise ZeroDivisionError
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("kind", "name"), [("staged_folder", "out"), ("staged_file", "out.npz")])
+def test_what_a_killed_run_of_the_same_number_left_is_removed(tmp_path, kind, name):
+    """Where the program is alone in a container, it always has the same process id."""
+    make = getattr(staging, kind)
+    with make(tmp_path / name, False) as partial:
+        left = partial
+        (partial / SUMMARY if kind == "staged_folder" else partial).write_text("1")
+    left.mkdir()
+    (left / "old").write_text("what was written before the kill")
+    with make(tmp_path / name, True) as partial:
+        assert partial == left
+        (partial / SUMMARY if kind == "staged_folder" else partial).write_text("2")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert not (tmp_path / name / "old").exists()
+
+
+def test_a_run_that_was_killed_while_it_replaced_does_not_stand_in_the_way(tmp_path):
+    (tmp_path / ".out.scfeat-replaced").mkdir()
+    (tmp_path / ".out.scfeat-replaced" / SUMMARY).write_text("0")
+    for overwrite in (False, True):
+        with staged_folder(tmp_path / "out", overwrite) as partial:
+            (partial / SUMMARY).write_text("1")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_empty_folder_can_be_replaced_and_a_file_cannot(tmp_path):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(OutputExistsError, match="--overwrite"):
+        check_output(tmp_path / "out", False)
+    check_output(tmp_path / "out", True)
+    (tmp_path / "file").touch()
+    for overwrite in (False, True):
+        with pytest.raises(OutputExistsError, match="no earlier output"):
+            check_output(tmp_path / "file", overwrite)
+    with pytest.raises(InputError, match="this is a folder"), staged_file(tmp_path / "out", True):
+        pass
+
+
+@pytest.mark.parametrize("output", ["bag", "bag/out", "bag/bag.mcap", ".", "bag/bag.mcap/out"])
+@pytest.mark.parametrize("source", ["bag", "bag/bag.mcap"])
+def test_an_output_in_a_bag_or_around_it_is_refused(tmp_path, monkeypatch, output, source):
+    (tmp_path / "bag").mkdir()
+    (tmp_path / "bag" / "metadata.yaml").touch()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="lie in one another"):
+        check_apart(Path(output), Path(source))
+    check_apart(Path("bag-out"), Path(source))
 
 
 def test_a_link_is_written_through(tmp_path):
