@@ -84,6 +84,77 @@ def test_an_overload_is_told(monitor, clock, dropped, level):
         assert report.message.startswith(f"{dropped} of 20 images dropped")
 
 
+def test_an_overload_is_over_when_it_is_long_ago(monitor, clock):
+    monitor.start()
+    for dropped in (True, False):
+        for _ in range(10):
+            clock.now += 0.6
+            monitor.arrived(dropped)
+        assert monitor.report().level == (Level.WARN if dropped else Level.OK)
+    assert monitor.report().values["frames dropped"] == "10"
+
+
+def test_silence_lasts_since_the_last_image_or_the_start(monitor, clock):
+    clock.now += 3
+    assert monitor.silence() == 3
+    monitor.arrived(dropped=False)
+    clock.now += 2
+    assert monitor.silence() == 2
+    monitor.start()
+    clock.now += 1
+    assert monitor.silence() == 1
+
+
+def test_a_start_forgets_rates_and_latencies_but_no_counts(monitor, clock):
+    for _ in range(10):
+        clock.now += 0.1
+        monitor.arrived(dropped=True)
+        monitor.served(dict.fromkeys(STAGES, 0.5), {}, reset=False)
+    monitor.start()
+    report = monitor.report()
+    assert report.level == Level.OK
+    assert report.values["rate in (Hz)"] == report.values["rate out (Hz)"] == "0.00"
+    assert "extract median (ms)" not in report.values
+    assert report.values["frames in"] == report.values["frames dropped"] == "10"
+
+
+def test_facts_stay_until_they_are_taken_out(monitor):
+    monitor.set_facts(camera="plumb_bob", limit=320)
+    for _ in range(2):
+        values = monitor.report().values
+        assert (values["camera"], values["limit"]) == ("plumb_bob", "320")
+    monitor.set_facts(limit=None)
+    values = monitor.report().values
+    assert values["camera"] == "plumb_bob" and "limit" not in values
+
+
+def test_the_last_problem_is_what_happened_last_not_what_lasts(monitor, clock):
+    monitor.set_condition("camera", Level.WARN, "no calibration")
+    clock.now += 5
+    monitor.event(Level.WARN, "an odd image")
+    clock.now += 5
+    monitor.set_condition("camera", Level.WARN, "no calibration")  # still
+    values = monitor.report().values
+    assert values["last problem"] == "an odd image"
+    assert values["last problem, seconds ago"] == "5.0"
+
+
+def test_the_level_of_a_problem_is_that_of_the_log(monitor, clock):
+    lines = []
+
+    class Logger:
+        def error(self, text):
+            lines.append(("error", text))
+
+        def warning(self, text):
+            lines.append(("warning", text))
+
+    problems = Problems(monitor, Logger(), clock)
+    problems.log(Level.ERROR, "broken")
+    problems.log(Level.WARN, "odd")
+    assert lines == [("error", "broken"), ("warning", "odd")]
+
+
 def test_the_log_does_not_repeat_itself(monitor, clock):
     lines = []
 
