@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 from test_train import damage_pixels, data  # noqa: F401 - a fixture
 
 from scfeat_ros.errors import InputError
+from scfeat_ros.features import Features
 from scfeat_ros.model.scfeat import available_models, find_weights, load_model, read_metadata
-from scfeat_training import reliability
+from scfeat_training import projection, reliability
 from scfeat_training.projection import Scatter, discriminant
 from scfeat_training.train import main
 
@@ -34,6 +35,13 @@ def test_discriminant_finds_what_tells_places_apart():
     difference = views[0] - views[1]
     np.testing.assert_allclose(scatter.within(), difference.T @ difference / 4000, atol=1e-4)
     np.testing.assert_allclose(np.trace(scatter.between()), 2 * (9 + 3 * 1.01), rtol=0.05)
+    twice = Scatter()
+    for part in (slice(0, 1000), slice(1000, 4000)):
+        halves = [view[part] for view in views]
+        own = np.arange(len(halves[0]))
+        twice.add(*halves, np.stack([own, own], axis=1), own[:, None] - 1)
+    np.testing.assert_allclose(twice.within(), scatter.within(), atol=1e-9)
+    np.testing.assert_allclose(twice.mean(), scatter.mean(), atol=1e-9)
     rows = discriminant(mixing[-1], scatter.between(), scatter.within(), 3)
     assert rows.shape == (3, 12) and np.abs(rows).max() == 1
     share = np.linalg.norm(rows @ mixing[:3].T) / np.linalg.norm(rows)
@@ -42,6 +50,42 @@ def test_discriminant_finds_what_tells_places_apart():
     nearest = np.linalg.norm(found[0][:200, None] - found[1][None, :200], axis=2).argmin(axis=1)
     raw = np.linalg.norm(views[0][:200, None] - views[1][None, :200], axis=2).argmin(axis=1)
     assert (nearest == np.arange(200)).mean() > 0.7 > 0.3 > (raw == np.arange(200)).mean()
+
+
+def test_the_first_directions_tell_most_and_are_the_longest():
+    rows = discriminant(np.eye(4)[3], np.diag([9.0, 1, 4, 0.5]), np.eye(4), 3)
+    expected = np.zeros((3, 4))
+    expected[[0, 1, 2], [0, 2, 1]] = (np.array([9, 4, 1]) / 9) ** projection.EMPHASIS
+    np.testing.assert_allclose(np.abs(rows), expected, atol=1e-12)
+
+
+def features(keypoints, descriptors):
+    keypoints = np.array(keypoints, np.float32)
+    descriptors = np.array(descriptors, np.float32)
+    return Features(keypoints, np.ones(len(keypoints), np.float32), descriptors, (320, 240))
+
+
+def test_one_place_is_what_is_near_under_a_homography_or_matches_on_the_line():
+    first = features([[10, 10], [50, 50], [90, 20]], np.eye(3))
+    moved = features([[93, 20], [13, 11.4], [53, 51.6]], np.roll(np.eye(3), 1, axis=0))
+    H = torch.tensor([[1.0, 0, 3], [0, 1, 0], [0, 0, 1]])
+    assert projection._same(first, moved, {"H": H}).tolist() == [[0, 1], [2, 0]]
+    # a camera that moves to the right sees the same place in the same row
+    seen = features([[93, 20.9], [23, 10], [83, 51.1]], np.roll(np.eye(3), 1, axis=0))
+    F = torch.tensor([[0.0, 0, 0], [0, 0, -1], [0, 1, 0]])
+    assert projection._same(first, seen, {"F": F}).tolist() == [[0, 1], [2, 0]]
+
+
+def test_look_alikes_are_the_most_similar_of_other_places():
+    similarity = np.array([0.9, 1, 0.8, 0.1, 0.7, 0.6, 0.2, 0.5])
+    first = features([[0, 0]], [[1, 0]])
+    second = features(
+        [[100, 0], [107, 0], [108.5, 0], [0, 1], [0, 2], [0, 3], [0, 4], [0, 5]],
+        np.stack([similarity, np.sqrt(1 - similarity**2)], axis=1),
+    )
+    # beside the right place, (100, 0), there is one that looks even more like it
+    found = projection._look_alikes(first, second, np.array([[0, 0]]))
+    assert found.tolist() == [[2, 4, 5, 7, 6]]
 
 
 def test_reliability_tells_right_from_wrong():
