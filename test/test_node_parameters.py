@@ -65,6 +65,14 @@ def test_a_value_that_stays_is_no_change():
         ("compile", False, False, None),  # as YAML reads off
         ("tracks", True, False, "must be one of off, vins_mono, vins_fusion, got 'on'"),
         ("overlay", "off", True, "must be of type bool"),
+        ("max_gap", 2, True, None),  # an integer is a number
+        ("max_gap", True, True, "must be of type float"),
+        ("max_gap", float("nan"), True, "must lie between"),
+        ("tracks_max", 20.0, True, "must be of type int"),
+        # both ends of a range are in it
+        ("tracks_max", 1, True, None),
+        ("tracks_max", 1000, True, None),
+        ("tracks_max", 1001, True, "must lie between"),
     ],
 )
 def test_refusals(name, value, configured, told):
