@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import cv2
 import numpy as np
 import pytest
 import sample_bags
+from rosbags.highlevel import AnyReader
 
 from scfeat_ros import __version__
 from scfeat_ros.cli import DAMAGED, ERROR, INTERRUPTED, OK, USAGE, main
@@ -110,6 +112,61 @@ def test_bag(tmp_path, camera_bag, network, capsys):
         assert (out / name).stat().st_size > 0
 
 
+def test_flags_of_bag_are_what_is_done(tmp_path, images, intrinsics, network):
+    rows = []
+    for topic, when, message in sample_bags.camera_messages(images, intrinsics):
+        rows.append((topic, when, message))
+        if topic == sample_bags.INFO_TOPIC:
+            rows.append(("/other/camera_info", when, message))
+        else:
+            rows.append(("/pose", when, sample_bags.pose_message((0, 0, 0), time=when)))
+    bag = sample_bags.write_bag(tmp_path / "bag", rows)
+    cv2.imwrite(str(tmp_path / "mask.png"), np.zeros((120, 160), np.uint8))
+    flags = {
+        "topic": sample_bags.IMAGE_TOPIC,
+        "camera-info": "/other/camera_info",
+        "poses": "/pose",
+        "every": 2,
+        "start": 0.05,
+        "duration": 0.4,
+        "mask": tmp_path / "mask.png",
+        "descriptor-type": "int8",
+        "ratio": 0.9,
+        "max-gap": 0.5,
+        "border": 7,
+    }
+    flags = [part for name, value in flags.items() for part in (f"--{name}", value)]
+    flags += ["--rectified", "--overlay", "--passthrough", "--no-subpixel"]
+    assert run("bag", bag, "-o", tmp_path / "out", *network, *flags) == OK
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["frames"] == 2
+    assert summary["input"] == {
+        "path": str(bag),
+        "image_topic": sample_bags.IMAGE_TOPIC,
+        "camera_info_topic": "/other/camera_info",
+        "rectified": True,
+        "pose_topic": "/pose",
+        "every": 2,
+        "start_s": 0.05,
+        "duration_s": 0.4,
+    }
+    expected = {
+        "descriptor_type": "int8",
+        "overlay": True,
+        "passthrough": True,
+        "ratio": 0.9,
+        "max_gap": 0.5,
+        "border": 7,
+        "subpixel": False,
+        "max_keypoints": 100,
+    }
+    assert expected.items() <= summary["options"].items()
+    assert any("--mask too strict" in text for text in summary["warnings"])
+    with AnyReader([tmp_path / "out" / "features"]) as reader:
+        topics = set(reader.topics)
+    assert {"/extractor/overlay/compressed", "/other/camera_info"} <= topics
+
+
 def test_a_damaged_bag_has_an_exit_code_of_its_own(tmp_path, images, network, capsys):
     path = sample_bags.write_bag(tmp_path / "bag", sample_bags.camera_messages(images))
     file = sample_bags.storage_file(path)
@@ -165,6 +222,12 @@ def test_images(tmp_path, images, network):
         cv2.imwrite(str(folder / f"{index}.jpg"), image)
     assert run("images", folder, "-o", tmp_path / "out", *network, "--rate", 20) == OK
     assert (tmp_path / "out" / "report" / "index.html").exists()
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert (summary["frames"], summary["duration_s"]) == (3, pytest.approx(0.1))
+    flags = ["--every", 2, "--start", 0.05, "--duration", 0.02]
+    assert run("images", folder, "-o", tmp_path / "part", *network, "--rate", 20, *flags) == OK
+    assert json.loads((tmp_path / "part" / "summary.json").read_text())["frames"] == 1
+    assert run("images", folder, folder, "-o", tmp_path / "two", *network) == ERROR
 
 
 def test_match(tmp_path, images, network, capsys):
@@ -179,8 +242,10 @@ def test_match(tmp_path, images, network, capsys):
     assert green.sum() > 200
     assert run(*arguments, *network) == ERROR
     assert "m.png exists already" in one_line(capsys)
-    assert run(*arguments, *network, "--overwrite") == OK
-    capsys.readouterr()
+    assert run(*arguments, *network, "--overwrite", "--min-similarity", 1) == OK
+    assert " 0 matches" in capsys.readouterr().out
+    assert run(*arguments, *network, "--overwrite", "--min-similarity", 2) == ERROR
+    assert "min_similarity must lie between" in one_line(capsys)
     arguments[-1] = tmp_path / "m.txt"
     assert run(*arguments, *network) == ERROR
     assert "must end with .png or .jpg" in one_line(capsys)
@@ -204,6 +269,23 @@ def test_export(tmp_path, images, network, capsys):
     with np.load(tmp_path / "p.npz") as data:
         assert "matches/0.png/2.png/indices" in data
         assert "matches/0.png/1.png/indices" not in data
+    strict = ["--ratio", 0.5, "--min-similarity", 1]
+    assert run("export", folder, "-o", tmp_path / "s.npz", *network, *strict) == OK
+    assert "3 pairs, 0 matches" in capsys.readouterr().out
+
+
+def test_export_for_colmap(tmp_path, images, network):
+    pycolmap = pytest.importorskip("pycolmap")
+    (tmp_path / "images").mkdir()
+    for index, image in enumerate(images[:3]):
+        cv2.imwrite(str(tmp_path / "images" / f"{index}.png"), image)
+    flags = ["--recursive", "--camera-model", "PINHOLE", "--single-camera"]
+    assert run("export", tmp_path, "-o", tmp_path / "out.db", *network, *flags) == OK
+    with pycolmap.Database.open(tmp_path / "out.db") as database:
+        (camera,) = database.read_all_cameras()
+        names = {image.name for image in database.read_all_images()}
+    assert camera.model.name == "PINHOLE"
+    assert names == {f"images/{index}.png" for index in range(3)}
 
 
 def test_export_leaves_images_out_that_cannot_be_read(tmp_path, images, network, capsys):
