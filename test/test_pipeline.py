@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
+import time
 
+import cv2
 import numpy as np
 import pytest
 
 from scfeat_ros.features import Features, FrameResult, Matches
-from scfeat_ros.pipeline import background
+from scfeat_ros.pipeline import background, on_threads
 from scfeat_ros.report import SAMPLES, SampleFrames
 from scfeat_ros.run_statistics import LONGEST_TRACK, LatencyHistogram, RunStatistics, Series
 
@@ -97,6 +99,49 @@ def test_a_thread_that_begins_after_the_end_reads_nothing(monkeypatch):
     start(late[0])
     late[0].join(10)
     assert not late[0].is_alive() and read == []
+
+
+def test_a_function_on_threads_keeps_the_order_and_does_not_run_ahead():
+    taken, begun = [], []
+
+    def numbers():
+        for number in range(50):
+            taken.append(number)
+            yield number
+
+    def start():
+        begun.append(threading.current_thread())
+
+    results = on_threads(lambda n: n * n, numbers(), workers=2, ahead=4, at_start=start)
+    assert [next(results) for _ in range(10)] == [n * n for n in range(10)]
+    assert len(taken) == 14
+    assert list(results) == [n * n for n in range(10, 50)]
+    assert 1 <= len(set(begun)) == len(begun) <= 2
+    assert threading.current_thread() not in begun
+
+
+def test_an_error_on_one_of_several_threads_comes_out_in_its_place():
+    results = on_threads(lambda n: 1 // (3 - n), range(9), workers=2, ahead=4)
+    assert [next(results) for _ in range(3)] == [0, 0, 1]
+    with pytest.raises(ZeroDivisionError):
+        next(results)
+
+
+def test_what_has_not_begun_on_a_thread_is_left_when_the_reader_leaves():
+    begun, go = [], threading.Event()
+
+    def work(number):
+        begun.append(number)
+        if number:
+            go.wait(60)
+
+    results = on_threads(work, range(40), workers=1, ahead=20)
+    next(results)
+    while len(begun) < 2:
+        time.sleep(0.001)
+    threading.Timer(0.2, go.set).start()  # while it waits for the one that has begun
+    results.close()
+    assert begun == [0, 1]
 
 
 # --- figures -----------------------------------------------------------------------------------
@@ -241,3 +286,14 @@ def test_samples_are_spread_evenly(count):
     if count > SAMPLES:
         assert chosen[0] == 0 and chosen[-1] >= 0.8 * (count - 1)
         assert np.diff(chosen).max() <= count / 4
+
+
+def test_a_sample_is_a_picture_in_its_colours_of_at_most_720_pixels():
+    samples = SampleFrames()
+    picture = np.zeros((30, 1440, 3), np.uint8)
+    picture[..., 0] = 200
+    samples.add(picture, "red")
+    (sample,) = samples.chosen()
+    shown = cv2.imdecode(np.frombuffer(sample.jpeg, np.uint8), cv2.IMREAD_COLOR)
+    assert shown.shape == (15, 720, 3)
+    np.testing.assert_allclose(shown.mean(axis=(0, 1)), [0, 0, 200], atol=3)
