@@ -287,7 +287,8 @@ def test_matches_are_judged_by_poses(tmp_path, images, intrinsics, tiny_extracto
     vertical = np.concatenate([np.abs(m["v"] - m["prev_v"]) for m in found])
     assert truth["right"] == (vertical <= 2).sum()
     assert truth["share"] > 0.5
-    assert "right by ground truth" in (tmp_path / "out" / "report" / "index.html").read_text()
+    text = Page((tmp_path / "out" / "report" / "index.html").read_text()).text
+    assert f"{100 * truth['share']:.1f} %right by ground truth" in text
 
 
 @pytest.mark.parametrize(
@@ -553,6 +554,16 @@ def test_a_folder_of_images(tmp_path, images, tiny_extractor):
     # natural order, 8 before 10, and the time of the missing one is left free
     assert stamps == [i * 200_000_000 for i in (0, 2, 3, 4, 5)]
     assert (tmp_path / "out" / "o.mp4").stat().st_size > 500
+
+
+def test_names_with_marks_of_html_are_shown_as_they_are(tmp_path, images, tiny_extractor):
+    folder = save_folder(tmp_path / "a<b>&c", images[:2])
+    (folder / "<u>x.png").write_bytes(b"broken")
+    run(open_images(folder), tiny_extractor, tmp_path / "out")
+    page = Page((tmp_path / "out" / "report" / "index.html").read_text())
+    assert page.open == [] and "u" not in page.tags
+    for shown in ("SCFeat on a<b>&c", f"{folder}/<u>x.png", f"input: path{folder}"):
+        assert shown in page.text
 
 
 def test_a_video(tmp_path, images, tiny_extractor):
