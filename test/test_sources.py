@@ -3,13 +3,15 @@
 import shutil
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import sample_bags
 from sample_bags import INFO_TOPIC, PERIOD, ROS2, storage_file
 from test_bags import cut
 
-from scfeat_ros.sources import BagSource, FolderSource, Frame
+from scfeat_ros.errors import InputError
+from scfeat_ros.sources import Account, BagSource, FolderSource, Frame
 
 COUNT = 12
 K = np.diag([100.0, 100.0, 1.0])
@@ -85,6 +87,90 @@ def test_damage_is_counted_once_with_a_range_too(tmp_path, pictures):
         assert list(source.frames())
         lost.append((source.account.damage.bytes_lost, source.account.damage.places))
     assert lost[0] == lost[1]
+
+
+def test_a_calibration_of_long_ago_holds_in_a_range(tmp_path, pictures):
+    """Sent once, when the camera started, and more than ten seconds before the range."""
+    begin = sample_bags.START
+    rows = [(INFO_TOPIC, begin, sample_bags.info_message(K, (120, 90), begin))]
+    rows += [
+        (topic, when + 20_000_000_000, message)
+        for topic, when, message in sample_bags.camera_messages(pictures)
+    ]
+    source = BagSource(sample_bags.write_bag(tmp_path / "bag", rows), start=20.5)
+    frames = list(source.frames())
+    assert 0 < len(frames) < COUNT
+    assert all(frame.camera.K[0, 0] == 100.0 for frame in frames)
+
+
+def test_a_calibration_that_cannot_be_ends_the_one_before(tmp_path, pictures):
+    rows = []
+    for index, row in enumerate(sample_bags.camera_messages(pictures)):
+        if index in (0, 6, 9):
+            D = (0.1,) * 7 if index == 6 else ()
+            info = sample_bags.info_message(K, (120, 90), row[1], D=D)
+            rows.append((INFO_TOPIC, row[1], info))
+        rows.append(row)
+    source = BagSource(sample_bags.write_bag(tmp_path / "bag", rows))
+    known = [frame.camera is not None for frame in source.frames()]
+    assert known == [True] * 6 + [False] * 3 + [True] * 3
+    assert any("7 distortion coefficients" in text for text in source.account.warnings)
+
+
+def test_images_wait_for_a_calibration(tmp_path, pictures):
+    rows = sample_bags.camera_messages(pictures)
+    time = rows[-1][1]
+    rows.append((INFO_TOPIC, time, sample_bags.info_message(K, (120, 90), time)))
+    source = BagSource(sample_bags.write_bag(tmp_path / "bag", rows))
+    assert all(frame.camera is not None for frame in source.frames())
+    assert not source.account.warnings
+
+
+def test_the_calibration_of_another_camera_is_not_taken(tmp_path, pictures):
+    image = sample_bags.image_message(pictures[0], 1)
+    info = sample_bags.info_message(K, (120, 90), 1)
+    rows = [("/left/image", 1, image), ("/left/camera_info", 1, info)]
+    alone = sample_bags.write_bag(tmp_path / "alone", [("/image", 1, image), rows[1]])
+    assert BagSource(alone).camera_info == "/left/camera_info"
+    both = sample_bags.write_bag(tmp_path / "both", [*rows, ("/right/image", 1, image)])
+    assert BagSource(both, "/left/image").camera_info == "/left/camera_info"
+    assert BagSource(both, "/right/image").camera_info is None
+
+
+def test_unknown_encodings_once_in_a_while_do_not_end_the_run(tmp_path, pictures):
+    rows = sample_bags.camera_messages(pictures)
+    for row in rows[4:9]:
+        row[2].encoding = "nv21"
+    source = BagSource(sample_bags.write_bag(tmp_path / "bag", rows))
+    assert indices(source) == [0, 1, 2, 3, 9, 10, 11]
+    assert source.account.skipped.total() == 5
+
+
+def test_the_expected_number_of_frames_is_told_where_it_is_known(tmp_path, pictures):
+    bag = sample_bags.write_bag(tmp_path / "bag", sample_bags.camera_messages(pictures))
+    assert [len(BagSource(bag, every=every)) for every in (1, 5, 12, 13)] == [12, 3, 1, 1]
+    assert len(BagSource(bag, start=0.5)) == len(BagSource(bag, duration=0.5)) == 0
+
+
+def test_reasons_that_differ_in_numbers_are_counted_together():
+    account = Account()
+    for reason in ("image of 5 bytes", "image of 7 bytes", "image without end"):
+        account.skip(reason)
+    assert account.skipped == {"image of 5 bytes": 2, "image without end": 1}
+    assert account.is_damaged and not account.damage
+
+
+def test_images_of_a_folder_are_stamped_by_the_rate(tmp_path, pictures):
+    for index, name in enumerate(("1.png", "2.PNG", "10.png", ".hidden.png")):
+        cv2.imwrite(str(tmp_path / name), pictures[index])
+    (tmp_path / "3.png").mkdir()
+    source = FolderSource(tmp_path, rate=3)
+    found = [(frame.name, frame.stamp) for frame in source.frames()]
+    assert found == [("1.png", 0), ("2.PNG", 333_333_333), ("10.png", 666_666_667)]
+    assert len(source) == 3 and not source.account.is_damaged
+    for rate in (0, -1, float("nan"), 1e9):
+        with pytest.raises(InputError, match="--rate must lie"):
+            FolderSource(tmp_path, rate)
 
 
 def test_images_before_the_first_calibration_are_told(tmp_path, pictures):
