@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import nullcontext
 from html.parser import HTMLParser
 
 import av
@@ -148,6 +149,19 @@ def test_frames_in_the_network_at_the_same_time_change_nothing(
             return [(c.topic, when, bytes(data)) for c, when, data in reader.messages()]
 
     assert raw(tmp_path / "out") == raw(full_output[0])
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_process_is_left_as_it_was(tmp_path, camera_bag, tiny_extractor, two_threads, fails):
+    def state():
+        return torch.get_num_threads(), cv2.getNumThreads(), sys.getswitchinterval()
+
+    before = state()
+    mask = np.ones((2, 3)) if fails else None
+    with pytest.raises(InputError) if fails else nullcontext():
+        run(BagSource(camera_bag), tiny_extractor, tmp_path / "out", mask=mask)
+    assert state() == before
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("scfeat")]
 
 
 def test_an_error_in_the_network_leaves_nothing(tmp_path, camera_bag, tiny_extractor, two_threads):
