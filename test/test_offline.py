@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -30,6 +31,7 @@ from scfeat_ros.frontend import FrontEnd
 from scfeat_ros.messages import decode_features, decode_matches, feature_array, match_array
 from scfeat_ros.offline import OutputOptions
 from scfeat_ros.parameters import MatcherOptions
+from scfeat_ros.recovery import RawMessage
 from scfeat_ros.sources import BagSource, Frame, open_images
 from scfeat_ros.video import VideoWriter
 
@@ -130,6 +132,32 @@ def test_the_input_is_passed_through_as_it_was(full_output, camera_bag):
     assert raw(path / "features") == raw(camera_bag)
 
 
+def test_messages_without_a_frame_after_them_do_not_wait_for_one(tmp_path, images, tiny_extractor):
+    rows = sample_bags.camera_messages(images[:2])
+    end = rows[-1][1]
+    text = sample_bags.ROS2.types["std_msgs/msg/String"](data="the end")
+    rows += [("/said", end + n, text) for n in range(3)]
+    bag = sample_bags.write_bag(tmp_path / "bag", rows)
+    source = BagSource(bag, passthrough=True)
+    run(source, tiny_extractor, tmp_path / "out", passthrough=True)
+    said = read_output(tmp_path / "out")["/said"]
+    assert [when for when, _ in said] == [end, end + 1, end + 2]
+    # nor are they gathered in memory
+    data = bytes(offline.GROUP_BYTES // 4 + 1)
+    message = RawMessage("/points", "sensor_msgs/msg/PointCloud2", 0, data)
+    group = next(offline._grouped(itertools.repeat(message)))
+    assert len(group.messages) == 4 and group.frame is None
+
+
+def test_a_mask_holds_beside_that_of_valid_pixels():
+    image, valid = np.zeros((2, 2), np.uint8), np.array([[True, False], [True, True]])
+    wanted = np.array([[255, 255], [0, 1]], np.uint8)
+    frame = Frame(image, 0, "", 0, "", mask=valid)
+    assert offline._mask_of(frame, wanted).tolist() == [[True, False], [False, True]]
+    assert offline._mask_of(frame, None) is valid
+    assert offline._mask_of(Frame(image, 0, "", 0, ""), wanted) is wanted
+
+
 @pytest.fixture
 def two_threads():
     before = torch.get_num_threads()
@@ -151,16 +179,26 @@ def test_frames_in_the_network_at_the_same_time_change_nothing(
     assert raw(tmp_path / "out") == raw(full_output[0])
 
 
-@pytest.mark.parametrize("fails", [False, True])
-def test_the_process_is_left_as_it_was(tmp_path, camera_bag, tiny_extractor, two_threads, fails):
-    def state():
-        return torch.get_num_threads(), cv2.getNumThreads(), sys.getswitchinterval()
+@pytest.fixture
+def settings_of_another():
+    """What a program may have set for itself before it calls the tool."""
+    before = cv2.getNumThreads(), sys.getswitchinterval()
+    cv2.setNumThreads(2)
+    sys.setswitchinterval(0.003)
+    yield
+    cv2.setNumThreads(before[0])
+    sys.setswitchinterval(before[1])
 
-    before = state()
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_process_is_left_as_it_was(
+    tmp_path, camera_bag, tiny_extractor, two_threads, settings_of_another, fails
+):
     mask = np.ones((2, 3)) if fails else None
     with pytest.raises(InputError) if fails else nullcontext():
         run(BagSource(camera_bag), tiny_extractor, tmp_path / "out", mask=mask)
-    assert state() == before
+    assert (torch.get_num_threads(), cv2.getNumThreads()) == (2, 2)
+    assert sys.getswitchinterval() == pytest.approx(0.003)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("scfeat")]
 
 
