@@ -28,6 +28,7 @@ from scfeat_ros import offline
 from scfeat_ros.camera import Camera
 from scfeat_ros.errors import InputError, OutputExistsError
 from scfeat_ros.frontend import FrontEnd
+from scfeat_ros.ground_truth import Pose, right_matches, rotation_of
 from scfeat_ros.messages import decode_features, decode_matches, feature_array, match_array
 from scfeat_ros.offline import OutputOptions
 from scfeat_ros.parameters import MatcherOptions
@@ -341,6 +342,36 @@ def test_matches_are_judged_by_poses(tmp_path, images, intrinsics, tiny_extracto
     assert truth["share"] > 0.5
     text = Page((tmp_path / "out" / "report" / "index.html").read_text()).text
     assert f"{100 * truth['share']:.1f} %right by ground truth" in text
+
+
+def test_every_match_is_judged_by_the_poses_of_its_two_images(
+    tmp_path, images, intrinsics, tiny_extractor
+):
+    rows = sample_bags.camera_messages(images, intrinsics)
+    poses = []
+    for index in range(COUNT):
+        position = np.array([0.1 * index, 0.02 * index**2, 0.05 * index])
+        quaternion = (0, np.sin(0.01 * index), 0, np.cos(0.01 * index))
+        poses.append(Pose(rotation_of(np.array(quaternion)), position))
+        when = sample_bags.stamp(index)
+        message = sample_bags.pose_message(tuple(position), quaternion, when)
+        rows.append((POSE_TOPIC, when, message))
+    rows.sort(key=lambda row: row[1])
+    source = BagSource(sample_bags.write_bag(tmp_path / "bag", rows))
+    summary = run(source, tiny_extractor, tmp_path / "out")
+    found = read_output(tmp_path / "out")
+    bearings = [
+        np.stack([points[axis] for axis in "xyz"], axis=1)
+        for points in (decode_features(m) for _, m in found["/extractor/features"])
+    ]
+    right = 0
+    for index in range(1, COUNT):
+        rows = decode_matches(found["/extractor/matches"][index][1])
+        before, now = bearings[index - 1][rows["prev_index"]], bearings[index][rows["index"]]
+        right += right_matches(
+            Camera(intrinsics), poses[index - 1], poses[index], before, now
+        ).sum()
+    assert 0 < summary["ground_truth"]["right"] == right < summary["ground_truth"]["matches"]
 
 
 @pytest.mark.parametrize(
