@@ -539,6 +539,17 @@ def test_types_that_the_bag_defines_are_passed_through(tmp_path, images, tiny_ex
         assert stamp_of(message) == sample_bags.stamp(number)
 
 
+def test_topics_that_cannot_be_passed_through_are_told(tmp_path, images, tiny_extractor):
+    rows = sample_bags.camera_messages(images)
+    text = sample_bags.ROS2.types["std_msgs/msg/String"](data="of an earlier run")
+    rows += [("/extractor/features", rows[-1][1] + n, text) for n in range(2)]
+    source = BagSource(sample_bags.write_bag(tmp_path / "bag", rows), passthrough=True)
+    summary = run(source, tiny_extractor, tmp_path / "out", passthrough=True)
+    (warning,) = summary["warnings"]
+    assert warning.startswith("/extractor/features was not passed through: the output has a topic")
+    assert len(read_output(tmp_path / "out")["/extractor/features"]) == COUNT
+
+
 def test_a_damaged_message_of_ros_1_is_lost_alone(tmp_path, images, tiny_extractor):
     rows = []
     for i, image in enumerate(images):
