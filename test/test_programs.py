@@ -20,6 +20,7 @@ def test_status_and_output():
     assert (result.returncode, result.stdout, result.stderr) == (3, "1\n", "2\n")
     with pytest.raises(FileNotFoundError):
         programs.run(["no-such-program"], 60)
+    assert not programs._running  # by whose process ids others may be known later
 
 
 def test_output_of_another_encoding_can_be_read():

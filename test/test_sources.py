@@ -124,6 +124,9 @@ def test_images_wait_for_a_calibration(tmp_path, pictures):
     source = BagSource(sample_bags.write_bag(tmp_path / "bag", rows))
     assert all(frame.camera is not None for frame in source.frames())
     assert not source.account.warnings
+    source = BagSource(source.path, duration=0.5)
+    assert all(frame.camera is None for frame in source.frames())
+    assert source.account.warnings == [f"no usable message on {INFO_TOPIC}: bearings are NaN"]
 
 
 def test_the_calibration_of_another_camera_is_not_taken(tmp_path, pictures):
