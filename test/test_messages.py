@@ -74,6 +74,12 @@ def test_features_have_the_documented_fields(descriptor_type, datatype, point_st
     assert (message.header.stamp.sec, message.header.stamp.nanosec) == (1_700_000_000, 7)
 
 
+def test_stamps_of_both_ros_are_nanoseconds():
+    ros1, ros2 = SimpleNamespace(secs=3, nsecs=7), SimpleNamespace(sec=-1, nanosec=7)
+    assert messages.stamp_to_nanoseconds(ros1) == 3_000_000_007
+    assert messages.stamp_to_nanoseconds(ros2) == -999_999_993
+
+
 def test_matches_have_the_documented_fields():
     message = messages.encode_matches(make_result(), None, TYPES)
     names = ("x", "y", "z", "u", "v", "prev_u", "prev_v", "similarity")
