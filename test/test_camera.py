@@ -221,11 +221,10 @@ def test_the_image_size_does_not_change_bearings(size):
     far = np.array([[310.0, 250.0], [990.0, 250.0], [-990.0, 250.0]])
     for points in (far[:2], far[::2]):
         assert np.isfinite(weak.bearings(points)).all(axis=1).tolist() == [True, False]
-    # and what is inside is, up to the last pixel: here from column 606 on there is nothing
-    edge = Camera(K, (-0.28, 0.0, 0.0, 0.0, 0.0), image_size=(531, 480))
-    limit = 310 + 300 * 2 / 3 / np.sqrt(3 * 0.28)
-    near = np.array([[limit - 1, 250.0], [limit + 1, 250.0]])
-    assert near.max() < 530.5
+    # and what is inside is, up to the last pixel: here from column 228 on there is nothing
+    corner = np.array([[300.0, 0, 10], [0, 300, 10], [0, 0, 1]])
+    edge = Camera(corner, (-0.28, 0.0, 0.0, 0.0, 0.0), image_size=(231, 21))
+    near = np.array([[227.0, 10.0], [230.0, 10.0]])
     assert np.isfinite(edge.bearings(near)).all(axis=1).tolist() == [True, False]
 
 
