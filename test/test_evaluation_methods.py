@@ -11,7 +11,7 @@ from scfeat_ros.errors import InputError, ScfeatError
 from scfeat_ros.features import Features
 from scfeat_ros.model.scfeat import CONFIGS, SCFeat, save_model
 from scfeat_training.evaluation.cache import Cache, CorruptImageError
-from scfeat_training.evaluation.estimators import estimate_pose_poselib
+from scfeat_training.evaluation.estimators import POSE_ESTIMATORS, estimate_pose_poselib
 from scfeat_training.evaluation.methods import (
     Method,
     create_methods,
@@ -19,6 +19,7 @@ from scfeat_training.evaluation.methods import (
     load_adapter,
     to_features,
 )
+from scfeat_training.evaluation.metrics import rotation_error
 
 
 @pytest.fixture(scope="module")
@@ -263,6 +264,28 @@ def test_an_adapter_that_finds_more_than_the_limit_is_cut(tmp_path, image):
             Corners("corners", 10, "cpu"), tmp_path / "image.png"
         )
         assert set(extracted.features.scores) == {20, 16} and len(extracted.features) == 10
+
+
+@pytest.mark.parametrize(
+    ("name", "degrees"), [("magsac", 0.1), ("magsac-1000", 3), ("poselib", 0.1)]
+)
+def test_a_pose_between_two_lenses_is_found_among_wrong_matches(name, degrees):
+    if name == "poselib":
+        pytest.importorskip("poselib")
+    random = np.random.default_rng(0)
+    K1 = np.array([[500.0, 0, 310], [0, 505, 245], [0, 0, 1]])
+    K2 = np.array([[300.0, 0, 150], [0, 290, 220], [0, 0, 1]])
+    R, t = cv2.Rodrigues(np.array([0.1, -0.3, 0.05]))[0], np.array([0.8, 0.1, -0.6])
+    X = random.uniform([-2, -1.5, 4], [2, 1.5, 8], (200, 3))
+    first, second = (x[:, :2] / x[:, 2:] for x in (X @ K1.T, (X @ R.T + t) @ K2.T))
+    second[120:] += random.uniform(40, 90, (80, 2)) * random.choice([-1, 1], (80, 2))
+    found = POSE_ESTIMATORS[name](first, second, K1, K2, 1.0)
+    assert rotation_error(found[0], R) < degrees
+    # with its sign
+    assert found[1] == pytest.approx(t / np.linalg.norm(t), abs=np.radians(4 * degrees))
+    assert found[2][:120].mean() > 0.8 and found[2][120:].mean() < 0.2
+    for count in (0, 4):
+        assert POSE_ESTIMATORS[name](first[:count], second[:count], K1, K2, 1.0) is None
 
 
 def test_poselibs_translation_has_unit_length(monkeypatch):

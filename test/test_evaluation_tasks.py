@@ -105,6 +105,20 @@ def test_hpatches_counts_every_image_once(tmp_path):
     assert row(result)["pairs"] == 2
 
 
+def test_hpatches_takes_the_region_that_both_images_show(tmp_path):
+    """The second image is the first one's top left quarter."""
+    folder = tmp_path / "v_one"
+    points = np.random.default_rng(0).uniform([5, 5], [630, 470], (200, 2))
+    both = (points <= (319.5, 239.5)).all(axis=1)
+    assert 20 < both.sum() < 100
+    encoded_images.write(folder / "1.png", points, np.arange(200))
+    encoded_images.write(folder / "2.png", points[both], np.flatnonzero(both), (320, 240))
+    (folder / "H_1_2").write_text("1 0 0 0 1 0 0 0 1")
+    values = row(evaluate("hpatches", folder, tmp_path / "out"))
+    assert values["repeat."] == 1 and values["match. score"] == 1
+    assert values["features"] == (200 + both.sum()) / 2
+
+
 def test_hpatches_names_sequences_without_homographies(tmp_path):
     for name in ("v_one", "v_bare", "v_talent"):
         write_sequence(tmp_path / "data" / name, 0, count=50)
@@ -259,6 +273,19 @@ def test_pose_of_exact_matches(tmp_path, layout):
     assert values["match. score"] == 1
     for estimator in ("magsac", "poselib"):
         assert values[f"{estimator} AUC@5"] > 98
+
+
+def test_pose_of_images_of_two_lenses(tmp_path):
+    world = World(cameras=3, points=150)
+    scene = world.write_scene(tmp_path / "scene")
+    half = np.array([[0.5, 0, -0.25], [0, 0.5, -0.25], [0, 0, 1]])  # of half the size
+    encoded_images.write(
+        scene / "images" / "001.png", world.images[1] / 2 - 0.25, np.arange(150), (320, 240)
+    )
+    change_scene(scene, 1, K=half @ world.K, size_wh=(320, 240))
+    values = row(evaluate("pose", scene, tmp_path / "out", "--estimators", "magsac,poselib"))
+    assert values["pairs"] == 3 and values["precision"] == 1
+    assert values["magsac AUC@5"] > 98 and values["poselib AUC@5"] > 98
 
 
 def test_pose_of_wrong_matches_is_a_failure(tmp_path):
