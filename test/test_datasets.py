@@ -502,6 +502,25 @@ def test_images_found_unreadable_while_drawing_are_named_or_skipped(tmp_path):
     assert list(photos.images.bad) == [bad]
 
 
+def test_of_images_those_used_last_stay_in_memory(tmp_path, monkeypatch):
+    read = []
+
+    def read_and_note(path):
+        read.append(path.name)
+        return np.zeros((10, 10, 3), np.uint8)
+
+    monkeypatch.setattr("scfeat_training.datasets.read_image", read_and_note)
+    images = ImageCache(max_bytes=700)  # two of 300 bytes
+    for name in "abacab":
+        images(tmp_path / name)
+    assert read == ["a", "b", "c", "b"]
+    # one that is too large alone is kept while it is the last
+    small = ImageCache(max_bytes=1)
+    for name in "xx":
+        small(tmp_path / name)
+    assert read[4:] == ["x"]
+
+
 def test_an_unreadable_image_is_tried_once(tmp_path):
     path = tmp_path / "a.png"
     path.write_bytes(b"no image")
