@@ -2,6 +2,7 @@
 
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -498,7 +499,7 @@ def test_images_found_unreadable_while_drawing_are_named_or_skipped(tmp_path):
         for index in range(40):
             HomographyPairs(photo_paths([scene]))[index]
     photos = HomographyPairs(photo_paths([scene]), skip_bad=True)
-    assert all(photos[i]["name"] != "s/001.png" for i in range(40))
+    assert all(photos[i]["name"] != str(bad) for i in range(40))
     assert list(photos.images.bad) == [bad]
 
 
@@ -519,6 +520,24 @@ def test_of_images_those_used_last_stay_in_memory(tmp_path, monkeypatch):
     for name in "xx":
         small(tmp_path / name)
     assert read[4:] == ["x"]
+
+
+def test_an_image_larger_than_opencv_takes_is_named(tmp_path):
+    path = tmp_path / "a.ppm"
+    path.write_bytes(b"P6 40000 40000 255 ")
+    with pytest.raises(InputError, match=r"a\.ppm: too large to be decoded"):
+        read_image(path)
+
+
+def test_pairs_name_images_in_folders_of_several_cameras(tmp_path):
+    folder = write_scene(tmp_path / "s")
+    (folder / "images").rename(folder / "left")
+    (folder / "images").mkdir()
+    (folder / "left").rename(folder / "images/left")
+    change(folder, names=lambda names: np.array([f"left/{name}" for name in names]))
+    scene = read_scene(folder)
+    assert PosedPairs([scene], plain())[0]["name1"].startswith("s/left/00")
+    assert Path(HomographyPairs(scene.paths)[0]["name"]) in scene.paths
 
 
 def test_an_unreadable_image_is_tried_once(tmp_path):

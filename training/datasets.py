@@ -240,7 +240,7 @@ class PosedPairs(Dataset):
             if config.photometric is not None:
                 crop = augment(crop, rng, config.photometric)
             crops.append(crop)
-        names = [f"{scene.name}/{scene.paths[index].name}" for index in (i, j)]
+        names = [f"{scene.name}/{scene.names[index]}" for index in (i, j)]
         depths = scene.depth_range[[i, j]]
         sample = two_view_sample(crops, (first.K, second.K), R, t, depths, names)
         if config.tracks:
@@ -487,8 +487,8 @@ class HomographyPairs(Dataset):
     """Two views of one photo under a random homography.
 
     Sample i is a dict: image1, image2: (3, H, W) uint8 RGB; H: (3, 3) float32, pixels of image1
-    to pixels of image2, H[2, 2] = 1; name: the photo. All of image1 is photo; image2 may have
-    plain margins (a share of 1 - filled at most), where no pixel of image1 goes.
+    to pixels of image2, H[2, 2] = 1; name: the photo's path. All of image1 is photo; image2 may
+    have plain margins (a share of 1 - filled at most), where no pixel of image1 goes.
     """
 
     def __init__(
@@ -541,7 +541,7 @@ class HomographyPairs(Dataset):
             "image1": image1,
             "image2": image2,
             "H": _float32(H / H[2, 2]),
-            "name": f"{path.parent.parent.name}/{path.name}",
+            "name": str(path),
         }
 
     def _pick(self, rng: np.random.Generator) -> int:

@@ -25,7 +25,10 @@ def read_image(path: str | Path) -> np.ndarray:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
     # The stored pixels, not the EXIF orientation, are what poses and K belong to.
     flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
-    image = cv2.imdecode(data, flags) if len(data) else None
+    try:
+        image = cv2.imdecode(data, flags) if len(data) else None
+    except cv2.error as error:  # more pixels than OpenCV takes, or memory holds
+        raise InputError(f"{path}: too large to be decoded; shrink or remove the file") from error
     if image is None:
         raise InputError(f"{path}: no image that can be decoded; replace or remove the file")
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
