@@ -670,14 +670,14 @@ def test_unknown_scenes_hold_out_their_last_tenth(tmp_path):
 # --- COLMAP and CAPS ----------------------------------------------------------------------------
 
 
-def write_colmap(folder, text, model="PINHOLE"):
+def write_colmap(folder, text, model="PINHOLE", distortion=0.1, ending=".png"):
     pycolmap = pytest.importorskip("pycolmap")
     R, t, points = cameras(3)
-    names = [f"{i:03d}.png" for i in range(3)]
+    names = [f"{i:03d}{ending}" for i in range(3)]
     write_images(folder / "images", names)
     # COLMAP has the centre of the first pixel at a half
     centre = (K[0, 2] + 0.5, K[1, 2] + 0.5)
-    params = [K[0, 0], K[1, 1], *centre] if model == "PINHOLE" else [K[0, 0], *centre, 0.1]
+    params = [K[0, 0], K[1, 1], *centre] if model == "PINHOLE" else [K[0, 0], *centre, distortion]
     reconstruction = pycolmap.Reconstruction()
     reconstruction.add_camera_with_trivial_rig(
         pycolmap.Camera(model=model, width=WIDTH, height=HEIGHT, params=params, camera_id=1)
@@ -755,6 +755,19 @@ def test_broken_colmap_models(tmp_path):
         read_colmap(folder)
     with pytest.raises(InputError, match="image_undistorter"):
         read_colmap(write_colmap(tmp_path / "b", text=True, model="SIMPLE_RADIAL"))
+
+
+def test_a_fisheye_camera_of_colmap_is_no_pinhole(tmp_path):
+    fisheye = write_colmap(tmp_path / "a", False, "SIMPLE_RADIAL_FISHEYE", distortion=0.0)
+    with pytest.raises(InputError, match="SIMPLE_RADIAL_FISHEYE distorts"):
+        read_colmap(fisheye)
+    assert len(read_colmap(write_colmap(tmp_path / "b", False, "SIMPLE_RADIAL", distortion=0.0)))
+
+
+def test_names_with_spaces_in_colmap_models(tmp_path):
+    assert len(read_colmap(write_colmap(tmp_path / "a", text=False, ending=" left.png"))) == 3
+    with pytest.raises(InputError, match=r"images\.txt, line 5: .* no name with spaces"):
+        read_colmap(write_colmap(tmp_path / "b", text=True, ending=" left.png"))
 
 
 def write_caps(root):

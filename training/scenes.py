@@ -306,10 +306,9 @@ def read_colmap(
     if not images:
         raise InputError(f"{model}: no image of the model has a pose")
     names, K, R, t, sizes, observations = [], [], [], [], [], []
-    good = []
-    for number, image in enumerate(images):
+    for image in images:
         camera = reconstruction.cameras[image.camera_id]
-        if not camera.is_undistorted():
+        if not _is_pinhole(camera):
             line = (
                 f"{folder / 'images' / image.name}: its camera model {camera.model_name} distorts; "
                 "run colmap image_undistorter and give the result"
@@ -317,8 +316,7 @@ def read_colmap(
             if not skip_bad:
                 raise InputError(line)
             on_bad(line)
-        else:
-            good.append(number)
+            continue
         matrix = np.array(camera.calibration_matrix(), float)
         matrix[:2, 2] -= HALF_PIXEL
         pose = image.cam_from_world
@@ -327,13 +325,13 @@ def read_colmap(
         seen = image.get_observation_points2D()
         ids = np.array([point.point3D_id for point in seen], dtype=np.int64)
         xy = np.array([point.xy for point in seen], dtype=float).reshape(-1, 2) - HALF_PIXEL
+        observations.append((np.full(len(ids), len(names)), ids, xy))
         names.append(image.name)
         K.append(matrix)
         R.append(matrix34[:, :3])
         t.append(matrix34[:, 3])
         sizes.append((camera.width, camera.height))
-        observations.append((np.full(len(ids), number), ids, xy))
-    if not good:
+    if not names:
         raise InputError(f"{model}: no image with a usable camera")
 
     point_ids = np.array(sorted(reconstruction.points3D), dtype=np.int64)
@@ -356,7 +354,13 @@ def read_colmap(
         tracks=tracks,
         depth_range=_depth_ranges(xyz, tracks, R, t),
     )
-    return without_bad_images(scene.subset(good), skip_bad, on_bad)
+    return without_bad_images(scene, skip_bad, on_bad)
+
+
+def _is_pinhole(camera: Any) -> bool:
+    # of a fisheye or spherical camera COLMAP says that it is undistorted
+    name = camera.model_name
+    return "FISHEYE" not in name and name != "EQUIRECTANGULAR" and camera.is_undistorted()
 
 
 def open_colmap_model(model: Path) -> Any:
@@ -379,6 +383,8 @@ def open_colmap_model(model: Path) -> Any:
         for part, end in _RECORD_ENDS.items():
             if (model / part).is_file():  # rigs and frames came with COLMAP 3.12
                 _check_whole(model / part, end)
+    else:
+        _check_names(model / "images.txt")
     try:
         reconstruction = pycolmap.Reconstruction(str(model))
     except Exception as error:  # pycolmap passes on whatever its C++ side throws
@@ -389,6 +395,19 @@ def open_colmap_model(model: Path) -> Any:
         cameras = reconstruction.cameras.values()
         _check_size(model / "cameras.bin", 8 + sum(24 + 8 * len(c.params) for c in cameras))
     return reconstruction
+
+
+def _check_names(path: Path) -> None:
+    """Raise InputError where a name in images.txt has a space: COLMAP reads it up to there."""
+    lines = enumerate(read_text(path).splitlines(), start=1)
+    for number, line in lines:
+        if line.strip() and not line.startswith("#"):
+            if len(line.split()) > 10:
+                raise InputError(
+                    f"{path}, line {number}: COLMAP reads no name with spaces from a text model; "
+                    "give the binary one"
+                )
+            next(lines, None)  # the image's points, which may be none
 
 
 def _check_whole(path: Path, end: Callable[[bytes, int], int]) -> None:
