@@ -270,6 +270,15 @@ def test_descriptor_loss_falls(settings, tmp_path):
     assert sum(values[-5:]) < 0.7 * sum(values[:5])
 
 
+def test_steps_without_posed_pairs_log_no_epipolar_loss(settings, tmp_path):
+    values = {"batch": 1, "posed_share": 0.5, "loss": {"contrast_weight": 0.5}, "steps": 4}
+    config = str(settings("descriptor", **values))
+    assert main(["descriptor", "--config", config, "--run", str(tmp_path / "run")]) == 0
+    rows = [json.loads(line)["train"] for line in (tmp_path / "run" / LOG).open()]
+    assert [row.get("epipolar", 0.0) > 0 for row in rows] == [False, True] * 2
+    assert ["epipolar" in row for row in rows] == [False, True] * 2
+
+
 def test_validation_is_logged(settings, tmp_path):
     config = str(settings("detector", steps=2, validate_every=2, validation_pairs=2))
     assert main(["detector", "--config", config, "--run", str(tmp_path / "run")]) == 0

@@ -313,14 +313,12 @@ class DescriptorStage(Stage):
         epipolar, used = descriptor_loss(
             map1, map2, batch["geometry"], noise, self.options, cameras
         )
-        posed = (~batch["planar"]).to(epipolar)
+        posed = ~batch["planar"]
         # a homography is no fundamental matrix: where() also keeps its values out of the gradient
-        total = torch.where(posed > 0, epipolar, torch.zeros_like(epipolar))
-        among = posed.sum().clamp_min(1)
-        terms = {
-            "epipolar": total.detach().sum() / among,
-            "queries_used": (used * posed).sum() / among,
-        }
+        total = torch.where(posed, epipolar, torch.zeros_like(epipolar))
+        terms = {}
+        if posed.any():  # else there is nothing that a 0 would stand for
+            terms = {"epipolar": total.detach()[posed].mean(), "queries_used": used[posed].mean()}
         if self.options.contrast_weight:
             points1, points2, valid = batch["points1"], batch["points2"], batch["valid"]
             noise = uniform(seed + 1, indices, (points1.shape[1], 4)).to(points1)
