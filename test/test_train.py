@@ -37,7 +37,7 @@ from scfeat_training.networks import make_model
 from scfeat_training.scenes import photo_paths, read_scenes, split_scenes
 from scfeat_training.stages import STAGE_CLASSES, homography_pairs, posed_pairs
 from scfeat_training.train import export, main
-from scfeat_training.trainer import LOG, Trainer
+from scfeat_training.trainer import LOG, Trainer, only_writer
 
 
 def write_scene(folder, seed):
@@ -852,6 +852,18 @@ def test_existing_run_is_not_overwritten(settings, tmp_path, capsys):
     other = ["detector", "--config", str(settings("detector")), "--run", str(tmp_path)]
     assert main([*other, "--resume"]) == 1
     assert "stage 'warmup'" in capsys.readouterr().err
+
+
+def test_a_folder_is_trained_in_by_one_process_at_a_time(settings, tmp_path, capsys):
+    run = tmp_path / "run"
+    run.mkdir()
+    arguments = ["warmup", "--config", str(settings("warmup", steps=1)), "--run", str(run)]
+    with only_writer(run):
+        assert main(arguments) == 1
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and f"{run}: another process is training there" in error
+        assert not list(run.iterdir())
+    assert main(arguments) == 0
 
 
 def test_correspondences_fit_the_geometry(data):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
@@ -80,6 +81,29 @@ def _signals_held_back() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def only_writer(run: Path) -> Iterator[None]:
+    """Keep other processes from training in a run's folder.
+
+    Raises:
+        InputError: another one does.
+    """
+    folder = os.open(run, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(
+                f"{run}: another process is training there; wait until it ends or give another "
+                "folder by --run"
+            ) from error
+        except OSError:
+            pass  # a file system without locks
+        yield
+    finally:
+        os.close(folder)
 
 
 class LeftOut:
@@ -298,7 +322,14 @@ class Trainer:
 
         Returns:
             the step reached; the checkpoint of it is written.
+
+        Raises:
+            InputError: another process trains in the run's folder, or data cannot be used.
         """
+        with only_writer(self.run) if self.rank == 0 else nullcontext():
+            return self._train(stop_at, time_limit)
+
+    def _train(self, stop_at: int | None, time_limit: float | None) -> int:
         config = self.config
         end = config.steps if stop_at is None else min(stop_at, config.steps)
         started = time.monotonic()
