@@ -422,6 +422,15 @@ def test_weights_survive_the_file(small_model, tmp_path):
         torch.testing.assert_close(loaded.state_dict()[key], value, rtol=1e-3, atol=1e-6)
 
 
+def test_the_same_weights_are_the_same_file(small_model, tmp_path):
+    path = tmp_path / "weights.safetensors"
+    files = set()
+    for _ in range(6):
+        save_model(small_model, path, {"note": "für eine Prüfung"})
+        files.add(path.read_bytes())
+    assert len(files) == 1
+
+
 def test_weights_that_find_no_room_leave_the_old_ones_alone(small_model, tmp_path):
     path = tmp_path / "model.safetensors"
     path.write_text("the old ones")

@@ -202,7 +202,15 @@ def save_model(model: SCFeat, path: str | os.PathLike, provenance: dict) -> None
     # serialized here and written by Python, so that the file gets the user's usual permissions
     data = save({k: v.contiguous() for k, v in tensors.items()}, metadata)
     with staged_file(path, overwrite=True) as partial:
-        partial.write_bytes(data)
+        partial.write_bytes(_in_order(data, metadata))
+
+
+def _in_order(data: bytes, metadata: dict[str, str]) -> bytes:
+    """A serialized file with its metadata in their own order; the library's is one of chance."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8:end]) | {"__metadata__": metadata}).encode()
+    header += b" " * (-len(header) % 8)  # tensors begin at a multiple of 8
+    return len(header).to_bytes(8, "little") + header + data[end:]
 
 
 def available_models() -> list[str]:
