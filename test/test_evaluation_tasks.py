@@ -222,6 +222,7 @@ def test_an_image_of_one_pixel_does_not_end_the_run(tmp_path, task):
     else:
         World(cameras=5, points=100).write_scene(data)
         pixel = data / "images" / "001.png"
+        change_scene(data, 1, size_wh=(1, 1))
     cv2.imwrite(str(pixel), np.zeros((1, 1, 3), np.uint8))
     out = tmp_path / "out"
     arguments = [task, "--data", str(data), "--methods", "orb,akaze,rootsift", "-o", str(out)]
@@ -377,6 +378,16 @@ def test_bad_cameras_of_a_scene_are_left_out_and_named(tmp_path, capsys, array):
         arguments = [task, "--data", str(scene), "--methods", "orb", "-o", str(tmp_path / "all")]
         assert main(arguments) == 1
         assert "no usable camera" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("task", ["pose", "odometry", "reconstruction", "localization"])
+def test_images_of_another_size_than_their_camera_is_for_are_left_out(tmp_path, task):
+    if task in ("reconstruction", "localization"):
+        pytest.importorskip("pycolmap")
+    scene = World(cameras=9, points=200).write_scene(tmp_path / "scene")
+    cv2.imwrite(str(scene / "images/002.png"), np.zeros((240, 320, 3), np.uint8))
+    (reason,) = evaluate(task, scene, tmp_path / "out")["skipped"]
+    assert "002.png: is 320x240, but its K is for 640x480" in reason
 
 
 def test_bad_lines_of_a_pairs_file_are_left_out_and_named(tmp_path):

@@ -127,9 +127,14 @@ def check_file(path: Path, size_wh: np.ndarray) -> str | None:
     if not path.is_file():
         return f"{path}: missing; put the file there or remove it from the scene"
     try:
-        width, height = image_size(path)
+        return check_size(path, size_wh)
     except InputError as error:
         return str(error)
+
+
+def check_size(path: Path, size_wh: np.ndarray) -> str | None:
+    """As `check_file`, of the image's size alone; InputError where the file cannot be read."""
+    width, height = image_size(path)
     if (width, height) != tuple(size_wh):
         return (
             f"{path}: is {width}x{height}, but its K is for {size_wh[0]}x{size_wh[1]}; scale K or "

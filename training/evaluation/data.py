@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 from scfeat_ros.errors import InputError
 from scfeat_ros.sources import image_files
 from scfeat_ros.text_files import read_text
-from scfeat_training.scenes import Scene, check_camera, is_scene, read_scene_file
+from scfeat_training.scenes import Scene, check_camera, check_size, is_scene, read_scene_file
 
 
 def require_folder(path: Path, layout: str) -> Path:
@@ -45,6 +46,9 @@ def find_scenes(folder: Path) -> list[Path]:
 def read_usable_scene(folder: Path, K: np.ndarray | None = None) -> tuple[Scene, list[str]]:
     """A scene without the images whose camera is wrong, and one sentence for each of these.
 
+    Wrong is a camera for another size than the image's, too. Images that cannot be read stay: who
+    wants their features says so.
+
     Args:
         folder: with scene.npz.
         K: (3, 3) intrinsics that go before those of the scene.
@@ -60,6 +64,9 @@ def read_usable_scene(folder: Path, K: np.ndarray | None = None) -> tuple[Scene,
         problem = check_camera(str(path), scene.K[i], scene.R[i], scene.t[i])
         if problem is None and scene.size_wh[i].min() < 1:
             problem = f"{path}: size_wh is not positive"
+        if problem is None and K is None:
+            with suppress(InputError):
+                problem = check_size(path, scene.size_wh[i])
         if problem is None:
             good.append(i)
         else:
