@@ -13,6 +13,7 @@ from scfeat_ros.model.scfeat import CONFIGS, SCFeat, save_model
 from scfeat_training.evaluation.cache import Cache, CorruptImageError
 from scfeat_training.evaluation.estimators import POSE_ESTIMATORS, estimate_pose_poselib
 from scfeat_training.evaluation.methods import (
+    REGISTRY,
     Method,
     create_methods,
     from_bits,
@@ -250,6 +251,25 @@ def test_adapters_are_told_apart_by_name_and_file(tmp_path):
     file.write_text(text.replace("2, 0", "2, 1"))
     load_adapter(file)
     assert create_methods("mine5", 100)[0].fingerprint() != few.fingerprint()
+
+
+def test_an_adapter_that_cannot_be_set_up_is_named(monkeypatch):
+    class WithoutWeights(Method):
+        def prepare(self):
+            raise KeyError("weights")
+
+        def extract(self, image):
+            return None
+
+    class WithoutExtract(Method):
+        pass
+
+    monkeypatch.setitem(REGISTRY, "mine", WithoutWeights)
+    with pytest.raises(InputError, match=r"'mine': cannot be set up \(KeyError: 'weights'\)"):
+        create_methods("mine", 100)
+    monkeypatch.setitem(REGISTRY, "mine", WithoutExtract)
+    with pytest.raises(InputError, match=r"'mine': cannot be set up \(TypeError: .*'?extract"):
+        create_methods("mine", 100)
 
 
 def test_an_adapter_that_finds_more_than_the_limit_is_cut(tmp_path, image):
