@@ -432,6 +432,24 @@ def test_a_run_goes_on_with_the_parts_it_trains(settings, teacher, tmp_path, cap
         assert "another run" in error
 
 
+def test_a_resumed_run_takes_the_rates_of_its_settings(settings, tmp_path):
+    run = tmp_path / "run"
+    first = read_config(settings("warmup"), "warmup", steps=1)
+    Trainer(first, run).train()
+    rates = {"lr": 3e-4, "lr_encoder": 2e-4, "weight_decay": 0.25}
+    trainer = Trainer(read_config(settings("warmup"), "warmup", **rates), run, resume=True)
+    groups = trainer.optimizer.param_groups
+    assert [group["peak"] for group in groups] == [2e-4, 3e-4]
+    assert [group["weight_decay"] for group in groups] == [0.25, 0.25]
+
+
+def test_nothing_to_resume_leaves_no_folder(settings, tmp_path, capsys):
+    arguments = ["warmup", "--config", str(settings("warmup")), "--run", str(tmp_path / "run")]
+    assert main([*arguments, "--resume"]) == 1
+    assert "no such checkpoint" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_without_tensorboard_one_line_says_so(settings, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     assert main(["warmup", "--config", str(settings("warmup")), "--run", str(tmp_path / "run")])

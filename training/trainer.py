@@ -177,6 +177,7 @@ class Trainer:
                 f"{self.run / CHECKPOINT}: there is a run already; continue it by --resume or "
                 "give another folder by --run"
             )
+        state = load_checkpoint(self.run) if resume else None
         self.run.mkdir(parents=True, exist_ok=True)
         self.left_out = LeftOut(tell=self.rank == 0)
         self.train_scenes, self.held_out = _scenes(config, skip_bad, self.left_out)
@@ -184,7 +185,6 @@ class Trainer:
         self.skip_bad = skip_bad
 
         self.model = make_model(config).eval()  # batch norm stays frozen; nothing else differs
-        state = load_checkpoint(self.run) if resume else None
         self.history: list[dict[str, Any]] = []
         self.model.to(self.device, memory_format=torch.channels_last)
         self.stage = STAGE_CLASSES[config.stage](config, self.model)
@@ -245,6 +245,7 @@ class Trainer:
         load_weights(self.model, state["model"], str(self.run))
         load_weights(self.ema.model, state["ema"], str(self.run))
         self.stage.load_state_dict(state.get("stage_state", {}))
+        rates = [(group["peak"], group["weight_decay"]) for group in self.optimizer.param_groups]
         try:
             self.optimizer.load_state_dict(state["optimizer"])
         except ValueError as error:  # PyTorch's message says nothing to a user
@@ -252,6 +253,9 @@ class Trainer:
                 f"{self.run}: the run trains other parts of the network, since 'loss: scores' was "
                 f"0 and is not, or the reverse; set it back, or begin another run"
             ) from error
+        # the checkpoint brings the rates that the run was begun with; those of the settings count
+        for group, (peak, decay) in zip(self.optimizer.param_groups, rates, strict=True):
+            group |= {"peak": peak, "weight_decay": decay}
         self.step = state["step"]
         self.history = state["history"]
         torch.set_rng_state(state["rng"])
@@ -453,7 +457,7 @@ class Trainer:
         if self._skipped_in_a_row > MAX_SKIPPED_IN_A_ROW:
             raise ScfeatError(
                 f"{MAX_SKIPPED_IN_A_ROW} steps in a row without a finite loss: the run has "
-                "diverged; resume it from an older checkpoint with a smaller lr"
+                "diverged; resume it with a smaller lr"
             )
 
 
