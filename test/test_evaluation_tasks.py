@@ -875,6 +875,17 @@ def test_localization_in_a_scene_and_in_hlocs_layout(tmp_path):
     assert any("000.png" in reason for reason in again["skipped"])
 
 
+def test_localization_in_a_scene_whose_names_have_spaces(tmp_path):
+    pytest.importorskip("pycolmap")
+    scene = World(cameras=9, points=200).write_scene(tmp_path / "scene")
+    names = [f"{i:03d}.png" for i in range(9)]
+    for name in names:
+        (scene / "images" / name).rename(scene / "images" / f"left {name}")
+    change_scene(scene, None, names=[f"left {name}" for name in names])
+    result = evaluate("localization", scene, tmp_path / "out")
+    assert row(result)["localized of 2"] == 2 and result["skipped"] == []
+
+
 def test_aachen_as_it_is_distributed_is_found(tmp_path):
     pytest.importorskip("pycolmap")
     for folder in ("3D-models/aachen_v_1_1", "images/images_upright", "queries"):

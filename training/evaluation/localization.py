@@ -218,7 +218,10 @@ def scene_to_hloc(folder: Path, output: Path, every: int = 4) -> Layout:
     shutil.rmtree(output, ignore_errors=True)
     images = output / "images"
     images.mkdir(parents=True)
-    names = scene.names
+    # the copies' names: in hloc's files a space ends a name
+    names = ["_".join(name.split()) for name in scene.names]
+    if len(set(names)) < len(names):
+        raise InputError(f"{folder}: names differ in spaces alone; rename the images")
     for name, path in zip(names, scene.paths, strict=True):
         (images / name).parent.mkdir(parents=True, exist_ok=True)
         if path.is_file():
