@@ -543,7 +543,9 @@ def test_validation_goes_without_what_is_not_there(settings, data, tmp_path, cap
     assert capsys.readouterr().out.splitlines()[2].split("|")[5].strip() == "-"
     shutil.rmtree(tmp_path / "data/fern")
     assert main(["detector", "--config", config, "--run", str(tmp_path / "more")]) == 0
-    assert capsys.readouterr().err.count("no validation: ") == 1
+    assert capsys.readouterr().err.count("no validation: images are held out of scenes of 30") == 1
+    assert main(ablation) == 1
+    assert "takes a scene of 30 images or more" in capsys.readouterr().err
 
 
 def test_all_pairs_of_a_stage_share_their_images(settings, data):
@@ -841,6 +843,16 @@ def test_wrong_settings_give_one_line(values, message, settings, tmp_path, capsy
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--stop-at", "-5"), ("--time-limit", "-1"), ("--time-limit", "nan")]
+)
+def test_limits_below_any_step_give_one_line(option, value, settings, tmp_path, capsys):
+    arguments = ["warmup", "--config", str(settings("warmup")), "--run", str(tmp_path / "run")]
+    assert main([*arguments, option, value]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"{option} {value}: must be" in error
 
 
 def test_numbers_are_taken_as_yaml_reads_them(settings):

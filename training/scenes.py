@@ -42,6 +42,7 @@ HALF_PIXEL = 0.5
 # Training scenes that are never trained on: pairs of theirs choose between models.
 VALIDATION_SCENES = ("strecha_castle", "fern", "scodive_cafe")
 VALIDATION_TAILS = {"kitti_seq1": 41}  # scene: first frame of its held-out tail
+HELD_OUT_FROM = 30  # images of another scene of which the last tenth is held out
 SCENE_WEIGHTS = {"liberty": 0.2}  # approximate poses
 
 
@@ -576,13 +577,13 @@ def split_scenes(scenes: Sequence[Scene]) -> tuple[list[Scene], list[Scene]]:
     """Scenes for training and scenes held out for choosing; no image is in both.
 
     `VALIDATION_SCENES` and `VALIDATION_TAILS` say which; where none of these is among the scenes,
-    the last tenth of the images of each scene of 30 or more is held out.
+    the last tenth of the images of each scene of `HELD_OUT_FROM` or more is held out.
     """
     known = any(s.name in VALIDATION_SCENES or s.name in VALIDATION_TAILS for s in scenes)
     train, held_out = [], []
     for scene in scenes:
         tail = VALIDATION_TAILS.get(scene.name)
-        if not known and len(scene) >= 30:
+        if not known and len(scene) >= HELD_OUT_FROM:
             tail = len(scene) - len(scene) // 10
         if scene.name in VALIDATION_SCENES:
             held_out.append(scene)

@@ -20,7 +20,7 @@ from scfeat_ros.staging import make_parent, staged_file
 from scfeat_training.config import STAGES, read_config
 from scfeat_training.datasets import ImageCache
 from scfeat_training.networks import load_network
-from scfeat_training.scenes import read_scenes, split_scenes
+from scfeat_training.scenes import HELD_OUT_FROM, read_scenes, split_scenes
 from scfeat_training.trainer import LeftOut, Trainer
 
 HELP = {
@@ -198,6 +198,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _train(args: argparse.Namespace, argv: list[str]) -> int:
+    if args.stop_at is not None and args.stop_at < 1:
+        raise InputError(f"--stop-at {args.stop_at}: must be at least 1")
+    if args.time_limit is not None and not args.time_limit > 0:
+        raise InputError(f"--time-limit {args.time_limit:g}: must be above 0")
     names = ("data", "encoder_weights", "steps", "threads", "workers", "seed", "compile")
     changes = {name: getattr(args, name) for name in names}
     config = read_config(args.config, args.command, **changes)
@@ -244,7 +248,8 @@ def _ablation(args: argparse.Namespace) -> int:
         _, held_out = split_scenes(read_scenes(args.data, args.skip_bad, left_out))
         if not held_out:
             raise InputError(
-                f"{args.data}: none of its scenes is held out, so nothing can be measured"
+                f"{args.data}: nothing is held out to measure on; that takes a scene of "
+                f"{HELD_OUT_FROM} images or more"
             )
         text = table(runs, held_out, args.pairs, tuple(args.size), args.skip_bad, left_out)
         if partial is None:

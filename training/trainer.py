@@ -39,7 +39,7 @@ from scfeat_training.ema import Ema
 from scfeat_training.fast_conv import accelerate, cpu_has_bfloat16
 from scfeat_training.networks import load_network, load_weights, make_model
 from scfeat_training.sampling_order import Numbered, StepSampler, collate
-from scfeat_training.scenes import Scene, has_pairs, read_scenes, split_scenes
+from scfeat_training.scenes import HELD_OUT_FROM, Scene, has_pairs, read_scenes, split_scenes
 from scfeat_training.stages import STAGE_CLASSES
 from scfeat_training.validation import Validation
 
@@ -301,7 +301,10 @@ class Trainer:
         if not config.validation_pairs:
             return None
         if not self.held_out:
-            print("no validation: no scene has images enough to hold some out", file=sys.stderr)
+            print(
+                f"no validation: images are held out of scenes of {HELD_OUT_FROM} or more",
+                file=sys.stderr,
+            )
             return None
         if not has_pairs(self.held_out):
             print(
