@@ -377,6 +377,34 @@ def test_an_interrupted_run_cleans_up(tmp_path, tiny_weights, number, code):
     assert [f.name for f in tmp_path.iterdir()] == ["bag"]
 
 
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import scfeat_training.evaluation.colmap",
+        "from scfeat_training.scenes import open_colmap_model as f; f(Path('nowhere'))",
+        "from scfeat_ros.export import ColmapOptions, check_export as f\n"
+        "f(Path('a.db'), ColmapOptions(camera_model='none'), False)",
+    ],
+    ids=["evaluation", "training", "export"],
+)
+def test_sigterm_ends_a_process_in_order_where_pycolmap_is_used(statement):
+    pytest.importorskip("pycolmap")
+    # in a process of its own: pycolmap takes the signal for itself when it is first imported
+    code = f"""
+import os, signal, sys
+from contextlib import suppress
+from pathlib import Path
+from scfeat_ros.errors import InputError
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+with suppress(InputError):
+    exec({statement!r})
+assert "pycolmap" in sys.modules
+os.kill(os.getpid(), signal.SIGTERM)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (143, "")
+
+
 def test_colour_images_of_a_bag_are_no_reason_for_a_warning(tmp_path, tiny_weights):
     # in a process of its own: PyTorch warns once in a process
     grey = sample_bags.sequence(2, 160, 112)

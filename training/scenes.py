@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from scfeat_ros.errors import InputError
+from scfeat_ros.signals import sigterm_kept
 from scfeat_ros.sources import IMAGE_SUFFIXES, image_files
 from scfeat_ros.text_files import read_text
 from scfeat_training.image_files import image_size
@@ -376,7 +377,8 @@ def open_colmap_model(model: Path) -> Any:
         InputError: pycolmap is not installed, or there is no whole model in the folder.
     """
     try:
-        import pycolmap
+        with sigterm_kept():
+            import pycolmap
     except ImportError as error:
         raise InputError(
             f"{model}: reading a COLMAP model needs pycolmap: pip install pycolmap"

@@ -15,12 +15,14 @@ import numpy as np
 
 from scfeat_ros.errors import InputError
 from scfeat_ros.features import Features
+from scfeat_ros.signals import sigterm_kept
 from scfeat_ros.staging import staged_file
 from scfeat_ros.text_files import read_text
 from scfeat_training.evaluation.methods import match_indices
 
 try:
-    import pycolmap
+    with sigterm_kept():
+        import pycolmap
 except ImportError:  # said by `require_pycolmap`, once the task is known to need it
     pycolmap = None
 
