@@ -104,6 +104,8 @@ def test_homography_matches():
 def test_mutual_nearest():
     similarity = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.0, 0.7]])
     assert mutual_nearest(similarity).tolist() == [[True, False], [False, False], [False, True]]
+    for shape in ((0, 2), (3, 0), (0, 0)):
+        assert mutual_nearest(torch.zeros(shape)).shape == shape
 
 
 def test_reward_pays_matches_and_fines_the_others():

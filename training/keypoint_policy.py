@@ -241,6 +241,8 @@ def fundamental_matrix_error(
 
 def mutual_nearest(similarity: torch.Tensor) -> torch.Tensor:
     """(N, M) bool: entries that are the largest of their row and of their column."""
+    if not similarity.numel():  # of one of the images no keypoint was drawn
+        return similarity > 0
     rows = similarity == similarity.amax(dim=1, keepdim=True)
     return rows & (similarity == similarity.amax(dim=0, keepdim=True))
 
