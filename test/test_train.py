@@ -34,6 +34,7 @@ from scfeat_training.datasets import (
 )
 from scfeat_training.keypoint_policy import epipolar_errors, homography_errors
 from scfeat_training.networks import make_model
+from scfeat_training.sampling_order import Numbered, collate
 from scfeat_training.scenes import photo_paths, read_scenes, split_scenes
 from scfeat_training.stages import STAGE_CLASSES, homography_pairs, posed_pairs
 from scfeat_training.train import export, main
@@ -216,6 +217,21 @@ def test_the_detectors_stages_leave_descriptors_and_bridge_as_they_are(settings,
         changed = {key.split(".")[0] for key in old if not torch.equal(old[key], weights[key])}
         assert changed == {"detector"}
     assert [part["stage"] for part in new["history"]] == ["warmup", stage]
+
+
+def test_the_detector_goes_on_where_no_keypoint_is_drawn(settings, data):
+    config = read_config(settings("detector"), "detector")
+    stage = STAGE_CLASSES["detector"](config, make_model(config).eval())
+    pairs = stage.dataset(read_scenes(data), skip_bad=False)
+    batch = collate([Numbered(pairs, ImageCache())[i] for i in range(2)])
+
+    def black(images):
+        scores, maps = stage.network(images)
+        return 0 * scores, maps
+
+    losses, terms = stage.losses(black, batch)
+    losses.mean().backward()
+    assert losses.tolist() == [0.0, 0.0] and terms["keypoints"] == 0
 
 
 def test_adaptation_brings_the_views_scores_together(settings, tmp_path, capsys):
@@ -805,7 +821,7 @@ def test_damaged_checkpoint_is_named(tmp_path):
         ({"batch": 0}, "warmup.yaml: 'batch' is 0, but must be at least 1"),
         ({"batch": True}, "'batch' must be a whole number, got True"),
         ({"checkpoint_every": 0}, "'checkpoint_every' is 0, but must be at least 1"),
-        ({"seed": -1}, "'seed' is -1, but must be at least 0"),
+        ({"seed": -1}, "'seed' is -1, but must be from 0"),
         ({"lr": float("nan")}, "'lr' is nan, but must be at least 0"),
         ({"clip": 0}, "'clip' is 0, but must be above 0"),
         ({"ema": 2}, "'ema' is 2, but must be from 0 to 1"),
@@ -827,8 +843,13 @@ def test_damaged_checkpoint_is_named(tmp_path):
         ({"homography": {"scale": [2.0]}}, "'scale' must be a list of 2 numbers, got [2.0]"),
         ({"homography": {"scale": [2, 1]}}, "'scale' is [2, 1], but the smaller value comes first"),
         ({"posed": {"overlap": [0.9, 0.1]}}, "[0.9, 0.1], but the smaller value comes first"),
+        ({"posed": {"size": [64, 64]}}, "section 'posed': 'size' is [64, 64], but all pairs have"),
+        ({"photometric": {"motion": 99999}}, "'motion' is 99999, but must be from 0 to 255"),
+        ({"seed": 2**70}, "but must be from 0 to 9223372036854775807"),
+        ({"threads": 99999}, "'threads' is 99999, but must be from 0 to 1024"),
         ({"homography": {"overlap": 2}}, "'overlap' is 2, but must be from 0 to 1"),
         ({"network": {"decoder_channels": 5}}, "'decoder_channels' must be a list of 2 whole"),
+        ({"network": {"upsampled_kernel": 2}}, "network: upsampled_kernel is 2, but must be odd"),
         ({"network": {"encoder": "vgg"}}, "network: unknown encoder 'vgg', choose one of resnet"),
         ({"homography": {"photometric": {"blur": 1}}}, "'photometric' takes no fields"),
         ({"data": "/nowhere"}, "/nowhere"),
@@ -843,6 +864,13 @@ def test_wrong_settings_give_one_line(values, message, settings, tmp_path, capsy
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_a_cell_larger_than_the_crops_is_refused(settings, tmp_path, capsys):
+    config = str(settings("descriptor", loss={"cell": 80}))
+    assert main(["descriptor", "--config", config, "--run", str(tmp_path / "run")]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "a cell of 80 does not fit into the size [96, 64]" in error
 
 
 @pytest.mark.parametrize(

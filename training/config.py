@@ -144,10 +144,10 @@ RANGES = {
         ),
         (
             Range(0),
-            "seed lr lr_encoder weight_decay warmup_steps workers threads validation_pairs "
-            "curriculum tracks perspective translation brightness contrast gamma colour noise "
-            "blur motion light near window jitter place_weight bridged_weight contrast_weight "
-            "false_match penalty_rise keypoint_cost regularization layers scores",
+            "lr lr_encoder weight_decay warmup_steps validation_pairs curriculum tracks "
+            "perspective translation brightness contrast gamma colour noise blur light near "
+            "window jitter place_weight bridged_weight contrast_weight false_match "
+            "penalty_rise keypoint_cost regularization layers scores",
         ),
         (
             Range(0, above=True),
@@ -159,6 +159,9 @@ RANGES = {
             "ema posed_share synthetic_share overlap lines_inside filled mirror grey shadow "
             "probability precision",
         ),
+        (Range(0, 2**63 - 1), "seed"),
+        (Range(0, 1024), "workers threads"),
+        (Range(0, 255), "motion"),
         (Range(0, 180), "rotation roll"),
         (Range(16), "texture_size"),
         (Range(0, 95), "jpeg"),
@@ -214,7 +217,13 @@ def make_config(values: dict[str, Any], where: str) -> TrainConfig:
     if len(config.size) != 2 or any(side % 16 or side <= 0 for side in config.size):
         raise InputError(f"{where}: size {config.size} must be [width, height], multiples of 16")
     for name, start in _sections(config).items():
-        options_of(start, getattr(config, name), f"{where}: section '{name}'")
+        section = getattr(config, name)
+        options_of(start, section, f"{where}: section '{name}'")
+        if "size" in section and list(section["size"]) != config.size:
+            raise InputError(
+                f"{where}: section '{name}': 'size' is {section['size']}, but all pairs have the "
+                f"{config.size} of the top level; take it out"
+            )
     return config
 
 

@@ -285,6 +285,11 @@ class DescriptorStage(Stage):
         self.options = options_of(DescriptorOptions(), config.loss, "loss")
         if self.options.contrast_weight == 0 and config.posed_share != 1:
             raise InputError("config: without contrast_weight, posed_share must be 1 in stage 1")
+        if not query_count(size_of(config), self.options.cell):
+            raise InputError(
+                f"config: section 'loss': a cell of {self.options.cell} does not fit into the "
+                f"size {config.size}"
+            )
         self.contrast = WarmupOptions()
         self.network = Describe(model)
 

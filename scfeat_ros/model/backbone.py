@@ -51,6 +51,9 @@ class F2RBackbone(nn.Module):
         decoder_channels: channels of the decoders at 1/8 and at 1/4.
         descriptor_dim: channels of the side maps and of the result.
         upsampled_kernel: size of the kernels of the up-convolutions.
+
+    Raises:
+        ValueError: there is no such encoder, or the kernels' size is even.
     """
 
     def __init__(
@@ -61,6 +64,8 @@ class F2RBackbone(nn.Module):
         upsampled_kernel: int = 3,
     ) -> None:
         super().__init__()
+        if upsampled_kernel % 2 == 0:
+            raise ValueError(f"upsampled_kernel is {upsampled_kernel}, but must be odd")
         self.encoder = ResNetEncoder(encoder)
         layer1, layer2, layer3 = self.encoder.channels
         eighth, quarter = decoder_channels
