@@ -112,6 +112,10 @@ class BagReader:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the files, and remove temporary copies of them."""
         self._stack.close()
 
     @property

@@ -153,9 +153,7 @@ class BagSource:
         passthrough: bool = False,
         rectified: bool = False,
     ) -> None:
-        if every < 1:
-            raise InputError(f"--every must be at least 1, got {every}")
-        self._time_range = _time_range(start, duration)
+        self._time_range = _check_range(every, start, duration)
         self.path = path
         self.reader = BagReader(path)
         self.account = Account(damage=self.reader.damage)
@@ -189,7 +187,7 @@ class BagSource:
         return -(-count // self.every)
 
     def close(self) -> None:
-        self.reader.__exit__()
+        self.reader.close()
 
     def _image_topic(self, asked: str | None) -> str:
         images = self.reader.image_topics
@@ -453,10 +451,8 @@ class FolderSource:
     ) -> None:
         if not 1e-6 < rate < 1e9:
             raise InputError(f"--rate must lie between 1e-6 and 1e9 Hz, got {rate}")
-        if every < 1:
-            raise InputError(f"--every must be at least 1, got {every}")
         self.path = path
-        first, stop = _time_range(start, duration)
+        first, stop = _check_range(every, start, duration)
         stamped = [(round(i / rate * 1e9), file) for i, file in enumerate(list_images(path))]
         self.files = [(stamp, file) for stamp, file in stamped if first <= stamp < stop][::every]
         self.account = Account()
@@ -505,9 +501,7 @@ class VideoSource:
         self, path: Path, every: int = 1, start: float = 0.0, duration: float | None = None
     ) -> None:
         require_av()
-        self._time_range = _time_range(start, duration)
-        if every < 1:
-            raise InputError(f"--every must be at least 1, got {every}")
+        self._time_range = _check_range(every, start, duration)
         if not path.is_file():
             raise InputError(f"{path}: no such file or folder")
         self.path, self.every = path, every
@@ -581,12 +575,16 @@ class VideoSource:
             self.account.warn(text)
 
 
-def _time_range(start: float, duration: float | None) -> tuple[int, float]:
-    """[from, to) in nanoseconds; without a duration to the end of time.
+def _check_range(every: int, start: float, duration: float | None) -> tuple[int, float]:
+    """Check which frames are asked for; returns their times, [from, to) in nanoseconds.
+
+    Without a duration `to` is infinite.
 
     Raises:
-        InputError: a range that makes no sense.
+        InputError: a value outside its range.
     """
+    if every < 1:
+        raise InputError(f"--every must be at least 1, got {every}")
     if not (0 <= start < _FOREVER and (duration is None or 0 < duration < _FOREVER)):
         raise InputError(
             "--start must not be negative and --duration must be positive, in seconds, got "
