@@ -16,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from scfeat_ros.errors import InputError, OutputExistsError
+from scfeat_training.geometry import intrinsic_matrix
 from scfeat_training.render import Camera, World
 from scfeat_training.street import Drive, drive, street
 
@@ -32,7 +33,7 @@ def intrinsics(size: tuple[int, int]) -> np.ndarray:
     """K (3, 3) of the sample camera: 75 degrees wide, centred, without distortion."""
     width, height = size
     focal = 420 / 640 * width
-    return np.array([[focal, 0, (width - 1) / 2], [0, focal, (height - 1) / 2], [0, 0, 1]])
+    return intrinsic_matrix(focal, focal, (width - 1) / 2, (height - 1) / 2)
 
 
 def write_sample_bag(

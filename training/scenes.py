@@ -24,7 +24,6 @@ from typing import Any
 import numpy as np
 
 from scfeat_ros.errors import InputError
-from scfeat_ros.sources import IMAGE_SUFFIXES, image_files
 from scfeat_ros.text_files import read_text
 from scfeat_training.image_files import image_size
 
@@ -578,18 +577,6 @@ def has_pairs(scenes: Sequence[Scene]) -> bool:
 def photo_paths(scenes: Sequence[Scene]) -> list[Path]:
     """The image files of all scenes."""
     return [path for scene in scenes for path in scene.paths]
-
-
-def read_photos(folder: str | Path) -> list[Path]:
-    """The image files in a folder and those below it, in natural order.
-
-    Raises:
-        InputError: there is no such folder, or no image in it.
-    """
-    found = image_files(Path(folder).rglob("*"))
-    if not found:
-        raise InputError(f"{folder}: no photo in it ({', '.join(IMAGE_SUFFIXES)})")
-    return found
 
 
 def _read_npz(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch.utils.data import Dataset
 from scfeat_ros.errors import InputError
 from scfeat_ros.model.descriptors import Maps
 from scfeat_ros.model.scfeat import SCFeat, SCFeatConfig
+from scfeat_ros.sources import list_images
 from scfeat_training.adaptation import divergence, seen_from
 from scfeat_training.config import TrainConfig, options_of
 from scfeat_training.correspondences import CorrespondencePairs, GeometryPairs, MixedPairs
@@ -49,7 +51,7 @@ from scfeat_training.networks import load_weights
 from scfeat_training.photometric import Photometric
 from scfeat_training.pictures import pictures_of
 from scfeat_training.sampling_order import generator_of, uniform
-from scfeat_training.scenes import Scene, photo_paths, read_photos
+from scfeat_training.scenes import Scene, photo_paths
 from scfeat_training.synthetic import SyntheticPairs, SyntheticPairsConfig, WithSynthetic
 from scfeat_training.warmup_loss import WarmupOptions, warmup_loss
 
@@ -212,7 +214,9 @@ def homography_pairs(
     """Pairs of views of single photos as the configuration says."""
     values = {**common_options(config), **config.homography}
     options = options_of(HomographyPairsConfig(), values, "homography")
-    photos = photo_paths(scenes) + [p for folder in config.photos for p in read_photos(folder)]
+    photos = photo_paths(scenes)
+    for folder in config.photos:
+        photos += list_images(Path(folder), recursive=True)
     return HomographyPairs(photos, options, images, skip_bad)
 
 

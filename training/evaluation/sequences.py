@@ -20,6 +20,7 @@ from scfeat_ros.ground_truth import rotation_of
 from scfeat_ros.sources import BagSource
 from scfeat_ros.text_files import read_text
 from scfeat_training.evaluation.data import list_images, read_usable_scene, require_folder
+from scfeat_training.geometry import intrinsic_matrix
 from scfeat_training.image_files import write_image
 from scfeat_training.scenes import check_camera, is_scene
 
@@ -134,11 +135,6 @@ def camera_from_numbers(numbers: list[float]) -> Camera:
         return Camera(intrinsic_matrix(*numbers[:4]), np.array(numbers[4:]), model)
     except InputError as error:
         raise InputError(f"--intrinsics: {error}") from error
-
-
-def intrinsic_matrix(fx: float, fy: float, cx: float, cy: float) -> np.ndarray:
-    """(3, 3) intrinsics."""
-    return np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1.0]])
 
 
 def invert(R: np.ndarray, t: np.ndarray) -> np.ndarray:
