@@ -93,6 +93,10 @@ class Cache:
         """Images on which a method failed, one sentence by label and path."""
         self._failed = 0
 
+    def size_limit(self) -> str:
+        """At what size methods see the images, for a report's protocol."""
+        return f"longer side at most {self.max_size} px" if self.max_size else "full size"
+
     def digest(self, path: Path) -> str:
         """SHA-256 of a file, read once per run."""
         key = str(path)
@@ -124,8 +128,7 @@ class Cache:
 
     def _load_or_extract(self, method: Method, path: Path) -> Extracted:
         digest = self.digest(path)
-        name = "".join(c if c.isalnum() or c in "-_" else "_" for c in method.label)
-        folder = self.folder / "features" / f"{name[:60]}-{method.fingerprint()}"
+        folder = self.folder / "features" / f"{method.file_name[:60]}-{method.fingerprint()}"
         file = folder / f"{digest[:32]}-{self.max_size}.npz"
         if file.is_file():
             try:

@@ -84,6 +84,11 @@ class Method(ABC):
         if self.options:
             raise InputError(f"method '{self.label}': unknown option '{next(iter(self.options))}'")
 
+    @property
+    def file_name(self) -> str:
+        """The label with `_` in place of characters that a file's name should not have."""
+        return "".join(c if c.isalnum() or c in "-_" else "_" for c in self.label)
+
     @abstractmethod
     def extract(self, image: np.ndarray) -> Features:
         """Features of an (H, W, 3) uint8 RGB image, best `max_keypoints` first."""

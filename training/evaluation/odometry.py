@@ -43,7 +43,7 @@ from scfeat_training.evaluation.report import (
 )
 from scfeat_training.evaluation.sequences import Sequence, load_sequence
 
-DEFAULTS = {"max_keypoints": 1000}
+MAX_KEYPOINTS = 1000
 RESULT_VERSION = 3
 SCORES = ("ate", "rpe_translation", "rpe_rotation")
 
@@ -340,7 +340,6 @@ def _report(
                 "ms / image",
             ],
             rows,
-            f"{len(skipped)} left out, see the list." if skipped else "",
         )
     ]
     figures = []
