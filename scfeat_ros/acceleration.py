@@ -86,11 +86,9 @@ class Network(NamedTuple):
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether the device multiplies bf16 in hardware."""
+    """Whether a CPU or CUDA device multiplies bf16 in hardware."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    if device.type != "cpu":
-        return False
     info = cpu_info()
     return any(name in info for name in ("avx512_bf16", "amx_bf16", " bf16"))
 
@@ -140,12 +138,10 @@ def _ways(device: torch.device, precision: str, fast: bool) -> list[tuple[str, b
         precisions = [precision]
     elif device.type == "cuda":
         precisions = ["bf16" if has_bfloat16(device) else "fp16"]
-    elif device.type == "cpu":
+    else:
         # (PyTorch's own convolutions in bf16 were timed on x86 alone)
         gains = has_bfloat16(device) and (fast or platform.machine() == "x86_64")
         precisions = ["bf16"] * gains + ["int16"] * (fast and has_shorts())
-    else:
-        precisions = []
     ways = [(p, True) for p in dict.fromkeys([*precisions, "fp32"])] if fast else []
     # what cannot be had in the fast network cannot be had at all
     return ways + [(p, False) for p in precisions if p != "fp32" and not (fast and p == "int16")]

@@ -43,7 +43,11 @@ def is_out_of_memory(error: Exception) -> bool:
     """Whether PyTorch (CUDA or CPU), numpy or OpenCV could not get memory."""
     text = str(error).lower()
     phrases = (
-        *("out of memory", "can't allocate memory", "not enough memory", "insufficient memory"),
-        *("alloc_failed", "unable to find an engine"),  # cuBLAS's and cuDNN's words for it
+        "out of memory",
+        "can't allocate memory",
+        "not enough memory",
+        "insufficient memory",
+        "alloc_failed",  # cuBLAS
+        "unable to find an engine",  # cuDNN
     )
     return isinstance(error, MemoryError) or any(phrase in text for phrase in phrases)

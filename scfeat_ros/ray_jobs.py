@@ -17,11 +17,11 @@ import socket
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from scfeat_ros.cli import DAMAGED, OK
+from scfeat_ros.cli import DAMAGED, ERROR, OK
 from scfeat_ros.errors import InputError, ScfeatError, import_optional
 from scfeat_ros.staging import SUMMARY
 
@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace) -> list[JobResult]:
             ray.shutdown()
 
 
-def _connect(ray: object, address: str) -> None:
+def _connect(ray: Any, address: str) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anybody
     start = {"include_dashboard": False} if address == "local" else {}
     host, _, port = address.rpartition(":")
@@ -94,7 +94,7 @@ def _outputs(inputs: list[Path], folder: Path) -> dict[Path, Path]:
     return outputs
 
 
-def _collect(ray: object, arguments: argparse.Namespace, outputs: dict) -> list[JobResult]:
+def _collect(ray: Any, arguments: argparse.Namespace, outputs: dict) -> list[JobResult]:
     gpus = ray.cluster_resources().get("GPU", 0)
     wants_gpu = arguments.device.startswith("cuda") or (arguments.device == "auto" and gpus)
     threads = arguments.threads or 1
@@ -117,18 +117,18 @@ def _collect(ray: object, arguments: argparse.Namespace, outputs: dict) -> list[
             try:
                 results[path] = ray.get(done)._replace(input=path)
             except ray.exceptions.RayTaskError as error:  # not tried again
-                results[path] = JobResult(path, 1, f"{path}: {str(error).splitlines()[-1]}")
+                results[path] = JobResult(path, ERROR, f"{path}: {str(error).splitlines()[-1]}")
             except ray.exceptions.RayError as error:
                 first = str(error).strip().splitlines()[0]
                 text = f"{path}: given up after {MAX_RETRIES + 1} attempts ({first})"
-                results[path] = JobResult(path, 1, text)
+                results[path] = JobResult(path, ERROR, text)
             if results[path].error:
                 tqdm.write(f"scfeat: error: {results[path].error}", file=sys.stderr)
             bar.update()
     return [results[path] for path in outputs]
 
 
-def _check_resources(ray: object, threads: int, gpu: str | None) -> None:
+def _check_resources(ray: Any, threads: int, gpu: str | None) -> None:
     """Ray itself waits forever for a machine that could run a task.
 
     gpu: the device that was asked for where tasks want a GPU.
@@ -162,7 +162,7 @@ def _process_one(arguments: argparse.Namespace) -> JobResult:
             finally:
                 sys.stdout = stdout
     except (ScfeatError, ValueError, OSError) as error:
-        return JobResult(path, 1, " ".join(str(error).split()))
+        return JobResult(path, ERROR, " ".join(str(error).split()))
 
 
 def summary(results: list[JobResult]) -> str:

@@ -649,7 +649,6 @@ def _record_values(payload: bytes) -> list:
         elif kind == 7:
             values.append(struct.unpack(">d", body)[0])
         else:
-            constant = {0: None, 8: 0, 9: 1}
-            integer = int.from_bytes(body, "big", signed=True)
-            values.append(constant[kind] if kind in constant else integer)
+            constants = {0: None, 8: 0, 9: 1}
+            values.append(constants.get(kind, int.from_bytes(body, "big", signed=True)))
     return values
