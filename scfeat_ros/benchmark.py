@@ -65,7 +65,7 @@ class Row:
     top_k: int = 0
     device: str = "cpu"
     path: str = ""
-    """Which way the network ran, see `acceleration.Network`."""
+    """Precision and backend of the network, see `acceleration.Network`."""
     gflop: float | None = None
     """Of the network's convolutions as they are run, 2 for a multiply-add."""
     features: int | None = None
@@ -351,7 +351,7 @@ def _stage_cases(
             row.gflop, row.peak_memory_mib = gflop, peak_memory
         if stage == "match":
             compiled = device.type == "cpu" and library.is_compiled()
-            row.path = matching.way() if compiled else "fp32"
+            row.path = matching.arithmetic() if compiled else "fp32"
             products = 3 if row.path.startswith("bf16") else 1
             row.gflop = products * 2e-9 * len(first) * len(second) * extractor.descriptor_dim
         frames = SEQUENCE if stage in ("sequence", "offline") else 1

@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def _log_on_stderr(quiet: bool) -> Iterator[None]:
-    """Tell what the package logs: which way the network runs, and why not in a faster one."""
+    """Print the package's log: how the network runs, and why not faster."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("scfeat: %(message)s"))
     log = logging.getLogger("scfeat_ros")

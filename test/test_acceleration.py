@@ -1,4 +1,4 @@
-"""Which way the network runs, and that a way that goes wrong is noticed."""
+"""How the network runs, and that a backend that goes wrong is noticed."""
 
 import logging
 import platform
@@ -26,7 +26,7 @@ def model():
 
 @pytest.fixture
 def image():
-    return (255 * acceleration.check_picture()[0].permute(1, 2, 0).numpy()).astype(np.uint8)
+    return (255 * acceleration.check_image()[0].permute(1, 2, 0).numpy()).astype(np.uint8)
 
 
 @pytest.mark.parametrize("precision", ["auto", "fp32", "bf16", "int16"])
@@ -40,10 +40,12 @@ def test_every_way_finds_the_same_features(image, precision, compile):
     distance = np.linalg.norm(a.keypoints[:, None] - b.keypoints[None], axis=2)
     near = distance.min(axis=1) < 0.5
     # bf16 in the plain network rounds the scores themselves
-    assert near.mean() >= (0.97 if extractor.network.way != "plain" or precision == "fp32" else 0.9)
+    assert near.mean() >= (
+        0.97 if extractor.network.backend != "plain" or precision == "fp32" else 0.9
+    )
     cosine = (a.descriptors * b.descriptors[distance.argmin(axis=1)]).sum(axis=1)[near]
     assert np.median(cosine) > 0.999
-    assert (extractor.network.way == "plain") == (compile == "off")
+    assert (extractor.network.backend == "plain") == (compile == "off")
     if precision != "auto":
         runs = fused.cpu_computes(acceleration.DTYPES[precision])
         if precision == "int16":
@@ -54,7 +56,7 @@ def test_every_way_finds_the_same_features(image, precision, compile):
 def test_a_precision_that_the_cpu_lacks_is_not_taken(model, monkeypatch, caplog):
     monkeypatch.setattr(acceleration, "cpu_computes", lambda dtype: dtype == torch.float32)
     assert acceleration.choose(model, CPU, "bf16", "auto").precision == "fp32"
-    assert "bf16 was not taken: this CPU does not compute in it" in caplog.text
+    assert "bf16 was not taken: this CPU does not support it" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -82,13 +84,13 @@ def test_integers_without_their_kernels_are_not_taken(model, monkeypatch, caplog
 def test_without_onednn_the_fast_network_runs_all_the_same(model, monkeypatch):
     monkeypatch.setattr(fused, "_ONEDNN", None)
     network = acceleration.choose(model, CPU, "fp32", "auto")
-    assert (network.precision, network.way) == ("fp32", acceleration.COMPILED)
+    assert (network.precision, network.backend) == ("fp32", acceleration.COMPILED)
 
 
 @torch.inference_mode()
 def test_plain_fp32_is_the_reference(model):
     network = acceleration.choose(model, CPU, "fp32", "off")
-    image = acceleration.check_picture()
+    image = acceleration.check_image()
     found, folded = network.run(image), fold_batch_norms(model)(image)
     for a, b, expected in zip(found, folded, model(image), strict=True):
         assert torch.equal(a, b)
@@ -114,7 +116,7 @@ def test_a_way_that_does_not_run_is_not_taken(model, monkeypatch, caplog):
 
     monkeypatch.setattr(fused.FusedSCFeat, "_forward", fail)
     network = acceleration.choose(model, CPU, "auto", "auto")
-    assert network.way == "plain"
+    assert network.backend == "plain"
     assert "it does not run here (not implemented for 'Half')" in caplog.text
 
 
@@ -124,7 +126,7 @@ def test_without_a_compiler(model, monkeypatch, caplog):
 
     monkeypatch.setattr(library, "load", fail)
     caplog.set_level(logging.WARNING)
-    assert acceleration.choose(model, CPU, "fp32", "auto").way == "plain"
+    assert acceleration.choose(model, CPU, "fp32", "auto").backend == "plain"
     assert "no C++ compiler was found" in caplog.text
     with pytest.raises(ScfeatError, match="compile 'on': no C"):
         acceleration.choose(model, CPU, "fp32", "on")
@@ -133,4 +135,4 @@ def test_without_a_compiler(model, monkeypatch, caplog):
 def test_a_change_of_precision_takes_effect(model):
     extractor = Extractor(model, "cpu", precision="fp32", compile="off")
     extractor.set_options(compile="auto")
-    assert extractor.network.way != "plain"
+    assert extractor.network.backend != "plain"

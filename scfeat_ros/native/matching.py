@@ -14,7 +14,7 @@ KERNELS = {
     "int16": "nearest_by_integers",
     "fp32": "nearest",
 }
-"""By how they multiply."""
+"""By their arithmetic."""
 
 
 class Nearest(NamedTuple):
@@ -37,8 +37,8 @@ def has_tiles() -> bool:
     return bool(ask("has_tiles"))
 
 
-def way() -> str:
-    """How `nearest` multiplies where it need not be exact: bf16, int8, int16 or fp32."""
+def arithmetic() -> str:
+    """How `nearest` multiplies if it need not be exact: bf16 in two parts, int8, int16 or fp32."""
     if has_tiles():
         return "bf16, in two parts"
     bits = ask("integer_bits")
@@ -67,6 +67,6 @@ def nearest(a: np.ndarray, b: np.ndarray, seconds: bool = True, exact: bool = Fa
         np.empty(len(b), np.int64),
         np.empty(len(b), np.float32) if seconds else None,
     )
-    kernel = KERNELS["fp32" if exact else way()]
+    kernel = KERNELS["fp32" if exact else arithmetic()]
     call(kernel, None, a, len(a), b, len(b), a.shape[1], *found)
     return found
