@@ -27,7 +27,7 @@ from scfeat_ros.model.sampling import sample
 from scfeat_ros.model.scfeat import SCFeat, SCFeatOutput, fold_batch_norms
 from scfeat_ros.native import library
 from scfeat_ros.native.replay import Replays
-from scfeat_ros.native.winograd import has_shorts
+from scfeat_ros.native.winograd import has_int16
 from scfeat_ros.onnx_export import OnnxSCFeat
 
 LOG = logging.getLogger(__name__)
@@ -141,7 +141,7 @@ def _candidates(device: torch.device, precision: str, fast: bool) -> list[tuple[
     else:
         # (PyTorch's own convolutions in bf16 were timed on x86 alone)
         gains = has_bfloat16(device) and (fast or platform.machine() == "x86_64")
-        precisions = ["bf16"] * gains + ["int16"] * (fast and has_shorts())
+        precisions = ["bf16"] * gains + ["int16"] * (fast and has_int16())
     candidates = [(p, True) for p in dict.fromkeys([*precisions, "fp32"])] if fast else []
     # int16 exists in the fast network alone
     plain = (p for p in precisions if p != "fp32" and not (fast and p == "int16"))
@@ -153,7 +153,7 @@ def _unsupported(device: torch.device, precision: str, fast: bool) -> str | None
     if precision == "int16":
         if device.type != "cpu" or not fast:
             return "only the fast network on a CPU, with compiled kernels, supports it"
-        return None if has_shorts() else "there are no kernels for this CPU"
+        return None if has_int16() else "there are no kernels for this CPU"
     if device.type == "cpu" and not cpu_computes(DTYPES[precision]):
         return "this CPU does not support it"
     return None
@@ -178,8 +178,8 @@ def _fast(model: SCFeat, device: torch.device, precision: str) -> Network:
         network = FusedSCFeat(model, dtype)
         return Network(CudaGraphs(network), precision, GRAPHED)
     if dtype in library.SUFFIX:
-        shorts = precision != "fp32" and has_shorts()
-        network = FusedSCFeat(model, dtype, compiled=True, shorts=shorts)
+        int16 = precision != "fp32" and has_int16()
+        network = FusedSCFeat(model, dtype, compiled=True, int16=int16)
         return Network(Replays(network), precision, COMPILED)
     return Network(FusedSCFeat(model, dtype), precision, "fused")
 

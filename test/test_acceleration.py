@@ -13,7 +13,7 @@ from scfeat_ros.extractor import Extractor
 from scfeat_ros.model import fused
 from scfeat_ros.model.scfeat import CONFIGS, SCFeat, fold_batch_norms, load_model
 from scfeat_ros.native import library
-from scfeat_ros.native.winograd import has_shorts
+from scfeat_ros.native.winograd import has_int16
 
 CPU = torch.device("cpu")
 
@@ -49,7 +49,7 @@ def test_every_way_finds_the_same_features(image, precision, compile):
     if precision != "auto":
         runs = fused.cpu_computes(acceleration.DTYPES[precision])
         if precision == "int16":
-            runs = compile == "auto" and has_shorts()
+            runs = compile == "auto" and has_int16()
         assert extractor.network.precision == (precision if runs else "fp32")
 
 
@@ -60,14 +60,14 @@ def test_a_precision_that_the_cpu_lacks_is_not_taken(model, monkeypatch, caplog)
 
 
 @pytest.mark.parametrize(
-    ("bfloat16", "shorts", "expected"),
+    ("bfloat16", "int16", "expected"),
     [(True, True, "bf16"), (False, True, "int16"), (False, False, "fp32")],
 )
-def test_auto_takes_the_fastest_that_the_cpu_has(model, bfloat16, shorts, expected, monkeypatch):
-    if (bfloat16 and not acceleration.has_bfloat16(CPU)) or (shorts and not has_shorts()):
+def test_auto_takes_the_fastest_that_the_cpu_has(model, bfloat16, int16, expected, monkeypatch):
+    if (bfloat16 and not acceleration.has_bfloat16(CPU)) or (int16 and not has_int16()):
         pytest.skip("not on this CPU")
     monkeypatch.setattr(acceleration, "has_bfloat16", lambda device: bfloat16)
-    monkeypatch.setattr(acceleration, "has_shorts", lambda: shorts)
+    monkeypatch.setattr(acceleration, "has_int16", lambda: int16)
     assert acceleration.choose(model, CPU, "auto", "auto").precision == expected
     plain = "bf16" if bfloat16 and platform.machine() == "x86_64" else "fp32"
     assert str(acceleration.choose(model, CPU, "auto", "off")) == f"{plain}, plain"
@@ -76,7 +76,7 @@ def test_auto_takes_the_fastest_that_the_cpu_has(model, bfloat16, shorts, expect
 def test_integers_without_their_kernels_are_not_taken(model, monkeypatch, caplog):
     assert str(acceleration.choose(model, CPU, "int16", "off")) == "fp32, plain"
     assert "int16 was not taken: only the fast network on a CPU" in caplog.text
-    monkeypatch.setattr(acceleration, "has_shorts", lambda: False)
+    monkeypatch.setattr(acceleration, "has_int16", lambda: False)
     assert acceleration.choose(model, CPU, "int16", "auto").precision == "fp32"
     assert "int16 was not taken: there are no kernels for this CPU" in caplog.text
 

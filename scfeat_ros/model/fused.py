@@ -96,18 +96,18 @@ class Conv(nn.Module):
         self._direct: DirectConv | None = None
         self._uses_onednn = _ONEDNN is not None and _ONEDNN_PACK is not None and cpu_computes(dtype)
 
-    def use_kernels(self, shorts: bool = False) -> None:
+    def use_kernels(self, int16: bool = False) -> None:
         """Compute it by compiled kernels from now on, where there are any.
 
         Not in bf16 on CPUs with AMX, whose tiles are faster.
 
         Args:
-            shorts: where they filter, products of integers of 16 bits.
+            int16: multiply 16-bit integers in the Winograd convolutions.
         """
         if self.weight.dtype == torch.bfloat16 and matching.has_tiles():
             return
         if self.stride == 1 and WinogradConv.fits(self.weight):
-            self._winograd = WinogradConv.of(self.weight, self.bias, shorts)
+            self._winograd = WinogradConv.of(self.weight, self.bias, int16)
         if DirectConv.fits(self.weight):
             self._direct = DirectConv.of(self.weight, self.bias, self.stride)
 
@@ -177,8 +177,8 @@ class Stem(Conv):
     Args:
         weight, bias: (64, 3, 7, 7) and (64,) in fp32.
         dtype: of the result.
-        compiled: compute it by the compiled kernel.
-        shorts: and that by products of integers of 16 bits.
+        compiled: use the compiled kernel.
+        int16: multiply 16-bit integers in it.
     """
 
     def __init__(
@@ -187,10 +187,10 @@ class Stem(Conv):
         bias: torch.Tensor,
         dtype: torch.dtype,
         compiled: bool,
-        shorts: bool = False,
+        int16: bool = False,
     ) -> None:
         super().__init__(weight, bias, 2, dtype)
-        self._filtered = WinogradStem.of(weight, bias, dtype, shorts) if compiled else None
+        self._filtered = WinogradStem.of(weight, bias, dtype, int16) if compiled else None
 
     def products(self, height: int, width: int) -> int:
         """Multiplications for a pooled map of a height and width."""
@@ -256,7 +256,7 @@ class FusedSCFeat(nn.Module):
         model: the network; its weights are copied.
         dtype: of the convolutions.
         compiled: use the C++ kernels (CPU only; float32 or bfloat16).
-        shorts: where these filter, multiply integers of 16 bits.
+        int16: multiply 16-bit integers in their Winograd convolutions.
 
     Raises:
         library.CompilerError: `compiled` was asked for and is not possible.
@@ -268,7 +268,7 @@ class FusedSCFeat(nn.Module):
         model: SCFeat,
         dtype: torch.dtype = torch.float32,
         compiled: bool = False,
-        shorts: bool = False,
+        int16: bool = False,
     ) -> None:
         super().__init__()
         if compiled:
@@ -284,7 +284,7 @@ class FusedSCFeat(nn.Module):
         self.register_buffer("mean", model.mean.detach().flatten().clone())
         self.register_buffer("deviation", model.deviation.detach().flatten().clone())
         stem = encoder.conv1
-        self.stem = Stem(stem.weight.detach(), stem.bias.detach(), dtype, compiled, shorts)
+        self.stem = Stem(stem.weight.detach(), stem.bias.detach(), dtype, compiled, int16)
         self.layers = nn.ModuleList(
             nn.Sequential(*(Block(block, dtype) for block in layer))
             for layer in (encoder.layer1, encoder.layer2, encoder.layer3)
@@ -323,7 +323,7 @@ class FusedSCFeat(nn.Module):
         if compiled:
             for module in self.modules():
                 if isinstance(module, Conv):
-                    module.use_kernels(shorts)
+                    module.use_kernels(int16)
         self.eval().requires_grad_(False)
 
     @torch.inference_mode()

@@ -226,8 +226,8 @@ ARGUMENTS = {
     "select": "pnnpnpnfnnnppp",
     "describe": "pnnnpnnnpnnnpnpnp",
     "l2_normalize": "pnn",
-    **dict.fromkeys(("stem", "stem_shorts"), "pnnppfpnp"),
-    **dict.fromkeys(("winograd", "winograd_shorts"), "ppnnnnppfnppnp"),
+    **dict.fromkeys(("stem", "stem_int16"), "pnnppfpnp"),
+    **dict.fromkeys(("winograd", "winograd_int16"), "ppnnnnppfnppnp"),
     "direct": "pnnnpnnnppnp",
     **dict.fromkeys(("nearest", "nearest_by_tiles", "nearest_by_integers"), "pnpnnppppp"),
 }

@@ -26,9 +26,9 @@ BOUNDS = (10, 10, 10, 6, 6, 10)
 """What the rows of B^T come to at most, as in winograd.h."""
 
 
-def has_shorts() -> bool:
-    """Whether the CPU convolves faster by products of integers of 16 bits than by those of fp32."""
-    return bool(ask("has_shorts"))
+def has_int16() -> bool:
+    """Whether Winograd convolutions are faster with 16-bit integers than with fp32 on this CPU."""
+    return bool(ask("has_int16"))
 
 
 def _tiles(height: int, width: int, side: int) -> int:
@@ -46,17 +46,17 @@ class Weights(NamedTuple):
     """What the values of a transformed patch are brought to, for products of int16."""
 
     @property
-    def shorts(self) -> bool:
+    def int16(self) -> bool:
         """Whether they are for products of int16."""
         return self.scales is not None
 
     @classmethod
-    def of(cls, weight: torch.Tensor, shorts: bool) -> Weights:
+    def of(cls, weight: torch.Tensor, int16: bool) -> Weights:
         """G w G^T at its 36 places.
 
         Args:
             weight: (C_out, C_in, k, k) with k = 3 or 4.
-            shorts: round it for products of int16.
+            int16: round it to int16.
         """
         outputs, inputs, taps, _ = weight.shape
         factors = torch.tensor([1 / 4, -1 / 6, -1 / 6, 1 / 24, 1 / 24], dtype=torch.float64)
@@ -66,7 +66,7 @@ class Weights(NamedTuple):
         G = torch.cat([at_points, at_infinity])
         values = torch.einsum("ia,ocab,jb->ijco", G, weight.double(), G).flatten(0, 1)
         scales, largest, pair = None, 1.0, 1
-        if shorts:
+        if int16:
             largest = min(LARGEST, int((PEAK * 2**31 / inputs) ** 0.5))
             values, scales = _rounded(values, largest)
             pair = 2
@@ -120,16 +120,16 @@ class WinogradConv(NamedTuple):
 
     @classmethod
     def of(
-        cls, weight: torch.Tensor, bias: torch.Tensor | None = None, shorts: bool = False
+        cls, weight: torch.Tensor, bias: torch.Tensor | None = None, int16: bool = False
     ) -> WinogradConv:
         """From (C_out, C_in, 3, 3) and (C_out,), for maps of their type.
 
         Args:
             weight, bias: of the convolution.
-            shorts: by products of int16.
+            int16: multiply int16.
         """
         bias = None if bias is None else bias.float()
-        return cls(Weights.of(weight, shorts), bias, weight.dtype, len(weight))
+        return cls(Weights.of(weight, int16), bias, weight.dtype, len(weight))
 
     @staticmethod
     def pays(height: int, width: int) -> bool:
@@ -155,7 +155,7 @@ class WinogradConv(NamedTuple):
         out = empty_map(self.outputs, height, width, self.dtype)
         plus = None if plus is None else channels_last(plus)
         call(
-            "winograd_shorts" if self.weights.shorts else "winograd",
+            "winograd_int16" if self.weights.int16 else "winograd",
             self.dtype,
             *(x, beside, height, width, inputs, more, *self.weights, self.outputs),
             *(self.bias, plus, relu, out),
@@ -174,19 +174,19 @@ class WinogradStem(NamedTuple):
 
     @classmethod
     def of(
-        cls, weight: torch.Tensor, bias: torch.Tensor, dtype: torch.dtype, shorts: bool = False
+        cls, weight: torch.Tensor, bias: torch.Tensor, dtype: torch.dtype, int16: bool = False
     ) -> WinogradStem:
         """From (C_out, 3, 7, 7) and (C_out,).
 
         Args:
             weight, bias: of the convolution.
             dtype: of the result.
-            shorts: by products of int16.
+            int16: multiply int16.
         """
         # an eighth tap of zeros before the others, and two taps each way are a cell's
         cells = F.pad(weight, (1, 0, 1, 0)).unflatten(3, (4, 2)).unflatten(2, (4, 2))
         cells = cells.permute(0, 1, 3, 5, 2, 4).flatten(1, 3)
-        return cls(Weights.of(cells, shorts), bias.float(), dtype)
+        return cls(Weights.of(cells, int16), bias.float(), dtype)
 
     def products(self, height: int, width: int) -> int:
         """Multiplications for a pooled map of a height and width, without the transforms'."""
@@ -198,7 +198,7 @@ class WinogradStem(NamedTuple):
         _, _, height, width = image.shape
         out = empty_map(len(self.bias), height // 4, width // 4, self.dtype)
         call(
-            "stem_shorts" if self.weights.shorts else "stem",
+            "stem_int16" if self.weights.int16 else "stem",
             self.dtype,
             *(image, height, width, *self.weights, self.bias, len(self.bias), out),
         )
