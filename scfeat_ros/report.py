@@ -192,8 +192,8 @@ def _cards(summary: dict[str, Any]) -> str:
 
 
 def _per_frame(statistics: RunStatistics) -> str:
-    stretch = statistics.keypoints.stretch
-    return "frame" if stretch == 1 else f"frame (mean of {stretch} frames each)"
+    stride = statistics.keypoints.stride
+    return "frame" if stride == 1 else f"frame (mean of {stride} frames each)"
 
 
 def _matches(statistics: RunStatistics) -> str:
@@ -203,7 +203,7 @@ def _matches(statistics: RunStatistics) -> str:
             ("matches with the previous frame", _ORANGE, statistics.matches.values),
             ("of these, epipolar inliers", _GREEN, statistics.inliers.values),
         ],
-        statistics.keypoints.stretch,
+        statistics.keypoints.stride,
         _per_frame(statistics),
     )
     return (
@@ -225,7 +225,7 @@ def _ratios(statistics: RunStatistics) -> str:
             f" Right by ground truth: within {RIGHT_WITHIN:g} px of the epipolar lines of the "
             "recorded poses."
         )
-    chart = charts.lines(series, statistics.keypoints.stretch, _per_frame(statistics), top=1.0)
+    chart = charts.lines(series, statistics.keypoints.stride, _per_frame(statistics), top=1.0)
     return f"<section><h2>Inlier ratio</h2><p>{text}</p>{chart}</section>"
 
 

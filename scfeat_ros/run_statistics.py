@@ -19,11 +19,11 @@ _COVERAGE_GRID = 8
 
 
 class Series:
-    """A value per frame, averaged over stretches of frames so that at most `capacity` are kept."""
+    """A value per frame, averaged over `stride` frames: fewer than 2 * `capacity` are kept."""
 
     def __init__(self, capacity: int = 1000) -> None:
         self.capacity = capacity
-        self.stretch = 1
+        self.stride = 1
         """Frames per kept value."""
         self._kept: list[float] = []
         self._open: list[float] = []
@@ -40,18 +40,18 @@ class Series:
             self.total += value
             self.minimum = min(self.minimum, value)
             self.maximum = max(self.maximum, value)
-        if len(self._open) == self.stretch:
+        if len(self._open) == self.stride:
             self._kept.append(_mean(self._open))
             self._open = []
         if len(self._kept) == 2 * self.capacity:
             self._kept = [
                 _mean(pair) for pair in zip(self._kept[::2], self._kept[1::2], strict=True)
             ]
-            self.stretch *= 2
+            self.stride *= 2
 
     @property
     def values(self) -> np.ndarray:
-        """Kept values; NaN where a stretch has none."""
+        """Kept values; NaN where all frames of a stride were NaN."""
         return np.array(self._kept + ([_mean(self._open)] if self._open else []))
 
     def summary(self) -> dict[str, float] | None:

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from scfeat_ros.worker import NewestFirstWorker
+from scfeat_ros.worker import LatestOnlyWorker
 
 
 @pytest.fixture
@@ -17,7 +17,7 @@ def held():
         go.acquire()
         done.append(item)
 
-    worker = NewestFirstWorker(process)
+    worker = LatestOnlyWorker(process)
     yield worker, done, started, go
     for _ in range(10):
         go.release()
