@@ -38,7 +38,7 @@ from rclpy.qos_overriding_options import QoSOverridingOptions
 from rclpy.signals import SignalHandlerOptions
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image, PointCloud, PointCloud2
 
-from scfeat_ros import programs
+from scfeat_ros import subprocesses
 from scfeat_ros.diagnostics import Level, Monitor, Problems
 from scfeat_ros.errors import InputError, ScfeatError
 from scfeat_ros.frame_processor import OUTPUT_CONDITIONS, Frame, FrameProcessor
@@ -640,5 +640,5 @@ def main(args: list[str] | None = None) -> int:
     # frame or for a network that is being loaded
     sys.stdout.flush()
     sys.stderr.flush()
-    programs.end_all()
+    subprocesses.kill_all()
     os._exit(0)

@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 from sensor_msgs.msg import Image
 
-from scfeat_ros import programs
+from scfeat_ros import subprocesses
 from scfeat_ros.decoded_image import DecodedImage, check_pairs, packed_rows, to_8_bit
 from scfeat_ros.errors import InputError, ScfeatError
 from scfeat_ros.messages import pack_array
@@ -106,7 +106,7 @@ def _try_cv_bridge() -> None:
         ScfeatError: see `ImageDecoder`.
     """
     try:
-        trial = programs.run([sys.executable, "-c", _TRIAL], TRIAL_TIMEOUT)
+        trial = subprocesses.run([sys.executable, "-c", _TRIAL], TRIAL_TIMEOUT)
     except subprocess.TimeoutExpired as error:
         raise ScfeatError(
             f"the trial of cv_bridge has not ended in {TRIAL_TIMEOUT} s: configure the node again "

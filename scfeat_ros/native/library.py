@@ -31,7 +31,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 
-from scfeat_ros import programs
+from scfeat_ros import subprocesses
 from scfeat_ros.cpu import cpu_info
 
 LOG = logging.getLogger(__name__)
@@ -157,7 +157,7 @@ def _compile(command: list[str], library: Path) -> None:
             try:
                 list(pool.map(_run, steps))
             except BaseException:  # KeyboardInterrupt, too: the pool would wait for the others
-                programs.end_all()
+                subprocesses.kill_all()
                 raise
         _run([*command, *objects, "-o", f"{folder}/{library.name}"])
         try:
@@ -185,7 +185,7 @@ def _run(command: list[str]) -> str:
         CompilerError: it fails, or takes too long.
     """
     try:
-        result = programs.run(command, COMPILE_TIMEOUT)
+        result = subprocesses.run(command, COMPILE_TIMEOUT)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise CompilerError(f"{command[0]} failed: {error}") from error
     if result.returncode != 0:
