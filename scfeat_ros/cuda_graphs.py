@@ -1,4 +1,4 @@
-"""What a GPU does for an image through captured CUDA graphs: one launch instead of some hundred."""
+"""Captured CUDA graphs: one launch for an image instead of some hundred."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import torch
 LOG = logging.getLogger(__name__)
 
 KEPT = 12
-"""Sizes of images whose graphs are kept, enough for all levels of a pyramid; others run without."""
+"""Most image sizes with a graph, enough for all levels of a pyramid; others run without one."""
 WARM_UPS = 3
-"""Runs before the capture, in which libraries choose their algorithms and allocate."""
+"""Runs before the capture, in which libraries choose algorithms and allocate memory."""
 
 Output = TypeVar("Output", bound=tuple[torch.Tensor, ...])
 Key = tuple[tuple[torch.Size, torch.dtype], ...]
@@ -27,14 +27,14 @@ class _Captured(NamedTuple):
 
 
 class CudaGraphs(Generic[Output]):
-    """Calls a function by replaying what it launched for the first inputs of the same sizes.
+    """Calls a function by replaying the graph captured for the first inputs of the same sizes.
 
-    May be called from several threads. All graphs share one pool of memory, since they run one
-    after the other and their results are copied at once.
+    Thread-safe. All graphs share one memory pool, since they run one after the other and their
+    results are copied immediately.
 
     Args:
-        function: takes tensors on a CUDA device, gives a named tuple of such, and never waits for
-            the device.
+        function: takes tensors on a CUDA device, returns a named tuple of such, and never
+            synchronizes with the device.
     """
 
     def __init__(self, function: Callable[..., Output]) -> None:
@@ -43,7 +43,7 @@ class CudaGraphs(Generic[Output]):
         self.clear()
 
     def clear(self) -> None:
-        """Forget all graphs and free their memory."""
+        """Delete all graphs and free their memory."""
         with self._lock:
             self._captured: dict[Key, _Captured | None] = {}
             self._pool: tuple[int, int] | None = None
@@ -63,11 +63,11 @@ class CudaGraphs(Generic[Output]):
             for place, given in zip(captured.inputs, inputs, strict=True):
                 place.copy_(given)
             captured.graph.replay()
-            # the next replay writes to the same place
+            # the next replay overwrites them
             return captured.output._make(part.clone() for part in captured.output)
 
     def _capture(self, inputs: tuple[torch.Tensor, ...]) -> _Captured | None:
-        """The graph for inputs like these; None, with a warning, where they cannot be captured.
+        """The graph for inputs of these sizes; None, with a warning, if the capture fails.
 
         Raises:
             RuntimeError: the function fails, or memory runs out.
@@ -92,7 +92,7 @@ class CudaGraphs(Generic[Output]):
             LOG.warning("%s: runs without a CUDA graph: %s", tuple(inputs[0].shape), error)
             return None
         finally:
-            torch.cuda.set_stream(current)  # where a capture fails, PyTorch leaves the other one
+            torch.cuda.set_stream(current)  # PyTorch does not reset it if the capture fails
         self._pool = graph.pool()
         return _Captured(graph, places, output)
 
