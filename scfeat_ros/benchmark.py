@@ -1,4 +1,4 @@
-"""`scfeat benchmark`: time and memory of every stage, beside what the machine can do at best."""
+"""`scfeat benchmark`: time and memory of every stage, compared to the machine's peak speed."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ from scfeat_ros.staging import check_file, make_parent, staged_file
 SCALING_SIZES = "320x240,640x480,960x720,1280x960,1920x1080"
 SCALING_TOP_K = "512,1024,2048,4096,8192"
 CPU_WORK = 1024, 64 << 20, 1
-"""Rows of the matrices and bytes that the machine's peaks are measured with, and runs in a row."""
+"""Rows of the matrices and bytes of the copy that measure the machine's peaks, and repetitions."""
 GPU_WORK = 8192, 1 << 30, 10
-"""The same on a GPU, to which a product of a CPU's size is no work."""
+"""The same on a GPU, which needs larger matrices to reach its peak."""
 MIN_SIDE = 32
-"""Of images, pixels."""
+"""Smallest side of an image, pixels."""
 OPENMP = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 """How long OpenMP's threads spin before they sleep, which can double the time of a frame (less
 where the cores are kept awake, see `native/awake.py`)."""
@@ -57,7 +57,7 @@ PEAK_INTERVAL = 4
 
 @dataclass
 class Row:
-    """One stage of one configuration: what is measured and what is known of it."""
+    """Measurements of one stage in one configuration."""
 
     stage: str
     model: str
@@ -67,7 +67,7 @@ class Row:
     path: str = ""
     """Precision and backend of the network, see `acceleration.Network`."""
     gflop: float | None = None
-    """Of the network's convolutions as they are run, 2 for a multiply-add."""
+    """Of the network's convolutions as computed, 2 for a multiply-add."""
     features: int | None = None
     first_use_s: float | None = None
     """Loading, compiling, self-check and the first frame."""
@@ -102,7 +102,7 @@ class Case:
     run: Callable[[], object]
     device: torch.device
     frames: int = 1
-    """That a call works on; the row's times are of one."""
+    """Number of frames that a call processes; the row's times are per frame."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -187,7 +187,7 @@ def _parser() -> argparse.ArgumentParser:
         default="orb,sift",
         help="OpenCV's features alongside; '' for none (default: %(default)s)",
     )
-    add("--image", type=Path, help="picture to work on (default: a made-up one)")
+    add("--image", type=Path, help="image to work on (default: a synthetic one)")
     add("--rounds", type=int, default=20, help="how often (default: %(default)s)")
     add("--warm-up", type=int, default=3, help="rounds before (default: %(default)s)")
     add(
@@ -202,7 +202,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check_outputs(json_file: Path | None, plot: Path | None) -> None:
-    """Find before the measurement what would stop the writing after it.
+    """Check before the measurement that the results can be written.
 
     Raises:
         InputError: a file cannot be written there.
@@ -235,7 +235,7 @@ def _size(text: str) -> tuple[int, int]:
 
 
 def _picture(path: Path | None, size: tuple[int, int]) -> np.ndarray:
-    """(H, W, 3) uint8 RGB: the given picture in that size, or rectangles over noise."""
+    """(H, W, 3) uint8 RGB: the given image resized, or a synthetic one."""
     if path is not None:
         return cv2.resize(read_file(path), size, interpolation=cv2.INTER_AREA)
     random = np.random.default_rng(0)
@@ -260,7 +260,7 @@ def _cases(
     stages: list[str],
     scratch: Path,
 ) -> list[Case]:
-    """What is measured for one model, run in one way on one device."""
+    """The cases of one model with one precision and `compile` option on one device."""
     precision, _, compile = way.partition(":")
     started = time.perf_counter()
     extractor = Extractor.from_pretrained(
@@ -360,7 +360,7 @@ def _stage_cases(
 
 
 def _write_sequence(picture: np.ndarray, folder: Path) -> None:
-    """The picture as a camera sees it that moves on by some pixels a frame, as JPEG files."""
+    """Write the picture as JPEG files, shifted by some pixels from frame to frame."""
     folder.mkdir()
     for k in range(SEQUENCE):
         moved = np.roll(picture, (3 * k, 5 * k), axis=(0, 1))
@@ -369,7 +369,7 @@ def _write_sequence(picture: np.ndarray, folder: Path) -> None:
 
 
 def _with_top_k(extractor: Extractor, top_k: int) -> Extractor:
-    """Another extractor on the same network."""
+    """A copy of the extractor with another number of keypoints."""
     other = copy.copy(extractor)
     other.set_options(max_keypoints=top_k)
     return other
@@ -397,7 +397,7 @@ def count_gflop(extractor: Extractor, size: tuple[int, int]) -> float:
     Counted for the network that runs: the fast one needs fewer than the plain one.
     """
     run = extractor.network.run
-    network = getattr(run, "network", run)  # which is captured or recorded
+    network = getattr(run, "network", run)  # inside of graphs or replays
     network = network if isinstance(network, FusedSCFeat) else extractor.model
     total = 0
 
@@ -429,7 +429,7 @@ def count_gflop(extractor: Extractor, size: tuple[int, int]) -> float:
 def _measure(
     cases: list[Case], devices: list[torch.device], rounds: int, warm_up: int
 ) -> dict[str, float]:
-    """Time all cases in turns; returns the machine's peaks, measured in the same rounds."""
+    """Time all cases in turn; returns the machine's peaks, measured in the same rounds."""
     peaks: dict[str, float] = {}
     for number in range(warm_up + rounds):
         for device in devices if number % PEAK_INTERVAL == 0 else ():
@@ -473,7 +473,7 @@ def _peaks(device: torch.device) -> dict[str, float]:
 
 
 def _time(run: Callable[[], object], device: torch.device, times: int) -> float:
-    """Seconds a run, the better of two series of `times` runs."""
+    """Seconds per run, the better of two series of `times` runs."""
     best = float("inf")
     for _ in range(2):
         started = time.perf_counter()
@@ -502,7 +502,7 @@ def _progress(done: int, total: int) -> None:
 
 
 def _machine() -> dict[str, Any]:
-    """What the figures were measured on."""
+    """Hardware and software that the figures were measured on."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "cpu": cpu_name(),
@@ -576,7 +576,7 @@ def _pyplot() -> Any:
 
 
 def _picture_format(path: Path) -> str:
-    """Of a plot, by its ending."""
+    """Format of a plot, by its suffix."""
     return path.suffix.lstrip(".").lower() or "png"
 
 
