@@ -1,4 +1,4 @@
-"""Charts as inline SVG, for a page that needs nothing from elsewhere."""
+"""Charts as inline SVG, for a page without external files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 12, 12, 40
 
 
 def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Round numbers between two values, about `count` of them."""
+    """About `count` round numbers between two values."""
     if not high > low:
         return [low]
     raw = (high - low) / count
@@ -23,7 +23,7 @@ def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def nice_top(largest: float) -> float:
-    """A round number a little above a positive value, for the end of an axis that begins at 0."""
+    """A round number slightly above a positive value, as the end of an axis that begins at 0."""
     if not largest > 0:
         return 1.0
     step = nice_ticks(0, largest)[1]
@@ -99,7 +99,7 @@ def lines(
         series: name, CSS colour and values; NaN leaves a gap.
         stride: frames per value.
         x_title: of the horizontal axis.
-        top: largest value of the vertical axis, None for that of the data; it begins at 0.
+        top: largest value of the vertical axis, which begins at 0; None: from the data.
     """
     length = max((len(values) for _, _, values in series), default=0)
     known = [values[np.isfinite(values)] for _, _, values in series]

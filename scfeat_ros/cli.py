@@ -32,7 +32,7 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 _EXIT_CODES = """exit codes:
   0    all is well
-  1    an error that you can mend; the last line on stderr says how
+  1    an error that you can fix; the last line on stderr says how
   2    a wrong command line
   3    done, but the input is damaged: something of it was lost or skipped
   130  interrupted (Ctrl-C); 143 terminated"""
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     arguments = argparse.Namespace()
     try:
-        # a polite kill removes unfinished output, as Ctrl-C does
+        # SIGTERM removes unfinished output, as Ctrl-C does
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         if argv and argv[0] in _DELEGATED:
             return _delegate(argv[0], argv[1:])
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             where = getattr(arguments, "output", None) or getattr(arguments, "onnx", None)
         return _fail(f"{where}: {error.strerror or error}" if where else str(error))
     except KeyboardInterrupt:
-        # training and evaluation keep what they have
+        # training and evaluation keep their partial results
         removed = "" if argv and argv[0] in _DELEGATED else "; what was not complete is removed"
         print(f"scfeat: interrupted{removed}", file=sys.stderr)
         return INTERRUPTED
@@ -99,7 +99,7 @@ def _fail(message: str) -> int:
 
 
 def _tell(text: str | Path) -> None:
-    """Print what was done; a terminal cannot show every name of a file."""
+    """Print a line; file names may contain bytes that a terminal cannot show."""
     print(printable(text))
 
 
@@ -437,7 +437,7 @@ def _only_input(arguments: argparse.Namespace) -> Path:
 
 
 def _on_ray(arguments: argparse.Namespace) -> int:
-    """Every input as a task of its own; the worst exit code."""
+    """Process every input as a task of its own; returns the worst exit code."""
     from scfeat_ros import ray_jobs
 
     results = ray_jobs.run(arguments)
@@ -447,7 +447,7 @@ def _on_ray(arguments: argparse.Namespace) -> int:
 
 
 def _process(arguments: argparse.Namespace, source: Source, passthrough: bool = False) -> int:
-    """Process a source into an output folder and print the figures."""
+    """Process a source into an output folder and print the statistics."""
     from scfeat_ros.images import read_mask
     from scfeat_ros.offline import OutputOptions, figures_text, run
     from scfeat_ros.staging import check_apart, check_output
@@ -462,7 +462,7 @@ def _process(arguments: argparse.Namespace, source: Source, passthrough: bool = 
         )
         matching = from_arguments(MatcherOptions, arguments)
         mask = read_mask(arguments.mask) if arguments.mask else None
-        # before the network is loaded, which takes its time
+        # before the network is loaded, which takes a while
         check_output(arguments.output, options.overwrite)
         check_apart(arguments.output, source.path)
         summary = run(

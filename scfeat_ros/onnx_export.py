@@ -135,7 +135,7 @@ class OnnxSCFeat(nn.Module):
         config, precision: of the network, from the file's metadata.
 
     Raises:
-        ModelError: the file is missing, damaged or none of ours.
+        ModelError: the file is missing, damaged or not an exported SCFeat network.
         ScfeatError: the `onnxruntime` package is missing.
     """
 
@@ -144,7 +144,7 @@ class OnnxSCFeat(nn.Module):
         self.path = Path(path)
         if not self.path.is_file():
             raise ModelError(f"weights '{path}': no such file")
-        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # nothing is reported to anybody
+        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
         self._runtime = import_optional("onnxruntime", "ONNX")
         self._session = self._open([_CPU])
         metadata = self._session.get_modelmeta().custom_metadata_map
@@ -160,7 +160,7 @@ class OnnxSCFeat(nn.Module):
         self.projection.load_state_dict(load(base64.b64decode(metadata["projection"])))
 
     def __reduce__(self) -> tuple:
-        """A session of onnxruntime can be neither copied nor pickled: its file is opened again."""
+        """Copy and pickle by the path: a session of onnxruntime supports neither."""
         return type(self), (self.path,)
 
     def _open(self, providers: list[Any]) -> object:

@@ -1,10 +1,10 @@
 """`scfeat bag --ray` and `scfeat images --ray`: many inputs over cores, GPUs and machines by Ray.
 
-Every input is one task that does what the command does for it alone, into a folder of its own
-under the output. Ray starts a task again elsewhere when its worker is lost; an output folder gets
-its name only when it is complete, so what a lost worker left counts for nothing and what is done is
-not done again, in this run or in a later one with the same output. Machines need the package and
-see inputs and output under the same paths.
+Every input is one task, which runs the command for this input with a folder of its own under the
+output. Ray restarts a task elsewhere when its worker is lost. An output folder gets its name only
+when it is complete, so partial output of a lost worker is ignored, and finished tasks are not
+repeated, in this run or in a later one with the same output. All machines need the package, and
+must see inputs and output under the same paths.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from scfeat_ros.staging import SUMMARY
 CONNECT_TIMEOUT = 5.0
 """Seconds."""
 MAX_RETRIES = 3
-"""Times that a task is started again after its worker was lost."""
+"""How often a task is restarted after its worker was lost."""
 
 
 class JobResult(NamedTuple):
@@ -39,7 +39,7 @@ class JobResult(NamedTuple):
     """Exit code of the command, see `scfeat --help`."""
     error: str = ""
     skipped: bool = False
-    """Its output was there already."""
+    """Its output existed already."""
 
 
 def run(arguments: argparse.Namespace) -> list[JobResult]:
@@ -129,9 +129,14 @@ def _collect(ray: Any, arguments: argparse.Namespace, outputs: dict) -> list[Job
 
 
 def _check_resources(ray: Any, threads: int, gpu: str | None) -> None:
-    """Ray itself waits forever for a machine that could run a task.
+    """Check that some machine can run a task: Ray itself would wait for one forever.
 
-    gpu: the device that was asked for where tasks want a GPU.
+    Args:
+        threads: cores per task.
+        gpu: the requested device if tasks need a GPU.
+
+    Raises:
+        InputError: no machine can.
     """
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     if gpu:
@@ -149,12 +154,12 @@ def _check_resources(ray: Any, threads: int, gpu: str | None) -> None:
 def _process_one(arguments: argparse.Namespace) -> JobResult:
     """One input, on a worker."""
     (path,) = arguments.input
-    # a task whose worker was lost after its last step has nothing left to do
+    # the worker may have been lost after it had completed the output
     if (arguments.output / SUMMARY).is_file() and not arguments.overwrite:
         done = json.loads((arguments.output / SUMMARY).read_text(encoding="utf-8"))
         return JobResult(path, DAMAGED if done["damaged"] else OK, skipped=True)
     try:
-        # what the command prints is for one input alone
+        # do not print the summary of a single input
         with open(os.devnull, "w") as nowhere:
             stdout, sys.stdout = sys.stdout, nowhere
             try:

@@ -1,4 +1,4 @@
-"""The report: one HTML page that needs no other file and no network."""
+"""The offline tool's report: one HTML page without external files."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Sample:
 
 
 class SampleFrames:
-    """Picks frames evenly from a run of unknown length, at most twice as many as shown."""
+    """Samples frames evenly from a run of unknown length; keeps at most twice as many as shown."""
 
     def __init__(self) -> None:
         self._kept: list[Sample] = []
@@ -37,7 +37,7 @@ class SampleFrames:
         self._count = 0
 
     def wants_next(self) -> bool:
-        """Whether the next frame is to be given to `add`; otherwise call `skip`."""
+        """Whether to call `add` for the next frame; otherwise call `skip`."""
         return self._count % self._stride == 0
 
     def skip(self) -> None:
@@ -138,7 +138,7 @@ def _subtitle(summary: dict[str, Any]) -> str:
 
 
 def _notes(summary: dict[str, Any]) -> str:
-    """What was lost or odd; nothing where all was well."""
+    """Damage and warnings; empty if there are none."""
     damage = summary["damage"]
     items = []
     for reason, count in summary["frames_skipped"].items():

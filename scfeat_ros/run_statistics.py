@@ -1,4 +1,4 @@
-"""Figures of a run, kept in memory that does not grow with its length."""
+"""Statistics of a run, in memory that does not grow with its length."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from scfeat_ros.features import FrameResult
 
 LONGEST_TRACK = 10_000
-"""Tracks longer than this count as this long."""
+"""Longer tracks are counted as this long."""
 STAGES = ("decode", "extract", "match", "track", "output")
 HEAT_CELLS = 64
 """Cells of the coverage map along the longer side of the image."""
@@ -33,7 +33,7 @@ class Series:
         self.maximum = -np.inf
 
     def add(self, value: float) -> None:
-        """Append a frame's value; NaN, for a frame without one, is left out of all figures."""
+        """Append a frame's value; NaN, for a frame without one, is ignored in all statistics."""
         self._open.append(value)
         if not np.isnan(value):
             self.count += 1
@@ -83,7 +83,7 @@ class LatencyHistogram:
         self._counts[min(index, self._BINS - 1)] += 1
 
     def quantile(self, share: float) -> float:
-        """Seconds that a share of the durations stays below, within 1 %; NaN without any."""
+        """Quantile of the durations in seconds, within 1 %; NaN without any."""
         total = self._counts.sum()
         if total == 0:
             return float("nan")
@@ -92,13 +92,13 @@ class LatencyHistogram:
 
 
 def _count_cells(positions: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """How many (N, 2) positions x, y in [0, 1) lie in each cell of a grid of (rows, columns)."""
+    """Number of (N, 2) positions x, y in [0, 1) in each cell of a grid of (rows, columns)."""
     column, row = (positions * shape[::-1]).astype(int).T
     return np.bincount(row * shape[1] + column, minlength=shape[0] * shape[1]).reshape(shape)
 
 
 class RunStatistics:
-    """Accumulates the figures of `summary.json` and of the report, frame by frame."""
+    """Accumulates the statistics of `summary.json` and of the report, frame by frame."""
 
     def __init__(self) -> None:
         self.frames = 0
@@ -124,12 +124,12 @@ class RunStatistics:
         right: np.ndarray | None,
         seconds: dict[str, float],
     ) -> None:
-        """Take over a frame.
+        """Add a frame.
 
         Args:
             result: of the front end, M matches.
             inliers: (M,) bool by estimated epipolar geometry, None for a frame without matches.
-            right: (M,) bool by the true epipolar geometry, None where not known.
+            right: (M,) bool by the true epipolar geometry, None if unknown.
             seconds: by stage.
         """
         self.frames += 1
@@ -155,7 +155,7 @@ class RunStatistics:
         self._add_heat(result)
 
     def finish(self) -> None:
-        """Count the tracks that live at the end."""
+        """Count the tracks that are still alive at the end."""
         self._count_tracks(self._alive)
         self._alive = np.zeros(0, np.int32)
 
@@ -189,7 +189,7 @@ class RunStatistics:
         return float((self.track_lengths * lengths).sum() / count) if count else float("nan")
 
     def summary(self) -> dict[str, Any]:
-        """The figures as JSON can hold them; None where there are none."""
+        """The statistics as JSON values; None where there are none."""
         cumulative = np.cumsum(self.track_lengths)
         tracks = int(cumulative[-1])
         present = np.flatnonzero(self.track_lengths)
