@@ -1,4 +1,4 @@
-"""Convolutions as matrix products, in C++: those that minimal filtering does not compute."""
+"""Convolutions as matrix products, in C++: those that do not use Winograd's algorithm."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class DirectConv(NamedTuple):
     """A 1x1 or 3x3 convolution, padded by half of that: see `direct.cpp`."""
 
     weights: torch.Tensor
-    """In the order that the kernel reads; of the maps' type."""
+    """In the kernel's order; of the maps' type."""
     bias: torch.Tensor | None
     """(C_out,) in fp32."""
     side: int

@@ -1,4 +1,4 @@
-"""Convolutions by minimal filtering (Winograd)."""
+"""Convolutions by Winograd's minimal filtering."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ TILE = 4
 STEM_TILE = 3
 """Side of a tile of the stem's results, as in stem.cpp."""
 MIN_TILES = 16
-"""Tiles of a map from which on a Winograd convolution pays: it reads four times as many weights."""
+"""Smallest number of tiles for which it is faster: it reads four times as many weights."""
 
 LARGEST = 2**15 - 1
-"""Of 16 bits."""
+"""Largest int16."""
 PEAK = 40
-"""How many times a patch's bound is its usual magnitude: with it, patch and weights of int16, which
-share the 31 bits of a sum, are rounded alike."""
+"""Ratio of a patch's bound to its typical magnitude. It divides the 31 bits of a sum between patch
+and weights such that both are rounded equally."""
 BOUNDS = (10, 10, 10, 6, 6, 10)
-"""What the rows of B^T come to at most, as in winograd.h."""
+"""Sums of magnitudes of the rows of B^T, as in winograd.h."""
 
 
 def has_int16() -> bool:
@@ -36,14 +36,14 @@ def _tiles(height: int, width: int, side: int) -> int:
 
 
 class Weights(NamedTuple):
-    """Transformed weights in the order that the kernels read."""
+    """Transformed weights in the kernels' order."""
 
     values: torch.Tensor
     """(36, panels, C_in, columns) fp32, or, as int16, (36, panels, C_in / 2, columns, 2)."""
     scales: torch.Tensor | None
-    """(36, C_out) fp32: what sums of products of int16 are to be multiplied by."""
+    """(36, C_out) fp32: factors of the int32 sums."""
     largest: float
-    """What the values of a transformed patch are brought to, for products of int16."""
+    """Magnitude to which a transformed patch is scaled before it is rounded to int16."""
 
     @property
     def int16(self) -> bool:
@@ -52,7 +52,7 @@ class Weights(NamedTuple):
 
     @classmethod
     def of(cls, weight: torch.Tensor, int16: bool) -> Weights:
-        """G w G^T at its 36 places.
+        """Transform weights: G w G^T, at its 36 positions.
 
         Args:
             weight: (C_out, C_in, k, k) with k = 3 or 4.
@@ -77,17 +77,17 @@ class Weights(NamedTuple):
 
 
 def _rounded(values: torch.Tensor, largest: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Transformed weights as whole numbers, and what their sums of products are multiplied by.
+    """Round transformed weights to integers.
 
-    No sum over the inputs reaches 2^31: the magnitudes of the weights in it add up to less than
-    that divided by `largest`.
+    No sum over the inputs reaches 2^31: the sum of the magnitudes of its weights is less than that
+    divided by `largest`.
 
     Args:
         values: (36, C_in, C_out) float64.
-        largest: number in a patch.
+        largest: largest magnitude in a patch.
 
     Returns:
-        The numbers, and (36, C_out) fp32.
+        The integers, and (36, C_out) fp32 factors of their sums of products.
     """
     inputs = values.shape[1]
     magnitudes = values.abs()
@@ -101,7 +101,7 @@ def _rounded(values: torch.Tensor, largest: int) -> tuple[torch.Tensor, torch.Te
 
 
 class WinogradConv(NamedTuple):
-    """A 3x3 convolution, padded by one, in a quarter of the products: see `winograd.cpp`."""
+    """A 3x3 convolution with padding 1 and a quarter of the multiplications, see `winograd.cpp`."""
 
     weights: Weights
     bias: torch.Tensor | None
@@ -113,7 +113,7 @@ class WinogradConv(NamedTuple):
 
     @classmethod
     def fits(cls, weight: torch.Tensor) -> bool:
-        """Whether there is a kernel for (C_out, C_in, k, k), and it pays."""
+        """Whether there is a kernel for (C_out, C_in, k, k), and it is faster."""
         lanes = ask("lanes")
         channels = weight.shape[:2]
         return weight.shape[2:] == (3, 3) and all(c > FEW and c % lanes == 0 for c in channels)
@@ -133,11 +133,11 @@ class WinogradConv(NamedTuple):
 
     @staticmethod
     def pays(height: int, width: int) -> bool:
-        """Whether it is faster than a plain convolution, for a result of a height and width."""
+        """Whether it is faster than a direct convolution, for a result of a height and width."""
         return _tiles(height, width, TILE) >= MIN_TILES
 
     def products(self, height: int, width: int) -> int:
-        """Multiplications for a result of a height and width, without those of the transforms."""
+        """Multiplications for a result of a height and width, not counting the transforms."""
         return self.weights.values.numel() * _tiles(height, width, TILE)
 
     def __call__(
@@ -189,7 +189,7 @@ class WinogradStem(NamedTuple):
         return cls(Weights.of(cells, int16), bias.float(), dtype)
 
     def products(self, height: int, width: int) -> int:
-        """Multiplications for a pooled map of a height and width, without the transforms'."""
+        """Multiplications for a pooled map of a height and width, not counting the transforms."""
         return self.weights.values.numel() * _tiles(2 * height, 2 * width, STEM_TILE)
 
     def __call__(self, image: torch.Tensor) -> torch.Tensor:
