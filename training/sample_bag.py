@@ -1,4 +1,4 @@
-"""The sample camera bag: a drive through the street, as a robot's camera would record it."""
+"""Writes the sample camera bag: a drive through the street, as recorded by a robot's camera."""
 
 from __future__ import annotations
 
