@@ -173,7 +173,9 @@ def _add_bag(commands: argparse._SubParsersAction) -> None:
     group = parser.add_argument_group("input")
     group.add_argument("--topic", help="image topic (default: the only one)")
     group.add_argument(
-        "--camera-info", metavar="TOPIC", help="CameraInfo topic (default: beside the image topic)"
+        "--camera-info",
+        metavar="TOPIC",
+        help="CameraInfo topic (default: in the image topic's namespace)",
     )
     group.add_argument(
         "--rectified",
@@ -199,7 +201,7 @@ def _add_range(group: argparse._ArgumentGroup) -> None:
         "--start", type=float, default=0.0, metavar="SECONDS", help="leave out the first seconds"
     )
     group.add_argument(
-        "--duration", type=float, metavar="SECONDS", help="process only so many seconds"
+        "--duration", type=float, metavar="SECONDS", help="process only this many seconds"
     )
 
 
@@ -280,8 +282,7 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
         "--output",
         type=Path,
         metavar="FILE",
-        help=".npz (numpy), .h5 (hloc; matches and pairs go into two files beside it) or "
-        ".db (COLMAP)",
+        help=".npz (numpy), .h5 (hloc; matches and pairs go into two more files) or .db (COLMAP)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the files")
     parser.add_argument(

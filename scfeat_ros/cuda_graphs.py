@@ -73,17 +73,17 @@ class CudaGraphs(Generic[Output]):
             RuntimeError: the function fails, or memory runs out.
         """
         places = tuple(given.clone() for given in inputs)
-        current, beside = torch.cuda.current_stream(), torch.cuda.Stream()
-        beside.wait_stream(current)
-        with torch.cuda.stream(beside):
+        current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        side.wait_stream(current)
+        with torch.cuda.stream(side):
             for _ in range(WARM_UPS):
                 self.function(*places)
-        current.wait_stream(beside)
+        current.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         try:
             # other threads may allocate meanwhile
             with torch.cuda.graph(
-                graph, pool=self._pool, stream=beside, capture_error_mode="thread_local"
+                graph, pool=self._pool, stream=side, capture_error_mode="thread_local"
             ):
                 output = self.function(*places)
         except torch.cuda.OutOfMemoryError:

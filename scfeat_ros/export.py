@@ -122,7 +122,7 @@ def export(
 
     Args:
         folder: with images.
-        output: .npz; .h5 (features; matches go beside it to NAME-matches.h5 and the pairs to
+        output: .npz; .h5 (features; matches go to NAME-matches.h5 next to it, and the pairs to
             NAME-pairs.txt); .db (COLMAP).
         extractor: extracts the features, which stay in memory until all pairs are matched.
         choose_pairs: names -> pairs to match.

@@ -494,7 +494,7 @@ class ExtractorNode(LifecycleNode):
         for name, subscription in self._inputs.items():
             if subscription.update():
                 self.get_logger().info(
-                    f"subscribed anew to {subscription.topic} as its publishers offer it: "
+                    f"subscribed again to {subscription.topic}, matching its publishers: "
                     f"{subscription.description}"
                 )
                 if name == "image":

@@ -348,7 +348,7 @@ class _Writer:
             account.warn(f"{topic} was not passed through: {reason}")
         for reason, count in self.statistics.resets.items():
             remedy = "; --max-gap sets how long a gap may be" if reason == "gap" else ""
-            account.warn(f"tracking started anew {count} times: {reason}{remedy}")
+            account.warn(f"tracking was reset {count} times: {reason}{remedy}")
         poses = self.source.description.get("pose_topic")
         if poses and not self.statistics.judged:
             account.warn(

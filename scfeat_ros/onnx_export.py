@@ -60,7 +60,7 @@ def export_onnx(
 
     Args:
         weights: an installed model's name or a .safetensors file.
-        path: the .onnx file; it is written beside and renamed.
+        path: the .onnx file; it is written under a temporary name and renamed.
         precision: "fp32", or "fp16": the convolutions of backbone and of the head's Layer_0 on
             the small maps in fp16, everything else in fp32, with the casts written out, as
             TensorRT's strongly typed networks want it.

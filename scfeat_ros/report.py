@@ -208,7 +208,7 @@ def _matches(statistics: RunStatistics) -> str:
     )
     return (
         "<section><h2>Keypoints and matches per frame</h2><p>Matches are mutual nearest "
-        "neighbours between consecutive frames. A gap means that tracking started anew.</p>"
+        "neighbours between consecutive frames. A gap means that tracking was reset.</p>"
         f"{chart}</section>"
     )
 

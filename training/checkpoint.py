@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: written beside and renamed, read back to the exact step."""
+"""Checkpoints of a training run: written atomically, to resume at the exact step."""
 
 from __future__ import annotations
 

@@ -33,8 +33,8 @@ class DescriptorOptions:
         temperature: factor on the cosine similarity in the softmax (an inverse temperature).
         max_cost: queries with a distance above this share of the image's shorter side are ignored:
             their search has failed.
-        contrast_weight: weight of the warm-up loss on known correspondences beside the epipolar
-            loss; 0 trains from poses alone.
+        contrast_weight: weight of the warm-up loss on known correspondences, relative to the
+            epipolar loss; 0 trains from poses alone.
     """
 
     cell: int = 16

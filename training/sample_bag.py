@@ -49,8 +49,12 @@ def write_sample_bag(
     """Render the drive and write it as a ROS 2 bag (mcap); returns the bag's folder.
 
     Topics: the camera's JPEG images, its CameraInfo, and the pose of its optical frame in the
-    world (geometry_msgs/PoseStamped), all of the same stamp. The bag is written beside `out`
-    and renamed when it is complete. Raises OutputExistsError, or InputError for a bad value.
+    world (geometry_msgs/PoseStamped), all of the same stamp. The bag is written under a
+    temporary name and renamed when it is complete.
+
+    Raises:
+        OutputExistsError: `out` exists, and `overwrite` is not set or it is no bag.
+        InputError: a bad value, or the bag cannot be written.
     """
     out = Path(out)
     if not (seconds > 0 and rate > 0 and seconds * rate >= 1):

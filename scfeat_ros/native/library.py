@@ -133,8 +133,8 @@ def _cpu() -> str:
     """The CPU's model and features, which decide what instructions the compiler may use."""
     lines = cpu_info().split("\n\n")[0].splitlines()
     kept = ("flags", "features", "model name", "cpu part")
-    told = "\n".join(line for line in lines if line.lower().startswith(kept))
-    return told or platform.processor() + platform.machine()
+    described = "\n".join(line for line in lines if line.lower().startswith(kept))
+    return described or platform.processor() + platform.machine()
 
 
 def _compile(command: list[str], library: Path) -> None:

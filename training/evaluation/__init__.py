@@ -70,7 +70,7 @@ def build_parser(task: str | None) -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one task. Returns the exit status; errors a user can mend are printed as one line."""
+    """Run one task. Returns the exit status; errors that a user can fix are printed as one line."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         return _main(arguments)

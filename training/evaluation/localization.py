@@ -3,7 +3,7 @@
 --data is a folder with
   images/              reference and query images (or --images)
   sfm/                 COLMAP model with the poses of the reference images (or --model); its points
-                       are not used, they are triangulated anew with every method's features
+                       are not used: they are triangulated from every method's features
   queries.txt          name MODEL width height parameters..., a query a line (or --queries)
   pairs-db.txt         pairs of reference images to triangulate from (or --db-pairs)
   pairs-query.txt      pairs of a query and a reference image (or --query-pairs)

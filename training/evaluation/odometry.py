@@ -82,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--runs",
         type=int,
         default=1,
-        help="estimate every motion so many times, from matches in another order each time: ATE "
+        help="estimate every motion this many times, from matches in a different order: ATE "
         "and RPE are medians, and how far chance moves them is shown (default: %(default)s)",
     )
     parser.add_argument(

@@ -90,7 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--runs",
         type=int,
         default=1,
-        help="estimate every pose so many times, from matches in another order each time: AUC is "
+        help="estimate every pose this many times, from matches in a different order: AUC is "
         "the mean, and how far chance moves it is shown (default: %(default)s)",
     )
     parser.add_argument(
