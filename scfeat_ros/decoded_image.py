@@ -71,7 +71,7 @@ def packed_rows(message: Any, row: int, dtype: np.dtype) -> np.ndarray:
     return values.byteswap() if is_swapped else values
 
 
-def check_pairs(encoding: str, width: int) -> None:
+def check_yuv_width(encoding: str, width: int) -> None:
     """Refuse YUV 4:2:2 images of odd width: some OpenCV versions write out of bounds.
 
     Raises:

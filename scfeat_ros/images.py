@@ -13,7 +13,7 @@ from scfeat_ros.decoded_image import (
     DecodedImage,
     UnknownEncodingError,
     UnreadableImageError,
-    check_pairs,
+    check_yuv_width,
     decode,
     from_compressed,
     packed_rows,
@@ -56,7 +56,7 @@ def from_message(message: Any) -> DecodedImage:
             f"image encoding '{message.encoding}' is not supported; "
             f"known are {', '.join(ENCODINGS)}"
         )
-    check_pairs(encoding, int(message.width))
+    check_yuv_width(encoding, int(message.width))
     _, _, dtype, channels = to_cvtype(encoding)
     pixels = _pixels(message, np.dtype(dtype), channels)
     try:

@@ -12,7 +12,7 @@ import numpy as np
 from sensor_msgs.msg import Image
 
 from scfeat_ros import subprocesses
-from scfeat_ros.decoded_image import DecodedImage, check_pairs, packed_rows, to_8_bit
+from scfeat_ros.decoded_image import DecodedImage, check_yuv_width, packed_rows, to_8_bit
 from scfeat_ros.errors import InputError, ScfeatError
 from scfeat_ros.messages import pack_array
 
@@ -72,7 +72,7 @@ class ImageDecoder:
                 f"image encoding '{encoding}' is unknown; publish rgb8, bgr8, "
                 "mono8, a Bayer pattern or yuv422, or use the compressed transport"
             ) from error
-        check_pairs(encoding, width)
+        check_yuv_width(encoding, width)
         row = width * np.dtype(dtype).itemsize * channels
         if step < row:
             raise InputError(

@@ -306,7 +306,7 @@ def call(name: str, dtype: torch.dtype | None, *arguments: Argument) -> None:
         _watching.recorder.called(chosen, words, arguments)
 
 
-def ask(name: str, *arguments: int) -> int:
+def query(name: str, *arguments: int) -> int:
     """An integer constant of the library, such as the number of floats in a vector register."""
     return getattr(load(), name)(*arguments)
 

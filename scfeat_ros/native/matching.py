@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from scfeat_ros.native.library import ask, call
+from scfeat_ros.native.library import call, query
 
 KERNELS = {
     "bf16, in two parts": "nearest_by_tiles",
@@ -34,14 +34,14 @@ class Nearest(NamedTuple):
 
 def has_tiles() -> bool:
     """Whether the CPU has AMX for bf16."""
-    return bool(ask("has_tiles"))
+    return bool(query("has_tiles"))
 
 
 def arithmetic() -> str:
     """How `nearest` multiplies if it need not be exact: bf16 in two parts, int8, int16 or fp32."""
     if has_tiles():
         return "bf16, in two parts"
-    bits = ask("integer_bits")
+    bits = query("integer_bits")
     return f"int{bits}" if bits else "fp32"
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from scfeat_ros.native.kernels import FEW
-from scfeat_ros.native.library import ask, call, channels_last, empty_map
+from scfeat_ros.native.library import call, channels_last, empty_map, query
 
 TILE = 4
 """Side of a tile of a 3x3 convolution's results, as in winograd.cpp."""
@@ -28,7 +28,7 @@ BOUNDS = (10, 10, 10, 6, 6, 10)
 
 def has_int16() -> bool:
     """Whether Winograd convolutions are faster with 16-bit integers than with fp32 on this CPU."""
-    return bool(ask("has_int16"))
+    return bool(query("has_int16"))
 
 
 def _tiles(height: int, width: int, side: int) -> int:
@@ -70,7 +70,7 @@ class Weights(NamedTuple):
             largest = min(LARGEST, int((PEAK * 2**31 / inputs) ** 0.5))
             values, scales = _rounded(values, largest)
             pair = 2
-        columns = ask("winograd_columns", outputs)
+        columns = query("winograd_columns", outputs)
         panels = values.reshape(36, inputs // pair, pair, -1, columns).permute(0, 3, 1, 4, 2)
         values = panels.to(torch.int16 if pair == 2 else torch.float32).contiguous()
         return cls(values.squeeze(-1), scales, largest)
@@ -114,7 +114,7 @@ class WinogradConv(NamedTuple):
     @classmethod
     def fits(cls, weight: torch.Tensor) -> bool:
         """Whether there is a kernel for (C_out, C_in, k, k), and it is faster."""
-        lanes = ask("lanes")
+        lanes = query("lanes")
         channels = weight.shape[:2]
         return weight.shape[2:] == (3, 3) and all(c > FEW and c % lanes == 0 for c in channels)
 
