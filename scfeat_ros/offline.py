@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Generator, Iterable, Iterator
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -122,11 +122,7 @@ def run(
             require_av()
         front_end = FrontEnd(extractor, matching)
         stack.enter_context(cores_awake(extractor.device))
-        stack.callback(torch.set_num_threads, torch.get_num_threads())  # `_process` shares them out
-        stack.callback(cv2.setNumThreads, cv2.getNumThreads())
-        cv2.setNumThreads(1)  # the stages run in parallel themselves
-        stack.callback(sys.setswitchinterval, sys.getswitchinterval())
-        sys.setswitchinterval(SWITCH_INTERVAL)
+        stack.enter_context(_parallel_stages())
         folder = stack.enter_context(staged_folder(output, options.overwrite))
         writer = _Writer(folder, options, source)
         began = time.perf_counter()
@@ -156,6 +152,21 @@ def run(
             "device": str(extractor.device),
         }
         return writer.finish(seconds, model, settings)
+
+
+@contextmanager
+def _parallel_stages() -> Iterator[None]:
+    """Settings of the process while stages run in parallel; the old ones are restored."""
+    threads, cv_threads = torch.get_num_threads(), cv2.getNumThreads()
+    interval = sys.getswitchinterval()
+    cv2.setNumThreads(1)
+    sys.setswitchinterval(SWITCH_INTERVAL)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(interval)
+        cv2.setNumThreads(cv_threads)
+        torch.set_num_threads(threads)  # which `_process` changes
 
 
 @dataclass
