@@ -45,7 +45,7 @@ GEOMETRY_FROM = 500
 FRAMES_AT_ONCE = 2
 """Frames that a CPU extracts concurrently, each with a share of the threads."""
 FRAMES_AHEAD = 4
-"""Most extracted frames that wait for the matching."""
+"""Most frames that are being extracted or wait for the matching."""
 SWITCH_INTERVAL = 5e-4
 """Seconds after which a thread must release the GIL; Python's default is ten times as long."""
 GROUP_BYTES = 8 << 20

@@ -129,8 +129,8 @@ class BagSource:
     Args:
         path: the bag.
         topic: image topic; None takes the only one.
-        camera_info: CameraInfo topic; None takes the one in the image topic's namespace, or the
-            only one.
+        camera_info: CameraInfo topic; None takes the one in the image topic's namespace or the
+            nearest parent of it, or else the only one if there is a single image topic.
         poses: topic with the camera's pose; None takes /ground_truth/pose if there is one.
         every: use every n-th image.
         start: seconds to leave out at the beginning.
