@@ -59,7 +59,8 @@ class UnreadableMessageError(ValueError):
 
     def __init__(self, message: RawMessage, error: Exception) -> None:
         super().__init__(
-            f"message of {message.topic} at {message.time} ns is no {message.type}: {error!r}"
+            f"message of {message.topic} at {message.time} ns is not a valid {message.type}: "
+            f"{error!r}"
         )
 
 
@@ -252,7 +253,7 @@ class BagReader:
             names = sorted(found, key=natural_order)
             if not names:
                 raise InputError(
-                    f"{path}: this folder is no bag, it has neither metadata.yaml nor .mcap or "
+                    f"{path}: this folder is not a bag, it has neither metadata.yaml nor .mcap or "
                     ".db3 files (for a folder of pictures use `scfeat images`)"
                 )
             self.damage.add(f"{path.name}: metadata.yaml is missing or empty")
@@ -471,6 +472,6 @@ def _kind(path: Path) -> str:
     if content:
         raise InputError(f"{path}: rename this file so that its name ends with {content}")
     raise InputError(
-        f"{path}: this file is no bag; give a rosbag2 folder, an .mcap or .db3 file, or a ROS 1 "
+        f"{path}: this file is not a bag; give a rosbag2 folder, an .mcap or .db3 file, or a ROS 1 "
         ".bag file (for a video use `scfeat images`)"
     )

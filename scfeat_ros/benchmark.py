@@ -221,7 +221,7 @@ def _integers(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError as error:
-        raise ValueError(f"'{text}' is no comma-separated list of whole numbers") from error
+        raise ValueError(f"'{text}' is not a comma-separated list of whole numbers") from error
 
 
 def _size(text: str) -> tuple[int, int]:

@@ -315,8 +315,8 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
 def _video_name(text: str) -> str:
     if Path(text).name != text or not text.endswith(".mp4"):
         raise argparse.ArgumentTypeError(
-            f"'{text}' is no name of an .mp4 file (without a folder, it is put into OUT; IN goes "
-            "before --video)"
+            f"'{text}' is not the name of an .mp4 file (without a folder, it is put into OUT; IN "
+            "goes before --video)"
         )
     return text
 

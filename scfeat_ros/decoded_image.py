@@ -127,7 +127,7 @@ def from_compressed(message: Any) -> DecodedImage:
     """
     if "compressedDepth" in message.format:
         raise UnknownEncodingError(
-            f"compressed image of format '{message.format}': compressedDepth is no picture; use "
+            f"compressed image of format '{message.format}': compressedDepth is not an image; use "
             "the raw depth images, or the camera's"
         )
     pixels = _decoded(np.frombuffer(message.data, np.uint8), f"'{message.format}' image")

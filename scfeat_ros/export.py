@@ -144,7 +144,9 @@ def export(
     names = list(files)
     for name in names:
         if printable(name) != name:
-            raise InputError(f"{folder / printable(name)}: rename this image, its name is no UTF-8")
+            raise InputError(
+                f"{folder / printable(name)}: rename this image, its name is not UTF-8"
+            )
         if len(name.split()) > 1 and output.suffix != ".npz":
             raise InputError(
                 f"{folder / name}: rename this image, the lists of pairs of hloc and COLMAP cannot "

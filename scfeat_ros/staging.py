@@ -151,8 +151,8 @@ def check_output(path: Path, overwrite: bool) -> None:
     # never delete anything but our own output
     if not path.is_dir() or (any(path.iterdir()) and not (path / SUMMARY).is_file()):
         raise OutputExistsError(
-            f"{path} exists and is no earlier output (a folder with a {SUMMARY}), so --overwrite "
-            "does not replace it; give another name"
+            f"{path} exists and is not an earlier output (a folder with a {SUMMARY}), so "
+            "--overwrite does not replace it; give another name"
         )
 
 

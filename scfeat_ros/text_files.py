@@ -18,4 +18,4 @@ def read_text(path: Path) -> str:
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: cannot be read (no UTF-8 text: {error.reason})") from error
+        raise InputError(f"{path}: cannot be read (not UTF-8 text: {error.reason})") from error

@@ -168,8 +168,8 @@ def test_a_folder_without_metadata(tmp_path, rows, pictures, compression):
     ("make", "text"),
     [
         (lambda path: None, "no such file or folder"),
-        (lambda path: path.mkdir(), "this folder is no bag"),
-        (lambda path: path.write_text("hello"), "this file is no bag"),
+        (lambda path: path.mkdir(), "this folder is not a bag"),
+        (lambda path: path.write_text("hello"), "this file is not a bag"),
         (lambda path: path.write_bytes(b"\x89MCAP0\r\n"), r"name ends with \.mcap"),
     ],
     ids=["missing", "folder", "text", "misnamed"],

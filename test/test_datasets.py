@@ -459,8 +459,8 @@ def break_size(folder):
         (break_size, "is 100x75, but its K is for 200x150"),
         (break_rotation, "rotation"),
         (break_mirror, "rotation"),
-        (break_focal, "K is no intrinsic"),
-        (break_row, "K is no intrinsic"),
+        (break_focal, "K is not an intrinsic"),
+        (break_row, "K is not an intrinsic"),
         (break_nan, "not finite"),
     ],
 )

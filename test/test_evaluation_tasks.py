@@ -525,7 +525,7 @@ def test_odometry_in_kittis_layout(tmp_path, capsys):
     assert "07.txt, line 6 left out: no finite pose" in result["skipped"][1]
     arguments = ["odometry", "--data", str(data), "--methods", "orb", "-o", str(tmp_path / "out")]
     for text, reason in (
-        ("P0: " + "0 " * 12, "calib.txt, P0: K is no intrinsic matrix"),
+        ("P0: " + "0 " * 12, "calib.txt, P0: K is not an intrinsic matrix"),
         ("P0: " + "a " * 12, "calib.txt: no line 'P0:' with twelve numbers"),
     ):
         (data / "calib.txt").write_text(text)

@@ -49,7 +49,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # PyTorch may raise anything on other files
         line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path}: damaged or no checkpoint ({line})") from error
+        raise InputError(f"{path}: damaged or not a checkpoint ({line})") from error
     if not isinstance(state, dict) or "step" not in state:
-        raise InputError(f"{path}: is no checkpoint of a training run")
+        raise InputError(f"{path}: is not a checkpoint of a training run")
     return state

@@ -178,7 +178,7 @@ def read_config(path: str | Path, stage: str, **changes: Any) -> TrainConfig:
     try:
         values = yaml.safe_load(read_text(path))
     except yaml.YAMLError as error:
-        raise InputError(f"{path}: no valid YAML ({error})".replace("\n", " ")) from error
+        raise InputError(f"{path}: not valid YAML ({error})".replace("\n", " ")) from error
     if not isinstance(values, dict):
         raise InputError(f"{path}: must hold 'name: value' lines, fields of TrainConfig")
     values |= {key: value for key, value in changes.items() if value is not None}

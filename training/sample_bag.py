@@ -64,7 +64,9 @@ def write_sample_bag(
     if out.exists() and not overwrite:
         raise OutputExistsError(f"{out} exists already; choose another name or give --overwrite")
     if out.exists() and not (out / "metadata.yaml").is_file():
-        raise OutputExistsError(f"{out} is no bag, so --overwrite leaves it; choose another name")
+        raise OutputExistsError(
+            f"{out} is not a bag, so --overwrite does not replace it; choose another name"
+        )
     trip = drive(seconds, rate)
     # The bag's name goes into the file names in it, so it is written under its own name.
     staging = out.with_name(f".{out.name}.scfeat-partial")

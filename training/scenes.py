@@ -112,9 +112,9 @@ def check_camera(where: str, K: np.ndarray, R: np.ndarray, t: np.ndarray) -> str
     if not (np.isfinite(K).all() and np.isfinite(R).all() and np.isfinite(t).all()):
         return f"{where}: K, R or t is not finite; remove the image from the scene"
     if K[0, 0] <= 0 or K[1, 1] <= 0 or abs(K[2] - (0, 0, 1)).max() > 1e-6 or abs(K[1, 0]) > 1e-6:
-        return f"{where}: K is no intrinsic matrix: want [[fx, s, cx], [0, fy, cy], [0, 0, 1]]"
+        return f"{where}: K is not an intrinsic matrix: want [[fx, s, cx], [0, fy, cy], [0, 0, 1]]"
     if abs(R @ R.T - np.eye(3)).max() > 1e-3 or np.linalg.det(R) < 0:
-        return f"{where}: R is no rotation: want R R^T = 1 and det R = 1, world to camera"
+        return f"{where}: R is not a rotation: want R R^T = 1 and det R = 1, world to camera"
     return None
 
 

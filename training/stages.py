@@ -365,7 +365,7 @@ class DetectorStage(Stage):
         self.options = options_of(PolicyOptions(), config.loss, "loss")
         width, height = size_of(config)
         if width % self.options.cell or height % self.options.cell:
-            raise InputError(f"config: size {config.size} is no multiple of cell")
+            raise InputError(f"config: size {config.size} is not a multiple of cell")
         self.network = Detect(model)
 
     def parameter_groups(self) -> list[dict[str, Any]]:

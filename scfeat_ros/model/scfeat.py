@@ -247,7 +247,9 @@ def read_metadata(path: str | os.PathLike) -> dict:
             f"{path}: not a readable safetensors file, it may be truncated ({error})"
         ) from error
     if metadata.get("format") != "scfeat" or "config" not in metadata:
-        raise ModelError(f"{path}: the metadata has no SCFeat 'config', so this is no SCFeat model")
+        raise ModelError(
+            f"{path}: the metadata has no SCFeat 'config', so this is not an SCFeat model"
+        )
     try:
         config = json.loads(metadata["config"])
         provenance = json.loads(metadata.get("provenance", "{}"))
@@ -263,7 +265,7 @@ def config_of(values: object, path: Path) -> SCFeatConfig:
         ModelError: it is invalid; the message names the file and the first wrong field.
     """
     if not isinstance(values, dict):
-        raise ModelError(f"{path}: the metadata's config is no table of fields but {values!r}")
+        raise ModelError(f"{path}: the metadata's config is not a table of fields but {values!r}")
     for field in fields(SCFeatConfig):
         if field.name not in values and field.default is MISSING:
             raise ModelError(f"{path}: config field '{field.name}' is missing")

@@ -461,7 +461,7 @@ def _create(specification: str, label: str, max_keypoints: int, device: str) -> 
         key, separator, value = assignment.partition("=")
         if not separator:
             raise InputError(
-                f"method '{specification}': '{assignment}' is no option=value; "
+                f"method '{specification}': '{assignment}' is not of the form option=value; "
                 "for example scfeat-s:nms_radius=2"
             )
         key = key.strip().replace("-", "_")
@@ -472,7 +472,7 @@ def _create(specification: str, label: str, max_keypoints: int, device: str) -> 
         try:
             options[key] = value.strip() if word else yaml.safe_load(value)
         except yaml.YAMLError as error:
-            raise InputError(f"method '{specification}': '{value}' is no value") from error
+            raise InputError(f"method '{specification}': '{value}' is not a valid value") from error
     if name in REGISTRY:
         method = REGISTRY[name](label, max_keypoints, device, **options)
         method.registered_as, method.adapter = name, ADAPTERS.get(name)
