@@ -1,9 +1,9 @@
-"""Which way the network runs: chosen for the device, checked against plain fp32 when it is loaded.
+"""Chooses how the network runs on a device, and checks it against plain fp32 when it is loaded.
 
-A way is a precision of the convolutions and whether the fast network (`model/fused.py`) runs or the
-plain one. `auto` starts with the fastest that the device has and steps back towards plain fp32 with
-a warning, wherever a way cannot run or finds other features than plain fp32 does in a made-up
-picture.
+The choice is a precision of the convolutions and a backend: the fast network (`model/fused.py`) in
+one of its forms, or the plain one. `auto` starts with the fastest choice that the device supports
+and falls back towards plain fp32, with a warning, wherever a choice cannot run or its features of a
+synthetic image differ from those of plain fp32.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from scfeat_ros.model.sampling import sample
 from scfeat_ros.model.scfeat import SCFeat, SCFeatOutput, fold_batch_norms
 from scfeat_ros.native import library
 from scfeat_ros.native.replay import Replays
-from scfeat_ros.native.winograd import has_shorts
+from scfeat_ros.native.winograd import has_int16
 from scfeat_ros.onnx_export import OnnxSCFeat
 
 LOG = logging.getLogger(__name__)
@@ -38,20 +38,20 @@ DTYPES = {
     "fp16": torch.float16,
     "int16": torch.float32,
 }
-"""Of maps, by precision. int16: convolutions by minimal filtering multiply integers of 16 bits, and
-so they do in bf16 where the CPU is faster with them."""
+"""Type of the feature maps, by precision. With int16 the Winograd convolutions multiply 16-bit
+integers; so they do with bf16 on CPUs that are faster with integers."""
 
 CHECK_SIZE = (160, 128)
-"""Width and height of the self-check's picture."""
+"""Width and height of the self-check's image."""
 CHECK_KEYPOINTS = 200
 MIN_KEYPOINTS_FOUND = 0.9
-"""Share of the best keypoints that are found again within a pixel. (The worst of them compete with
-others of nearly the same score, so it is not all of them even where nothing is wrong.)"""
+"""Smallest share of the best keypoints that must be found again within a pixel. (Not all of them:
+the weakest compete with others of nearly the same score, even where nothing is wrong.)"""
 MIN_COSINE = 0.998
-"""Median cosine similarity of descriptors."""
+"""Smallest median cosine similarity of the descriptors."""
 
 COMPILED = "fused, compiled kernels"
-"""The way that `native/` makes."""
+"""The backend that uses the kernels of `native/`."""
 GRAPHED = "fused, CUDA graphs"
 
 
@@ -62,35 +62,33 @@ class Network(NamedTuple):
     """Takes images (B, 3, H, W) as uint8 RGB, or as float in [0, 1]."""
     precision: str
     """"fp32", "bf16", "fp16" or "int16"."""
-    way: str
+    backend: str
     """"plain", "fused" (PyTorch's operators), "fused, compiled kernels", "fused, CUDA graphs" or
     "onnxruntime"."""
 
     @property
     def compiled(self) -> bool:
-        """Whether the kernels of `native/` run."""
-        return self.way == COMPILED
+        """Whether the kernels of `native/` are used."""
+        return self.backend == COMPILED
 
     @property
     def graphed(self) -> bool:
         """Whether it runs through CUDA graphs."""
-        return self.way == GRAPHED
+        return self.backend == GRAPHED
 
     def clear(self) -> None:
-        """Free the memory that is kept for images of sizes that were seen."""
+        """Free the memory that is kept for the image sizes seen so far."""
         if isinstance(self.run, CudaGraphs | Replays):
             self.run.clear()
 
     def __str__(self) -> str:
-        return f"{self.precision}, {self.way}"
+        return f"{self.precision}, {self.backend}"
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether the device multiplies bf16 in hardware."""
+    """Whether a CPU or CUDA device multiplies bf16 in hardware."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    if device.type != "cpu":
-        return False
     info = cpu_info()
     return any(name in info for name in ("avx512_bf16", "amx_bf16", " bf16"))
 
@@ -98,15 +96,15 @@ def has_bfloat16(device: torch.device) -> bool:
 def choose(
     model: SCFeat | OnnxSCFeat, device: torch.device, precision: str, compile: str
 ) -> Network:
-    """The fastest way to run a network that is allowed and passes the self-check.
+    """Choose the fastest allowed precision and backend that pass the self-check.
 
     Args:
         model: the plain network, fp32, on the device; or an exported one, which is run as it is.
         device: CPU or CUDA.
         precision: "auto", or the precision of the convolutions.
-        compile: "auto": the fast network, on the CPU where kernels can be compiled (without
-            them it is slower than the plain one), on a GPU through CUDA graphs; "on": an error
-            where kernels cannot be compiled; "off": the plain network.
+        compile: "auto": the fast network; on a GPU through CUDA graphs, on the CPU only if the
+            kernels can be compiled (without them it is slower than the plain one). "on": the
+            same, with an error if they cannot be compiled. "off": the plain network.
 
     Raises:
         ScfeatError: `compile` is "on" and kernels cannot be compiled.
@@ -118,12 +116,12 @@ def choose(
         keep_freed_memory()
         if compile != "off" and not _can_compile(compile):
             compile = "off"
-    for way, fast in _ways(device, precision, compile != "off"):
-        lacking = _lacking(device, way, fast)
-        if lacking is not None:
-            LOG.warning("%s was not taken: %s", way, lacking)
+    for candidate, fast in _candidates(device, precision, compile != "off"):
+        problem = _unsupported(device, candidate, fast)
+        if problem is not None:
+            LOG.warning("%s was not taken: %s", candidate, problem)
             continue
-        network = _make(model, device, way) if fast else _plain(model, way)
+        network = _fast(model, device, candidate) if fast else _plain(model, candidate)
         problem = check(network.run, model, device)
         if problem is None:
             return network
@@ -131,36 +129,35 @@ def choose(
     return _plain(model, "fp32")
 
 
-def _ways(device: torch.device, precision: str, fast: bool) -> list[tuple[str, bool]]:
-    """Precisions, and whether in the fast network, in the order in which they are tried.
+def _candidates(device: torch.device, precision: str, fast: bool) -> list[tuple[str, bool]]:
+    """Precisions, each with whether to use the fast network, in the order in which to try them.
 
-    Plain fp32, which is left in the end, is not among them.
+    The last resort, plain fp32, is not among them.
     """
     if precision != "auto":
         precisions = [precision]
     elif device.type == "cuda":
         precisions = ["bf16" if has_bfloat16(device) else "fp16"]
-    elif device.type == "cpu":
+    else:
         # (PyTorch's own convolutions in bf16 were timed on x86 alone)
         gains = has_bfloat16(device) and (fast or platform.machine() == "x86_64")
-        precisions = ["bf16"] * gains + ["int16"] * (fast and has_shorts())
-    else:
-        precisions = []
-    ways = [(p, True) for p in dict.fromkeys([*precisions, "fp32"])] if fast else []
-    # what cannot be had in the fast network cannot be had at all
-    return ways + [(p, False) for p in precisions if p != "fp32" and not (fast and p == "int16")]
+        precisions = ["bf16"] * gains + ["int16"] * (fast and has_int16())
+    candidates = [(p, True) for p in dict.fromkeys([*precisions, "fp32"])] if fast else []
+    # int16 exists in the fast network alone
+    plain = (p for p in precisions if p != "fp32" and not (fast and p == "int16"))
+    return candidates + [(p, False) for p in plain]
 
 
-def _lacking(device: torch.device, precision: str, fast: bool) -> str | None:
-    """Why a precision cannot be had, None where it can."""
+def _unsupported(device: torch.device, precision: str, fast: bool) -> str | None:
+    """Why a precision is not available; None if it is."""
     if precision == "int16":
         if device.type != "cpu" or not fast:
-            return "only the fast network on a CPU, with compiled kernels, computes in it"
-        return None if has_shorts() else "there are no kernels for this CPU in it"
+            return "only the fast network on a CPU, with compiled kernels, supports it"
+        return None if has_int16() else "there are no kernels for this CPU"
     if device.type == "cpu" and not cpu_computes(DTYPES[precision]):
-        return "this CPU does not compute in it"
+        return "this CPU does not support it"
     if device.type == "cuda" and precision == "bf16" and not has_bfloat16(device):
-        return "this GPU has no convolutions in it"  # without cuDNN's PyTorch's own are far slower
+        return "this GPU does not support it"  # cuDNN has none, and PyTorch's own are far slower
     return None
 
 
@@ -177,23 +174,23 @@ def _plain(model: SCFeat, precision: str) -> Network:
     return Network(run_in_precision, precision, "plain")
 
 
-def _make(model: SCFeat, device: torch.device, precision: str) -> Network:
+def _fast(model: SCFeat, device: torch.device, precision: str) -> Network:
     dtype = DTYPES[precision]
     if device.type == "cuda":
         network = FusedSCFeat(model, dtype)
         return Network(CudaGraphs(network), precision, GRAPHED)
-    if device.type == "cpu" and dtype in library.SUFFIX:
-        shorts = precision != "fp32" and has_shorts()
-        network = FusedSCFeat(model, dtype, compiled=True, shorts=shorts)
+    if dtype in library.SUFFIX:
+        int16 = precision != "fp32" and has_int16()
+        network = FusedSCFeat(model, dtype, compiled=True, int16=int16)
         return Network(Replays(network), precision, COMPILED)
     return Network(FusedSCFeat(model, dtype), precision, "fused")
 
 
 def _can_compile(compile: str) -> bool:
-    """Whether there are kernels for the CPU; a warning says why not.
+    """Whether the kernels can be compiled; if not, a warning says why.
 
     Raises:
-        ScfeatError: there are none, and `compile` is "on".
+        ScfeatError: they cannot, and `compile` is "on".
     """
     try:
         library.load()
@@ -210,54 +207,54 @@ def _can_compile(compile: str) -> bool:
 def check(
     run: Callable[[torch.Tensor], SCFeatOutput], model: SCFeat, device: torch.device
 ) -> str | None:
-    """Compare features of a made-up picture with those of the plain network.
+    """Compare features of a synthetic image with those of the plain network.
 
     Returns:
-        What is wrong, None where nothing is.
+        What is wrong; None if nothing is.
     """
     started = time.perf_counter()
-    image = check_picture().to(device)
+    image = check_image().to(device)
     with torch.inference_mode():
         expected = model(image)
         try:
-            for _ in range(2):  # another first: what is kept of a picture must not come back
+            for _ in range(2):  # another image first: nothing of it may show in the result
                 run(image.flip(3))
             found = run(image)
             if isinstance(run, CudaGraphs) and not run.is_captured(image):
                 return "it cannot be captured in a CUDA graph"
-        except (RuntimeError, TypeError) as error:  # an operator that the device lacks
+        except (RuntimeError, TypeError) as error:  # the device lacks an operator
             return f"it does not run here ({str(error).splitlines()[0]})"
         problem = _compare(expected, found)
     LOG.debug("self-check took %.0f ms", 1e3 * (time.perf_counter() - started))
     return problem
 
 
-def check_picture() -> torch.Tensor:
-    """(1, 3, height, width) picture in [0, 1]: noise at several scales, with edges and corners."""
+def check_image() -> torch.Tensor:
+    """(1, 3, height, width) image in [0, 1]: noise at several scales, with edges and corners."""
     random = np.random.default_rng(7)
     width, height = CHECK_SIZE
-    picture = torch.zeros(1, 3, height, width, dtype=torch.float32, device="cpu")
+    image = torch.zeros(1, 3, height, width, dtype=torch.float32, device="cpu")
     for cells in (4, 10, 24):
         noise = torch.from_numpy(random.random((1, 3, cells, cells), np.float32))
-        picture += F.interpolate(noise, size=(height, width), mode="bicubic")
+        image += F.interpolate(noise, size=(height, width), mode="bicubic")
     for _ in range(60):
         x, y = random.integers(0, width), random.integers(0, height)
         w, h = random.integers(4, 30, 2)
         colour = torch.from_numpy(random.random(3).astype(np.float32)) * 3
-        picture[0, :, y : y + h, x : x + w] = colour[:, None, None]
-    picture = F.avg_pool2d(picture, 3, stride=1, padding=1, count_include_pad=False)
-    return (picture / 3).clamp(0, 1).contiguous(memory_format=torch.channels_last)
+        image[0, :, y : y + h, x : x + w] = colour[:, None, None]
+    image = F.avg_pool2d(image, 3, stride=1, padding=1, count_include_pad=False)
+    return (image / 3).clamp(0, 1).contiguous(memory_format=torch.channels_last)
 
 
 def _compare(expected: SCFeatOutput, found: SCFeatOutput) -> str | None:
     if not all(part.isfinite().all() for part in found):
         return "its result is not finite"
     points, others = (_keypoints(output.scores) for output in (expected, found))
-    # without matrix products, which may round their factors to TF32
+    # not by a matrix product, which may round its factors to TF32
     distance = torch.cdist(points, others, compute_mode="donot_use_mm_for_euclid_dist")
     again = (distance.amin(dim=1) <= 1.0).float().mean().item()
     if again < MIN_KEYPOINTS_FOUND:
-        return f"it finds {again:.0%} of the keypoints of plain fp32 in the self-check's picture"
+        return f"it finds {again:.0%} of the keypoints of plain fp32 in the self-check's image"
     for field in ("bridged", "descriptors"):
         a, b = (sample(getattr(o, field).float(), points[None])[0] for o in (expected, found))
         cosine = F.cosine_similarity(a, b).median().item()
@@ -267,7 +264,7 @@ def _compare(expected: SCFeatOutput, found: SCFeatOutput) -> str | None:
 
 
 def _keypoints(scores: torch.Tensor) -> torch.Tensor:
-    """(N, 2) float x and y of the best local maxima."""
+    """(N, 2) float x and y of the `CHECK_KEYPOINTS` largest local maxima."""
     scores = scores.float()
     peaks = torch.where(scores == F.max_pool2d(scores, 3, stride=1, padding=1), scores, -1.0)
     best = peaks.flatten().topk(CHECK_KEYPOINTS).indices

@@ -38,7 +38,7 @@ IMAGE_TYPES = ("sensor_msgs/msg/Image", "sensor_msgs/msg/CompressedImage")
 CAMERA_INFO = "sensor_msgs/msg/CameraInfo"
 _MAGIC = {b"\x89MCAP0": ".mcap", b"SQLite": ".db3", b"#ROSBA": ".bag"}
 _END_OF_TIME = 2**63
-"""Nanoseconds, of the recording's times."""
+"""Nanoseconds; recorded times are smaller."""
 _WAL_HEADER = 32
 """Bytes of SQLite's write-ahead log before its first page."""
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
@@ -50,16 +50,17 @@ _RECOVERIES: dict[str, type[RecoveredFile]] = {
 
 
 class UnreadableMessageError(ValueError):
-    """One message cannot be decoded; those after it may be fine.
+    """One message cannot be decoded; later ones may be fine.
 
     Args:
-        message: that does not fit its type.
-        error: what its decoder raised.
+        message: the message that does not fit its type.
+        error: the decoder's exception.
     """
 
     def __init__(self, message: RawMessage, error: Exception) -> None:
         super().__init__(
-            f"message of {message.topic} at {message.time} ns is no {message.type}: {error!r}"
+            f"message of {message.topic} at {message.time} ns is not a valid {message.type}: "
+            f"{error!r}"
         )
 
 
@@ -69,13 +70,13 @@ class Topic(NamedTuple):
     name: str
     type: str
     count: int | None
-    """Messages, None where not known."""
+    """Number of messages; None if unknown."""
 
 
 class BagReader:
-    """A bag, opened for reading; damaged files are read as far as can be.
+    """A bag, opened for reading; damaged files are read as far as possible.
 
-    Files of a split bag are read one after the other. Nothing is ever written beside the input.
+    The files of a split bag are read one after the other. Nothing is written next to the input.
 
     Args:
         path: a rosbag2 folder, an .mcap or .db3 file, or a ROS 1 .bag file.
@@ -87,7 +88,7 @@ class BagReader:
         typestore: the standard message types of ROS 2 Jazzy or ROS 1 Noetic.
 
     Raises:
-        InputError: no bag is there, it is of a kind that cannot be read, or there is no room to
+        InputError: there is no bag, its format is not supported, or there is no disk space to
             decompress it.
     """
 
@@ -112,6 +113,10 @@ class BagReader:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the files, and remove temporary copies of them."""
         self._stack.close()
 
     @property
@@ -120,18 +125,18 @@ class BagReader:
 
     @property
     def start_time(self) -> int | None:
-        """Time of the first message in nanoseconds, None where no index and no metadata say so."""
+        """Time of the first message in nanoseconds; None without an index and metadata."""
         if self.is_indexed:
             return min(file.times[0] for file in self._files)
         return self._metadata_start
 
     @property
     def is_indexed(self) -> bool:
-        """Whether a time range can be read without reading all before it."""
+        """Whether a time range can be read without reading everything before it."""
         return all(file.times for file in self._files)
 
     def connection(self, topic: str) -> Connection | None:
-        """rosbags' record of a topic; None in a damaged file."""
+        """rosbags' connection of a topic; None in a damaged file."""
         for file in self._files:
             for connection in file.connections:
                 if connection.topic == topic:
@@ -139,7 +144,7 @@ class BagReader:
         return None
 
     def definition(self, topic: str) -> MessageDefinition | None:
-        """The definition of a topic's messages, None where the bag does not bring it along."""
+        """The definition of a topic's message type; None if the bag does not contain it."""
         for file in self._files:
             definition = file.definitions.get(self.topics[topic].type)
             if definition is not None and definition.data:
@@ -158,8 +163,8 @@ class BagReader:
         Args:
             topics: names, None for all.
             start, stop: only messages recorded in [start, stop), nanoseconds.
-            complete: whether what is missing at the end, against the numbers that the bag itself
-                states, is noted in `damage` (where no time range was asked for).
+            complete: whether to compare the number of messages with the one that the bag states,
+                and add what is missing to `damage`; only without a time range.
         """
         wanted = set(self.topics) if topics is None else set(topics)
         read: Counter[str] = Counter()
@@ -168,7 +173,7 @@ class BagReader:
             for count, message in enumerate(file.messages(wanted, start, stop), start=1):
                 if not 0 <= message.time < _END_OF_TIME:
                     self.damage.add(
-                        f"{file.path.name}: a message of {message.topic}, the {count}. of the "
+                        f"{file.path.name}: a message of {message.topic}, number {count} of the "
                         f"file, has an impossible time ({message.time} ns)",
                         len(message.data),
                         1,
@@ -192,7 +197,7 @@ class BagReader:
 
     def _is_compressed(self, message: RawMessage) -> bool:
         if self._message_compression is None:
-            # serialized messages of ROS 2 begin with a zero
+            # a serialized ROS 2 message begins with a zero byte
             return not self.is_ros1 and message.data[:4] == _ZSTD_MAGIC
         return self._message_compression
 
@@ -207,11 +212,11 @@ class BagReader:
         )
         try:
             return deserialize(message.data, message.type)
-        except Exception as error:  # generated code; damaged bytes raise anything
+        except Exception as error:  # generated code may raise anything on damaged bytes
             raise UnreadableMessageError(message, error) from error
 
     def _compare_counts(self, wanted: set[str], read: Counter[str], known_lost: int) -> None:
-        """Note messages that are missing without any error."""
+        """Add messages to `damage` that are missing without a read error."""
         explained = self.damage.messages_lost - known_lost
         for name in sorted(wanted & self.topics.keys()):
             expected = self.topics[name].count
@@ -248,7 +253,7 @@ class BagReader:
             names = sorted(found, key=natural_order)
             if not names:
                 raise InputError(
-                    f"{path}: this folder is no bag, it has neither metadata.yaml nor .mcap or "
+                    f"{path}: this folder is not a bag, it has neither metadata.yaml nor .mcap or "
                     ".db3 files (for a folder of pictures use `scfeat images`)"
                 )
             self.damage.add(f"{path.name}: metadata.yaml is missing or empty")
@@ -272,7 +277,7 @@ class BagReader:
             mode = str(information.get("compression_mode") or "").lower()
             self._message_compression = mode == "message"
             start = int(information["starting_time"]["nanoseconds_since_epoch"])
-            # of an empty bag it is the largest number that there is
+            # an empty bag has the largest possible number here
             self._metadata_start = start if 0 <= start < _END_OF_TIME - 1 else None
             return [Path(name).name for name in information["relative_file_paths"]]
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -283,7 +288,7 @@ class BagReader:
         return []
 
     def _readable(self, path: Path) -> Path:
-        """The file, or a temporary copy where it is compressed or its recorder was killed."""
+        """The file, or a temporary copy if it is compressed or its recorder was killed."""
         journal = path.with_name(f"{path.name}-wal")
         if path.suffix == ".zstd":
             return self._decompressed(path)
@@ -291,12 +296,12 @@ class BagReader:
             return self._completed(path, journal)
         return path
 
-    def _copy_folder(self) -> Path:
+    def _temporary_folder(self) -> Path:
         return Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="scfeat-")))
 
     def _completed(self, path: Path, journal: Path) -> Path:
-        """A copy of a database with what SQLite's write-ahead log beside it still holds."""
-        copy = self._copy_folder() / path.name
+        """A copy of a database into which SQLite's write-ahead log is merged."""
+        copy = self._temporary_folder() / path.name
         try:
             shutil.copyfile(path, copy)
             shutil.copyfile(journal, copy.with_name(journal.name))
@@ -304,15 +309,15 @@ class BagReader:
                 database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         except (OSError, sqlite3.Error) as error:
             self.damage.add(
-                f"{journal.name}, what a killed recorder left, cannot be read, for which a copy of "
-                f"the bag is made in TMPDIR: {error}",
+                f"{journal.name}, left by a killed recorder, cannot be merged into a copy of the "
+                f"bag in TMPDIR: {error}",
                 journal.stat().st_size,
             )
             return path
         return copy
 
     def _decompressed(self, path: Path) -> Path:
-        copy = self._copy_folder() / path.stem
+        copy = self._temporary_folder() / path.stem
         with copy.open("wb") as out, path.open("rb") as packed:
             try:
                 with zstd.open(packed, "rb") as unpacked:
@@ -349,7 +354,7 @@ class _BagFile:
             self.connections = list(self._reader.connections)
         except InputError:
             raise
-        except Exception as error:  # rosbags meets damage with errors of many kinds
+        except Exception as error:  # rosbags may raise anything on a damaged file
             self._reader = None
             self._recover(error)
         else:
@@ -372,7 +377,7 @@ class _BagFile:
             self._recovery.close()
 
     def _recover(self, error: Exception, is_damage: bool = True) -> RecoveredFile:
-        """Go on with the recovery reader."""
+        """Switch to the recovery reader."""
         if is_damage:
             reason = " ".join(str(error).split()) or type(error).__name__
             self.damage.add(f"{self.path.name}: {reason}")
@@ -400,8 +405,7 @@ class _BagFile:
                 except StopIteration:
                     return
                 except Exception as error:  # see above
-                    # rosbags gives up on sound files, too: those without an index whose
-                    # messages are not sorted
+                    # rosbags also refuses intact files whose messages are unsorted and not indexed
                     in_file_order = "timestamp order" in str(error)
                     self._recover(error, is_damage=not in_file_order)
                     break
@@ -419,7 +423,7 @@ class _BagFile:
 
 
 class _Seen:
-    """Which messages a first reader gave, for a second one that begins anew."""
+    """Which messages the first reader gave, for the second one, which starts from the beginning."""
 
     def __init__(self) -> None:
         self._count = 0
@@ -435,20 +439,20 @@ class _Seen:
         self._at_latest[message.topic] += 1
 
     def skip(self, message: RawMessage) -> bool:
-        """Whether the first reader, which went by time, has given this message."""
+        """Whether the first reader, in order of time, gave this message."""
         if message.time == self._latest and self._at_latest[message.topic]:
             self._at_latest[message.topic] -= 1
             return True
         return message.time < self._latest
 
     def skip_first(self) -> bool:
-        """Whether the first reader, which went by the order of the file, has given the next one."""
+        """Whether the first reader, in the order of the file, gave the next message."""
         self._count -= 1
         return self._count >= 0
 
 
 def _suffix(path: Path) -> str:
-    """The file's ending, without that of a compression."""
+    """The file's suffix without that of a compression."""
     return Path(path.stem).suffix if path.suffix == ".zstd" else path.suffix
 
 
@@ -456,7 +460,7 @@ def _kind(path: Path) -> str:
     """The format of a file by its name: .mcap, .db3 or .bag.
 
     Raises:
-        InputError: it is none of them.
+        InputError: another suffix.
     """
     if path.suffix in _RECOVERIES:
         return path.suffix
@@ -468,6 +472,6 @@ def _kind(path: Path) -> str:
     if content:
         raise InputError(f"{path}: rename this file so that its name ends with {content}")
     raise InputError(
-        f"{path}: this file is no bag; give a rosbag2 folder, an .mcap or .db3 file, or a ROS 1 "
+        f"{path}: this file is not a bag; give a rosbag2 folder, an .mcap or .db3 file, or a ROS 1 "
         ".bag file (for a video use `scfeat images`)"
     )

@@ -1,8 +1,9 @@
-"""`scfeat benchmark`: time and memory of every stage, beside what the machine can do at best."""
+"""`scfeat benchmark`: time and memory of every stage, compared to the machine's peak speed."""
 
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import json
 import os
@@ -42,11 +43,11 @@ from scfeat_ros.staging import check_file, make_parent, staged_file
 SCALING_SIZES = "320x240,640x480,960x720,1280x960,1920x1080"
 SCALING_TOP_K = "512,1024,2048,4096,8192"
 CPU_WORK = 1024, 64 << 20, 1
-"""Rows of the matrices and bytes that the machine's peaks are measured with, and runs in a row."""
+"""Rows of the matrices and bytes of the copy that measure the machine's peaks, and repetitions."""
 GPU_WORK = 4096, 256 << 20, 10
-"""The same on a GPU, to which a product of a CPU's size is no work; a Jetson takes seconds."""
+"""The same on a GPU, which needs larger matrices to reach its peak; a Jetson takes seconds."""
 MIN_SIDE = 32
-"""Of images, pixels."""
+"""Smallest side of an image, pixels."""
 OPENMP = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 """How long OpenMP's threads spin before they sleep, which can double the time of a frame (less
 where the cores are kept awake, see `native/awake.py`)."""
@@ -58,7 +59,7 @@ PEAK_INTERVAL = 4
 
 @dataclass
 class Row:
-    """One stage of one configuration: what is measured and what is known of it."""
+    """Measurements of one stage in one configuration."""
 
     stage: str
     model: str
@@ -66,9 +67,9 @@ class Row:
     top_k: int = 0
     device: str = "cpu"
     path: str = ""
-    """Which way the network ran, see `acceleration.Network`."""
+    """Precision and backend of the network, see `acceleration.Network`."""
     gflop: float | None = None
-    """Of the network's convolutions as they are run, 2 for a multiply-add."""
+    """Of the network's convolutions as computed, 2 for a multiply-add."""
     features: int | None = None
     first_use_s: float | None = None
     """Loading, compiling, self-check and the first frame."""
@@ -103,7 +104,7 @@ class Case:
     run: Callable[[], object]
     device: torch.device
     frames: int = 1
-    """That a call works on; the row's times are of one."""
+    """Number of frames that a call processes; the row's times are per frame."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -188,7 +189,7 @@ def _parser() -> argparse.ArgumentParser:
         default="orb,sift",
         help="OpenCV's features alongside; '' for none (default: %(default)s)",
     )
-    add("--image", type=Path, help="picture to work on (default: a made-up one)")
+    add("--image", type=Path, help="image to work on (default: a synthetic one)")
     add("--rounds", type=int, default=20, help="how often (default: %(default)s)")
     add("--warm-up", type=int, default=3, help="rounds before (default: %(default)s)")
     add(
@@ -203,7 +204,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check_outputs(json_file: Path | None, plot: Path | None) -> None:
-    """Find before the measurement what would stop the writing after it.
+    """Check before the measurement that the results can be written.
 
     Raises:
         InputError: a file cannot be written there.
@@ -222,7 +223,7 @@ def _integers(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError as error:
-        raise ValueError(f"'{text}' is no comma-separated list of whole numbers") from error
+        raise ValueError(f"'{text}' is not a comma-separated list of whole numbers") from error
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -236,7 +237,7 @@ def _size(text: str) -> tuple[int, int]:
 
 
 def _picture(path: Path | None, size: tuple[int, int]) -> np.ndarray:
-    """(H, W, 3) uint8 RGB: the given picture in that size, or rectangles over noise."""
+    """(H, W, 3) uint8 RGB: the given image resized, or a synthetic one."""
     if path is not None:
         return cv2.resize(read_file(path), size, interpolation=cv2.INTER_AREA)
     random = np.random.default_rng(0)
@@ -261,7 +262,7 @@ def _cases(
     stages: list[str],
     scratch: Path,
 ) -> list[Case]:
-    """What is measured for one model, run in one way on one device."""
+    """The cases of one model with one precision and `compile` option on one device."""
     precision, _, compile = way.partition(":")
     started = time.perf_counter()
     extractor = Extractor.from_pretrained(
@@ -352,7 +353,7 @@ def _stage_cases(
             row.gflop, row.peak_memory_mib = gflop, peak_memory
         if stage == "match":
             compiled = device.type == "cpu" and library.is_compiled()
-            row.path = matching.way() if compiled else "fp32"
+            row.path = matching.arithmetic() if compiled else "fp32"
             products = 3 if row.path.startswith("bf16") else 1
             row.gflop = products * 2e-9 * len(first) * len(second) * extractor.descriptor_dim
         frames = SEQUENCE if stage in ("sequence", "offline") else 1
@@ -361,7 +362,7 @@ def _stage_cases(
 
 
 def _write_sequence(picture: np.ndarray, folder: Path) -> None:
-    """The picture as a camera sees it that moves on by some pixels a frame, as JPEG files."""
+    """Write the picture as JPEG files, shifted by some pixels from frame to frame."""
     folder.mkdir()
     for k in range(SEQUENCE):
         moved = np.roll(picture, (3 * k, 5 * k), axis=(0, 1))
@@ -370,9 +371,8 @@ def _write_sequence(picture: np.ndarray, folder: Path) -> None:
 
 
 def _with_top_k(extractor: Extractor, top_k: int) -> Extractor:
-    """Another extractor on the same network."""
-    other = object.__new__(type(extractor))  # `copy` would make a network anew
-    vars(other).update(vars(extractor))
+    """A copy of the extractor with another number of keypoints, on the same network."""
+    other = copy.copy(extractor)
     other.set_options(max_keypoints=top_k)
     return other
 
@@ -434,7 +434,7 @@ def count_gflop(extractor: Extractor, size: tuple[int, int]) -> float:
 def _measure(
     cases: list[Case], devices: list[torch.device], rounds: int, warm_up: int
 ) -> dict[str, float]:
-    """Time all cases in turns; returns the machine's peaks, measured in the same rounds."""
+    """Time all cases in turn; returns the machine's peaks, measured in the same rounds."""
     peaks: dict[str, float] = {}
     for number in range(warm_up + rounds):
         for device in devices if number % PEAK_INTERVAL == 0 else ():
@@ -480,7 +480,7 @@ def _peaks(device: torch.device) -> dict[str, float]:
 
 
 def _time(run: Callable[[], object], device: torch.device, times: int) -> float:
-    """Seconds a run, the better of two series of `times` runs."""
+    """Seconds per run, the better of two series of `times` runs."""
     best = float("inf")
     for _ in range(2):
         started = time.perf_counter()
@@ -509,7 +509,7 @@ def _progress(done: int, total: int) -> None:
 
 
 def _machine() -> dict[str, Any]:
-    """What the figures were measured on."""
+    """Hardware and software that the figures were measured on."""
     # counted are also those that this PyTorch cannot use, and these have no names
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     gpus = [torch.cuda.get_device_name(i) for i in range(count)]
@@ -585,7 +585,7 @@ def _pyplot() -> Any:
 
 
 def _picture_format(path: Path) -> str:
-    """Of a plot, by its ending."""
+    """Format of a plot, by its suffix."""
     return path.suffix.lstrip(".").lower() or "png"
 
 

@@ -1,4 +1,4 @@
-"""Camera model of a sensor_msgs/CameraInfo: pixels -> undistorted bearings."""
+"""Camera model of a sensor_msgs/CameraInfo: pixels to undistorted bearings and back."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ DISTORTION_LENGTHS = {
     "rational_polynomial": (0, 8),
     "equidistant": (0, 4),
 }
-"""Distortion models of ROS and the numbers of coefficients that they take."""
+"""ROS distortion models and the number of coefficients that each may have."""
 
 _ALIASES = {"": "plumb_bob", "radtan": "plumb_bob", "fisheye": "equidistant"}
 _ITERATIONS = 100
 _TOLERANCE = 1e-10
 _MAX_REPROJECTION = 0.1
-"""A bearing is believed if its projection comes back to the pixel within this, pixels."""
+"""Largest reprojection error of a valid bearing, pixels."""
 _GRID = 8
-"""Between the pixels on which a lens model is tried out beforehand."""
+"""Distance of the grid points on which a lens model is tested, pixels."""
 
 
 class Camera:
@@ -33,7 +33,7 @@ class Camera:
         K: (3, 3) intrinsics of the raw (distorted) image, pixels.
         D: distortion coefficients in ROS order, empty for none.
         model: "plumb_bob", "rational_polynomial" or "equidistant".
-        image_size: (width, height) that the calibration is for, (0, 0) where not known.
+        image_size: (width, height) of the calibrated images, (0, 0) if unknown.
 
     Raises:
         InputError: an unknown model, a wrong number of coefficients, or a K that is not an
@@ -77,16 +77,16 @@ class Camera:
     def from_message(cls, message: Any, rectified: bool = False) -> Camera | None:
         """The camera of a sensor_msgs/CameraInfo (ROS 2's k, d, p or ROS 1's K, D, P).
 
-        Region of interest and binning are taken into K as image_geometry does it: first the
-        offset is subtracted, then the result divided by the binning.
+        K is adjusted to region of interest and binning as in image_geometry: first the offset is
+        subtracted, then the result is divided by the binning.
 
         Args:
             message: of rclpy's or of rosbags' class.
-            rectified: whether the images are rectified: their intrinsics are in P, and they are
-                not distorted any more.
+            rectified: whether the images are rectified: then the intrinsics are those of P, and
+                there is no distortion.
 
         Returns:
-            None for an uncalibrated camera, which by ROS's definition has K[0] = 0 (or P[0]).
+            None for an uncalibrated camera, which in ROS has K[0] = 0 (P[0] if rectified).
 
         Raises:
             InputError: see the class.
@@ -128,7 +128,7 @@ class Camera:
 
     @property
     def distorts(self) -> bool:
-        """Whether its images differ from a pinhole's, as those of an equidistant lens always do."""
+        """Whether its images differ from a pinhole camera's; always so for an equidistant lens."""
         return self.model == "equidistant" or bool(self.D.any())
 
     def bearings(self, points: np.ndarray) -> np.ndarray:
@@ -139,7 +139,7 @@ class Camera:
 
         Returns:
             (N, 3) float32 with z = 1; a row of NaN where the distortion model has no inverse
-            (the pixel lies outside of what the lens model can reach).
+            (the pixel is outside the model's valid range).
         """
         bearings = np.full((len(points), 3), np.nan, np.float32)
         if len(points) == 0:
@@ -151,23 +151,23 @@ class Camera:
         if inside and self._has_inverse:
             good = slice(None)
         else:
-            good = self._comes_back(normalized, pixels)
+            good = self._reprojects(normalized, pixels)
         bearings[good, :2] = normalized[good]
         bearings[good, 2] = 1
         return bearings
 
     @cached_property
     def _has_inverse(self) -> bool:
-        """Whether every pixel of the image has a bearing; tried on a grid, up to its edges."""
+        """Whether every pixel of the image has a bearing; tested on a grid up to the border."""
         width, height = self.image_size
         x, y = (np.append(np.arange(0, size, _GRID), size) - 0.5 for size in (width, height))
         pixels = np.stack(np.meshgrid(x, y), axis=-1).reshape(-1, 1, 2)
-        return bool(self._comes_back(self._undistort(pixels).reshape(-1, 2), pixels).all())
+        return bool(self._reprojects(self._undistort(pixels).reshape(-1, 2), pixels).all())
 
-    def _comes_back(self, normalized: np.ndarray, pixels: np.ndarray) -> np.ndarray:
-        """(N,) bool: which normalized coordinates (N, 2) are projected to their pixels (N, 1, 2).
+    def _reprojects(self, normalized: np.ndarray, pixels: np.ndarray) -> np.ndarray:
+        """(N,) bool: which normalized coordinates (N, 2) reproject to their pixels (N, 1, 2).
 
-        Not found, or 90 degrees and more off the axis, gives NaN or huge values.
+        Where the inversion failed, or 90 degrees and more off the axis, they are NaN or huge.
         """
         error = np.linalg.norm(self.project(normalized) - pixels[:, 0], axis=1)
         return np.isfinite(normalized).all(axis=1) & (error < _MAX_REPROJECTION)
@@ -192,7 +192,7 @@ class Camera:
         return cv2.projectPoints(rays, np.zeros(3), np.zeros(3), self.K, D)[0].reshape(-1, 2)
 
     def pixel_gradients(self, directions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """How pixels move with normalized coordinates, about (N, 2) x / z and y / z.
+        """Jacobian of `project` at (N, 2) normalized coordinates x / z and y / z, by its columns.
 
         Returns:
             d(u, v)/dx and d(u, v)/dy, (N, 2) each.
@@ -207,7 +207,7 @@ class Camera:
         return gradients[0], gradients[1]
 
     def _undistort(self, pixels: np.ndarray) -> np.ndarray:
-        """(N, 1, 2) pixels -> (N, 1, 2) normalized coordinates, without a check."""
+        """(N, 1, 2) pixels -> (N, 1, 2) normalized coordinates, unchecked."""
         if self.model == "equidistant":
             return self._undistort_fisheye(pixels)
         D = self.D if len(self.D) else None
@@ -217,8 +217,8 @@ class Camera:
     def _undistort_fisheye(self, pixels: np.ndarray) -> np.ndarray:
         """As `_undistort`, by Newton's method on the angle from the axis; NaN from 90 degrees on.
 
-        OpenCV's own takes no radius above pi / 2 focal lengths, which a lens with positive
-        coefficients reaches well before 90 degrees.
+        OpenCV's implementation rejects radii above pi / 2 focal lengths, which a lens with positive
+        coefficients reaches well below 90 degrees.
         """
         image = (pixels[:, 0] - self.K[:2, 2]) / np.diag(self.K)[:2]
         radius = np.hypot(*image.T)
@@ -244,7 +244,7 @@ class Camera:
 
     @cached_property
     def _widest_angle(self) -> float:
-        """From the axis, up to which a fisheye's radius grows; at most 90 degrees."""
+        """Largest angle from the axis, rad: where the radius stops growing, at most pi / 2."""
         slope = [9, 7, 5, 3, 1] * np.array([*self.D[::-1], *[0.0] * (4 - len(self.D)), 1])
         squares = np.roots(slope)
         folds = squares.real[(abs(squares.imag) < 1e-9) & (squares.real > 0)]

@@ -1,4 +1,4 @@
-"""Charts as inline SVG, for a page that needs nothing from elsewhere."""
+"""Charts as inline SVG, for a page without external files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 12, 12, 40
 
 
 def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Round numbers between two values, about `count` of them."""
+    """About `count` round numbers between two values."""
     if not high > low:
         return [low]
     raw = (high - low) / count
@@ -23,7 +23,7 @@ def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def nice_top(largest: float) -> float:
-    """A round number a little above a positive value, for the end of an axis that begins at 0."""
+    """A round number slightly above a positive value, as the end of an axis that begins at 0."""
     if not largest > 0:
         return 1.0
     step = nice_ticks(0, largest)[1]
@@ -89,7 +89,7 @@ def _svg(width: int, height: int, content: str, label: str) -> str:
 
 def lines(
     series: Sequence[tuple[str, str, np.ndarray]],
-    stretch: int,
+    stride: int,
     x_title: str,
     top: float | None = None,
 ) -> str:
@@ -97,16 +97,16 @@ def lines(
 
     Args:
         series: name, CSS colour and values; NaN leaves a gap.
-        stretch: frames from one value to the next.
+        stride: frames per value.
         x_title: of the horizontal axis.
-        top: largest value of the vertical axis, None for that of the data; it begins at 0.
+        top: largest value of the vertical axis, which begins at 0; None: from the data.
     """
     length = max((len(values) for _, _, values in series), default=0)
     known = [values[np.isfinite(values)] for _, _, values in series]
     largest = max((float(values.max()) for values in known if len(values)), default=1.0)
     if top is None:
         top = nice_top(largest)
-    axes = _Axes((0, max(1, (length - 1) * stretch)), (0, top), WIDTH, HEIGHT)
+    axes = _Axes((0, max(1, (length - 1) * stride)), (0, top), WIDTH, HEIGHT)
     ticks = [(v, number(v)) for v in nice_ticks(*axes.x_range, 8) if v == int(v)]
     parts = [axes.grid(), axes.x_numbers(ticks, x_title)]
     for _, colour, values in series:
@@ -114,7 +114,7 @@ def lines(
         for index, value in enumerate(values):
             if np.isfinite(value):
                 command = "L" if pen_down else "M"
-                path.append(f"{command}{axes.x(index * stretch):.1f} {axes.y(value):.1f}")
+                path.append(f"{command}{axes.x(index * stride):.1f} {axes.y(value):.1f}")
                 if not pen_down:  # so that a lone value between gaps is seen
                     path.append("h0.1")
             pen_down = bool(np.isfinite(value))

@@ -32,7 +32,7 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 _EXIT_CODES = """exit codes:
   0    all is well
-  1    an error that you can mend; the last line on stderr says how
+  1    an error that you can fix; the last line on stderr says how
   2    a wrong command line
   3    done, but the input is damaged: something of it was lost or skipped
   130  interrupted (Ctrl-C); 143 terminated"""
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     arguments = argparse.Namespace()
     try:
-        # a polite kill removes unfinished output, as Ctrl-C does
+        # SIGTERM removes unfinished output, as Ctrl-C does
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         if argv and argv[0] in _DELEGATED:
             return _delegate(argv[0], argv[1:])
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             where = getattr(arguments, "output", None) or getattr(arguments, "onnx", None)
         return _fail(f"{where}: {error.strerror or error}" if where else str(error))
     except KeyboardInterrupt:
-        # training and evaluation keep what they have
+        # training and evaluation keep their partial results
         removed = "" if argv and argv[0] in _DELEGATED else "; what was not complete is removed"
         print(f"scfeat: interrupted{removed}", file=sys.stderr)
         return INTERRUPTED
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def _log_on_stderr(quiet: bool) -> Iterator[None]:
-    """Tell what the package logs: which way the network runs, and why not in a faster one."""
+    """Print the package's log: how the network runs, and why not faster."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("scfeat: %(message)s"))
     log = logging.getLogger("scfeat_ros")
@@ -99,7 +99,7 @@ def _fail(message: str) -> int:
 
 
 def _tell(text: str | Path) -> None:
-    """Print what was done; a terminal cannot show every name of a file."""
+    """Print a line; file names may contain bytes that a terminal cannot show."""
     print(printable(text))
 
 
@@ -173,7 +173,9 @@ def _add_bag(commands: argparse._SubParsersAction) -> None:
     group = parser.add_argument_group("input")
     group.add_argument("--topic", help="image topic (default: the only one)")
     group.add_argument(
-        "--camera-info", metavar="TOPIC", help="CameraInfo topic (default: beside the image topic)"
+        "--camera-info",
+        metavar="TOPIC",
+        help="CameraInfo topic (default: in the image topic's namespace)",
     )
     group.add_argument(
         "--rectified",
@@ -199,7 +201,7 @@ def _add_range(group: argparse._ArgumentGroup) -> None:
         "--start", type=float, default=0.0, metavar="SECONDS", help="leave out the first seconds"
     )
     group.add_argument(
-        "--duration", type=float, metavar="SECONDS", help="process only so many seconds"
+        "--duration", type=float, metavar="SECONDS", help="process only this many seconds"
     )
 
 
@@ -280,8 +282,7 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
         "--output",
         type=Path,
         metavar="FILE",
-        help=".npz (numpy), .h5 (hloc; matches and pairs go into two files beside it) or "
-        ".db (COLMAP)",
+        help=".npz (numpy), .h5 (hloc; matches and pairs go into two more files) or .db (COLMAP)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the files")
     parser.add_argument(
@@ -314,8 +315,8 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
 def _video_name(text: str) -> str:
     if Path(text).name != text or not text.endswith(".mp4"):
         raise argparse.ArgumentTypeError(
-            f"'{text}' is no name of an .mp4 file (without a folder, it is put into OUT; IN goes "
-            "before --video)"
+            f"'{text}' is not the name of an .mp4 file (without a folder, it is put into OUT; IN "
+            "goes before --video)"
         )
     return text
 
@@ -437,7 +438,7 @@ def _only_input(arguments: argparse.Namespace) -> Path:
 
 
 def _on_ray(arguments: argparse.Namespace) -> int:
-    """Every input as a task of its own; the worst exit code."""
+    """Process every input as a task of its own; returns the worst exit code."""
     from scfeat_ros import ray_jobs
 
     results = ray_jobs.run(arguments)
@@ -447,7 +448,7 @@ def _on_ray(arguments: argparse.Namespace) -> int:
 
 
 def _process(arguments: argparse.Namespace, source: Source, passthrough: bool = False) -> int:
-    """Process a source into an output folder and print the figures."""
+    """Process a source into an output folder and print the statistics."""
     from scfeat_ros.images import read_mask
     from scfeat_ros.offline import OutputOptions, figures_text, run
     from scfeat_ros.staging import check_apart, check_output
@@ -462,7 +463,7 @@ def _process(arguments: argparse.Namespace, source: Source, passthrough: bool = 
         )
         matching = from_arguments(MatcherOptions, arguments)
         mask = read_mask(arguments.mask) if arguments.mask else None
-        # before the network is loaded, which takes its time
+        # before the network is loaded, which takes a while
         check_output(arguments.output, options.overwrite)
         check_apart(arguments.output, source.path)
         summary = run(

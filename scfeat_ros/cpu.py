@@ -1,4 +1,4 @@
-"""What Linux tells about the CPU."""
+"""Name and features of the CPU, from /proc/cpuinfo on Linux."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def cpu_info() -> str:
-    """The text of /proc/cpuinfo, empty where there is none."""
+    """The content of /proc/cpuinfo; empty if there is none."""
     try:
         return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -15,7 +15,7 @@ def cpu_info() -> str:
 
 
 def cpu_name() -> str:
-    """The CPU's name, or what kind it is where the system does not say."""
+    """The CPU's model name, or its architecture if the system does not tell."""
     for line in cpu_info().splitlines():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()

@@ -1,4 +1,4 @@
-"""What a GPU does for an image through captured CUDA graphs: one launch instead of some hundred."""
+"""Captured CUDA graphs: one launch for an image instead of some hundred."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from scfeat_ros.memory import is_out_of_memory
 LOG = logging.getLogger(__name__)
 
 KEPT = 12
-"""Sizes of images whose graphs are kept, enough for all levels of a pyramid; others run without."""
+"""Most image sizes with a graph, enough for all levels of a pyramid; others run without one."""
 WARM_UPS = 3
-"""Runs before the capture, in which libraries choose their algorithms and allocate."""
+"""Runs before the capture, in which libraries choose algorithms and allocate memory."""
 
 _LOCK = threading.Lock()
 """PyTorch captures one graph at a time in a process."""
@@ -33,14 +33,14 @@ class _Captured(NamedTuple):
 
 
 class CudaGraphs(Generic[Output]):
-    """Calls a function by replaying what it launched for the first inputs of the same sizes.
+    """Calls a function by replaying the graph captured for the first inputs of the same sizes.
 
-    May be called from several threads, each on a stream of its own. All graphs share one pool of
-    memory, since they run one after the other and their results are copied at once.
+    Thread-safe, also for threads with streams of their own. All graphs share one memory pool, since
+    they run one after the other and their results are copied immediately.
 
     Args:
-        function: takes tensors on a CUDA device, gives a named tuple of such, and never waits for
-            the device.
+        function: takes tensors on a CUDA device, returns a named tuple of such, and never
+            synchronizes with the device.
     """
 
     def __init__(self, function: Callable[..., Output]) -> None:
@@ -50,7 +50,7 @@ class CudaGraphs(Generic[Output]):
         self._done: torch.cuda.Event | None = None
 
     def clear(self) -> None:
-        """Forget all graphs and free their memory."""
+        """Delete all graphs and free their memory."""
         with _LOCK:
             self._captured, self._pool, self._done = {}, None, None
 
@@ -72,29 +72,29 @@ class CudaGraphs(Generic[Output]):
             for place, given in zip(captured.inputs, inputs, strict=True):
                 place.copy_(given)
             captured.graph.replay()
-            # the next replay writes to the same place
+            # the next replay overwrites them
             output = captured.output._make(part.clone() for part in captured.output)
             self._done = stream.record_event()
             return output
 
     def _capture(self, inputs: tuple[torch.Tensor, ...]) -> _Captured | None:
-        """The graph for inputs like these; None, with a warning, where they cannot be captured.
+        """The graph for inputs of these sizes; None, with a warning, if the capture fails.
 
         Raises:
             RuntimeError: the function fails, or memory runs out.
         """
         places = tuple(given.clone() for given in inputs)
-        current, beside = torch.cuda.current_stream(), _side_stream(inputs[0].device)
-        beside.wait_stream(current)
-        with torch.cuda.stream(beside):
+        current, side = torch.cuda.current_stream(), _side_stream(inputs[0].device)
+        side.wait_stream(current)
+        with torch.cuda.stream(side):
             for _ in range(WARM_UPS):
                 self.function(*places)
-        current.wait_stream(beside)
+        current.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         try:
             # other threads may allocate meanwhile
             with torch.cuda.graph(
-                graph, pool=self._pool, stream=beside, capture_error_mode="thread_local"
+                graph, pool=self._pool, stream=side, capture_error_mode="thread_local"
             ):
                 output = self.function(*places)
         except RuntimeError as error:
@@ -103,7 +103,7 @@ class CudaGraphs(Generic[Output]):
             LOG.warning("%s: runs without a CUDA graph: %s", tuple(inputs[0].shape), error)
             return None
         finally:
-            torch.cuda.set_stream(current)  # where a capture fails, PyTorch leaves the other one
+            torch.cuda.set_stream(current)  # PyTorch does not reset it if the capture fails
         self._pool = graph.pool()
         return _Captured(graph, places, output)
 

@@ -1,4 +1,4 @@
-"""Images of any number type as the front end takes them: 8-bit pixels and a mask of valid ones."""
+"""Images of any pixel type, converted for the front end: 8-bit pixels and a validity mask."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import numpy as np
 from scfeat_ros.errors import InputError
 
 _LARGEST = 1e300
-"""So that the range of an image of float64 is a number."""
+"""Limit of float64 pixels, so that their range does not overflow."""
 
 _DECODE_FLAGS = cv2.IMREAD_UNCHANGED | cv2.IMREAD_IGNORE_ORIENTATION
 _CONVERTED = (np.uint8, np.uint16, np.float32)
-"""Numbers of which OpenCV converts colours; TIFF files may hold others."""
+"""Pixel types for which OpenCV converts colours; TIFF files may have others."""
 _JPEG_END = np.array([0xFF, 0xD9], np.uint8)
 JPEG_FRAMES = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-"""Markers of the segments that hold the size."""
+"""Markers of JPEG's start-of-frame segments, which contain the image size."""
 _BAYER = {  # OpenCV names a pattern by its second row
     "bayer_rggb": cv2.COLOR_BayerBG2RGB,
     "bayer_bggr": cv2.COLOR_BayerRG2RGB,
@@ -31,7 +31,7 @@ _BAYER = {  # OpenCV names a pattern by its second row
 
 
 class UnreadableImageError(InputError):
-    """One image is damaged; those after it may be fine."""
+    """One image is damaged; later ones may be fine."""
 
 
 class UnknownEncodingError(InputError):
@@ -44,8 +44,8 @@ class DecodedImage:
 
     Attributes:
         pixels: (H, W, 3) uint8 RGB or (H, W) uint8 grey.
-        mask: (H, W) bool, where pixels are valid; None where all are.
-        note: how many pixels are not valid and why, None where all are.
+        mask: (H, W) bool, True where pixels are valid; None if all are.
+        note: how many pixels are not valid and why; None if all are.
     """
 
     pixels: np.ndarray
@@ -54,15 +54,15 @@ class DecodedImage:
 
 
 def packed_rows(message: Any, row: int, dtype: np.dtype) -> np.ndarray:
-    """Numbers of a sensor_msgs/Image without padding, in the machine's byte order.
+    """The values of a sensor_msgs/Image without padding, in native byte order.
 
     Args:
         message: with enough data for its rows; the padding of the last one may be missing.
         row: bytes of a row without padding.
-        dtype: of the numbers.
+        dtype: type of the values.
 
     Returns:
-        (H, row / bytes of a number), contiguous.
+        (H, row / itemsize), contiguous.
     """
     data = np.frombuffer(message.data, np.uint8)
     rows = np.lib.stride_tricks.as_strided(data, (message.height, row), (message.step, 1))
@@ -71,8 +71,8 @@ def packed_rows(message: Any, row: int, dtype: np.dtype) -> np.ndarray:
     return values.byteswap() if is_swapped else values
 
 
-def check_pairs(encoding: str, width: int) -> None:
-    """Refuse YUV 4:2:2 of odd width: some versions of OpenCV write beyond its end.
+def check_yuv_width(encoding: str, width: int) -> None:
+    """Refuse YUV 4:2:2 images of odd width: some OpenCV versions write out of bounds.
 
     Raises:
         UnreadableImageError: such an image.
@@ -84,11 +84,10 @@ def check_pairs(encoding: str, width: int) -> None:
 
 
 def to_8_bit(pixels: np.ndarray) -> DecodedImage:
-    """Numbers of any type -> 8-bit grey or RGB.
+    """Pixels of any type -> 8-bit grey or RGB.
 
-    16 bits without a sign are scaled over their full range. Numbers without a known range (32FC1
-    and the like) are stretched from the image's smallest to its largest finite value; pixels that
-    are not finite are masked.
+    uint16 is scaled from its full range. Types without a defined range (32FC1 and the like) are
+    scaled from the image's smallest to its largest finite value; non-finite pixels are masked.
 
     Args:
         pixels: (H, W) grey or (H, W, 3) RGB.
@@ -128,7 +127,7 @@ def from_compressed(message: Any) -> DecodedImage:
     """
     if "compressedDepth" in message.format:
         raise UnknownEncodingError(
-            f"compressed image of format '{message.format}': compressedDepth is no picture; use "
+            f"compressed image of format '{message.format}': compressedDepth is not an image; use "
             "the raw depth images, or the camera's"
         )
     pixels = _decoded(np.frombuffer(message.data, np.uint8), f"'{message.format}' image")
@@ -147,8 +146,8 @@ def decode(data: np.ndarray, name: str) -> np.ndarray:
         name: what to call it in an error.
 
     Returns:
-        (H, W) uint8 for a grey image, else (H, W, 3) uint8 RGB; a rotation in Exif is ignored,
-        pixels stay where the sensor has them. Other numbers are scaled by `to_8_bit`.
+        (H, W) uint8 for a grey image, else (H, W, 3) uint8 RGB, as the sensor stored them: the
+        Exif orientation is ignored. Other pixel types are converted by `to_8_bit`.
 
     Raises:
         UnreadableImageError: no image, or a damaged one.
@@ -157,7 +156,7 @@ def decode(data: np.ndarray, name: str) -> np.ndarray:
 
 
 def _decoded(data: np.ndarray, name: str) -> np.ndarray:
-    """(H, W) grey or (H, W, 3) RGB, of the numbers that are in the file; see `decode`."""
+    """(H, W) grey or (H, W, 3) RGB, of the file's pixel type; see `decode`."""
     size, is_open = len(data), _lacks_end(data)
     if is_open:
         data = np.append(data, _JPEG_END)
@@ -167,7 +166,7 @@ def _decoded(data: np.ndarray, name: str) -> np.ndarray:
         raise UnreadableImageError(f"{name} cannot be decoded: {error}") from error
     if image is None:
         raise UnreadableImageError(f"{name} cannot be decoded ({size} bytes)")
-    # what is missing is flat, and in a progressive one the finer detail of everything
+    # missing rows are of one value; a progressive image lacks detail everywhere instead
     if is_open and ((image[-1] == image[-1, :1]).all() or _is_progressive(data)):
         raise UnreadableImageError(f"{name} is cut off after {size} bytes")
     if image.ndim == 3:
@@ -180,13 +179,13 @@ def _decoded(data: np.ndarray, name: str) -> np.ndarray:
 
 
 def _is_progressive(data: np.ndarray) -> bool:
-    """Whether a JPEG holds its picture in several scans from coarse to fine."""
+    """Whether a JPEG is progressive: several scans, from coarse to fine."""
     frames = (marker for marker in jpeg_segments(io.BytesIO(data)) if marker in JPEG_FRAMES)
     return next(frames, None) in (0xC2, 0xC6, 0xCA, 0xCE)
 
 
 def jpeg_segments(file: BinaryIO) -> Iterator[int]:
-    """Markers of a JPEG's segments, up to where they end; the file stands at each one's content."""
+    """Markers of a JPEG's segments; the file is positioned at the content of each."""
     file.seek(2)
     while len(head := file.read(4)) == 4 and head[0] == 0xFF:
         content = file.tell()
@@ -195,9 +194,9 @@ def jpeg_segments(file: BinaryIO) -> Iterator[int]:
 
 
 def _lacks_end(data: np.ndarray) -> bool:
-    """Whether a JPEG is without its end's mark: it is cut off, or a camera leaves the mark out.
+    """Whether a JPEG lacks its end marker: it is cut off, or the camera omits the marker.
 
-    Some fill up with zeros behind it.
+    Some cameras pad with zeros after it.
     """
     if data[:2].tobytes() != b"\xff\xd8":
         return False

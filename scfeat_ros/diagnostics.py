@@ -1,4 +1,4 @@
-"""What the node tells about itself: counts, rates, latencies by stage, and what went wrong."""
+"""The node's diagnostics: counts, rates, latencies by stage, and problems."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ import numpy as np
 from scfeat_ros.errors import without_numbers
 
 RATE_WINDOW = 5.0
-"""Rates are counted over this many seconds."""
+"""Seconds over which rates are measured."""
 LATENCY_FRAMES = 200
-"""Medians and percentiles are taken over this many frames."""
+"""Frames over which latency percentiles are taken."""
 OVERLOAD_SHARE = 0.1
-"""Share of dropped frames in the rate window from which on diagnostics warn."""
+"""Share of dropped frames in the rate window above which diagnostics warn."""
 LOG_AGAIN = 10.0
-"""Seconds after which the same problem is logged again."""
+"""Seconds for which a problem is not logged again."""
 MOST_LOGGED = 100
-"""Kinds of texts that are remembered as logged."""
+"""Most problems that are remembered as logged."""
 
 STAGES = (
-    "wait",  # for the previous frame to be done
+    "wait",  # for the previous frame
     "decode",  # message to RGB
     "extract",  # network and keypoint selection
     "match",  # to the previous frame
@@ -47,7 +47,7 @@ class Level(IntEnum):
 
 @dataclass(frozen=True)
 class Report:
-    """One diagnostics message: overall level, what is the matter, and figures by name."""
+    """One diagnostics message: overall level, problems as text, and values by name."""
 
     level: Level
     message: str
@@ -55,10 +55,9 @@ class Report:
 
 
 class Monitor:
-    """Collects figures and problems of a node; every method may be called from any thread.
+    """Collects counts, latencies and problems of a node; all methods are thread-safe.
 
-    A *condition* lasts until it is cleared. An *event* is over at once, but the next report
-    shows it, however short it was; the last one is kept.
+    A *condition* lasts until it is cleared. An *event* is momentary: the next report shows it.
 
     Args:
         clock: monotonic seconds.
@@ -82,7 +81,7 @@ class Monitor:
         }
 
     def start(self) -> None:
-        """Forget rates and latencies: the node was activated."""
+        """Reset rates and latencies when the node is activated."""
         with self._lock:
             self._started = self._clock()
             self._last_arrival = None
@@ -90,7 +89,7 @@ class Monitor:
                 times.clear()
 
     def arrived(self, dropped: bool) -> None:
-        """An image came in; `dropped`: the one before it was dropped for it."""
+        """Count an incoming image; `dropped`: it replaced one that was waiting."""
         with self._lock:
             now = self._clock()
             self._last_arrival = now
@@ -101,7 +100,13 @@ class Monitor:
                 self._drops.append(now)
 
     def served(self, seconds: dict[str, float], facts: dict[str, object], reset: bool) -> None:
-        """A frame went out: seconds by stage (see `STAGES`), figures of it, tracks ended."""
+        """Count a published frame.
+
+        Args:
+            seconds: by stage, see `STAGES`.
+            facts: values for the report.
+            reset: whether the tracker was reset.
+        """
         with self._lock:
             self._counts["out"] += 1
             self._counts["resets"] += reset
@@ -111,28 +116,28 @@ class Monitor:
             self._facts.update({name: str(value) for name, value in facts.items()})
 
     def failed(self, text: str) -> None:
-        """A frame could not be served."""
+        """Count a frame that could not be processed."""
         with self._lock:
             self._counts["failed"] += 1
         self.event(Level.ERROR, text)
 
     def withdrawn(self) -> None:
-        """An image that came in was dropped without another one in its place."""
+        """Count a waiting image that was dropped without being replaced."""
         with self._lock:
             self._counts["dropped"] += 1
 
     def event(self, level: Level, text: str) -> None:
-        """Something happened that the next report must show."""
+        """Add an event to the next report."""
         with self._lock:
             self._events.append((level, text))
             del self._events[:-100]
             self._last_problem = self._clock(), text
 
     def set_condition(self, name: str, level: Level, text: str) -> bool:
-        """Something is the matter until `clear_condition(name)`.
+        """Set a condition until `clear_condition(name)`.
 
         Returns:
-            Whether this is news, and so worth a log line.
+            Whether it is new or has changed, and so worth a log line.
         """
         with self._lock:
             news = self._conditions.get(name) != (level, text)
@@ -142,12 +147,12 @@ class Monitor:
             return news
 
     def clear_condition(self, name: str) -> bool:
-        """Returns: whether the condition had been there."""
+        """Clear a condition; returns whether it was set."""
         with self._lock:
             return self._conditions.pop(name, None) is not None
 
     def set_facts(self, **facts: object) -> None:
-        """Figures that every report shows; None takes one out."""
+        """Set values that every report shows; None removes one."""
         with self._lock:
             for name, value in facts.items():
                 if value is None:
@@ -156,13 +161,13 @@ class Monitor:
                     self._facts[name] = str(value)
 
     def silence(self) -> float:
-        """Seconds since the last image, or since the start without one."""
+        """Seconds since the last image, or since the start if there was none."""
         with self._lock:
             last = self._started if self._last_arrival is None else self._last_arrival
             return self._clock() - last
 
     def report(self) -> Report:
-        """What there is to tell now; events are told once."""
+        """The current report; it takes the events."""
         with self._lock:
             now = self._clock()
             problems = list(self._conditions.values()) + self._events
@@ -201,7 +206,7 @@ class Monitor:
                 when, text = self._last_problem
                 values["last problem"] = text
                 values["last problem, seconds ago"] = f"{now - when:.1f}"
-            # the worst first; repetitions told once, with their number
+            # the worst first; repetitions once, with their number
             level = max((level for level, _ in problems), default=Level.OK)
             texts: dict[str, tuple[str, int]] = {}
             for _, text in sorted(problems, key=lambda problem: -problem[0]):
@@ -214,7 +219,7 @@ class Monitor:
 
 
 class Problems:
-    """Tells diagnostics and log of what is the matter, the log not again and again.
+    """Reports problems to diagnostics and to the log, to the log at a limited rate.
 
     Args:
         monitor: of the node.
@@ -230,13 +235,13 @@ class Problems:
         self._clock = clock
         self._logged: dict[str, float] = {}
 
-    def tell(self, condition: str, level: Level, text: str) -> None:
-        """Something is the matter, until the monitor's condition is cleared."""
+    def report(self, condition: str, level: Level, text: str) -> None:
+        """Set a condition of the monitor, and log it if it is new."""
         if self._monitor.set_condition(condition, level, text):
             self.log(level, text)
 
     def log(self, level: Level, text: str) -> None:
-        """Log a text, unless one of its kind was logged in the last `LOG_AGAIN` seconds."""
+        """Log a text unless the same, but for numbers, was logged within `LOG_AGAIN` seconds."""
         now, kind = self._clock(), without_numbers(text)
         if now - self._logged.get(kind, -LOG_AGAIN) < LOG_AGAIN:
             return

@@ -1,4 +1,4 @@
-"""Errors that a user can mend; the command line prints them as one line."""
+"""Errors that a user can fix; the command line prints them as one line."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 class ScfeatError(Exception):
-    """Base of the errors below; the message names what is wrong and the remedy."""
+    """Base of the errors below; the message names the problem and the remedy."""
 
 
 class InputError(ScfeatError):
@@ -20,23 +20,23 @@ class ModelError(ScfeatError):
 
 
 class OutputExistsError(ScfeatError):
-    """The output is there already and overwriting was not asked for."""
+    """The output exists already and is not to be overwritten."""
 
 
 class OptionError(ScfeatError, ValueError):
-    """An option outside its range, or one that does not go with the others."""
+    """An option outside its range, or one that is incompatible with the others."""
 
 
 def import_optional(name: str, purpose: str, install: str | None = None) -> Any:
-    """A module of a package that is not always installed.
+    """Import a module of an optional dependency.
 
     Args:
         name: of module and package.
         purpose: what needs it.
-        install: what pip is to install, if not the package alone.
+        install: pip's argument, if not the package's name.
 
     Raises:
-        ScfeatError: it cannot be imported; the message says what for and how to install it.
+        ScfeatError: it cannot be imported; the message says what needs it and how to install it.
     """
     try:
         return importlib.import_module(name)
@@ -47,5 +47,5 @@ def import_optional(name: str, purpose: str, install: str | None = None) -> Any:
 
 
 def without_numbers(text: str) -> str:
-    """A message without its numbers, by which messages of the same matter may differ."""
+    """A message with `#` for its numbers, to compare messages that differ only in these."""
     return re.sub(r"0x[0-9a-f]+|\d[\d.]*", "#", text)

@@ -39,7 +39,7 @@ MatchedPairs = Iterable[tuple[str, str, Matches]]
 
 @dataclass(frozen=True)
 class ExportResult:
-    """What was written: files, numbers of images, keypoints, pairs and matches."""
+    """The files written, and counts of images, keypoints, pairs and matches."""
 
     files: list[Path]
     images: int
@@ -47,16 +47,16 @@ class ExportResult:
     pairs: int
     matches: int
     left_out: list[str]
-    """What is wrong with the images that could not be read."""
+    """One error message for each image that could not be read."""
 
 
 @dataclass(frozen=True)
 class ColmapOptions:
-    """How COLMAP is to see the images.
+    """How the images are imported into COLMAP.
 
     Attributes:
         camera_model: one of COLMAP's names.
-        single_camera: whether all images are of one camera.
+        single_camera: whether all images are from one camera.
     """
 
     camera_model: str = "SIMPLE_RADIAL"
@@ -64,7 +64,7 @@ class ColmapOptions:
 
 
 def exhaustive_pairs(names: list[str]) -> list[tuple[str, str]]:
-    """Every image with every later one."""
+    """All pairs of images."""
     return list(itertools.combinations(names, 2))
 
 
@@ -84,10 +84,10 @@ def sequential_pairs(names: list[str], overlap: int) -> list[tuple[str, str]]:
 
 
 def read_pairs(path: Path, names: list[str]) -> list[tuple[str, str]]:
-    """Pairs of a text file as hloc has it: two names a line; empty lines and # lines are left out.
+    """Pairs from a text file in hloc's format: two names a line; empty and # lines are ignored.
 
     Raises:
-        InputError: the file cannot be read, or a line has no two names of images in the folder.
+        InputError: the file cannot be read, or a line is not two names of images in the folder.
     """
     known, pairs = set(names), {}
     for number, line in enumerate(read_text(path).splitlines(), 1):
@@ -99,7 +99,7 @@ def read_pairs(path: Path, names: list[str]) -> list[tuple[str, str]]:
         for word in words:
             if word not in known:
                 raise InputError(f"{path}, line {number}: there is no image '{word}' in the folder")
-        # a pair counts once, whichever comes first
+        # a pair counts once, in the order of its first occurrence
         pairs.setdefault(frozenset(words), (words[0], words[1]))
     if not pairs:
         raise InputError(f"{path}: there is no pair in it")
@@ -117,26 +117,26 @@ def export(
     progress: bool | None = None,
     recursive: bool = False,
 ) -> ExportResult:
-    """Extract and match all images of a folder and write them by the ending of `output`.
-
-    Args:
-        folder: with images.
-        output: .npz; .h5 (features; matches go beside it to NAME-matches.h5 and the pairs to
-            NAME-pairs.txt); .db (COLMAP).
-        extractor: of features; they stay in memory until all pairs are matched.
-        choose_pairs: names -> pairs to match.
-        matching: None for the defaults.
-        colmap: for .db, None for the defaults.
-        overwrite: whether files that are there may be replaced.
-        progress: whether to show progress bars, None for "on a terminal".
-        recursive: whether to enter folders in the folder; names are then relative paths.
+    """Extract and match all images of a folder, and write them in the format of `output`'s suffix.
 
     Images that cannot be read are left out.
 
+    Args:
+        folder: with images.
+        output: .npz; .h5 (features; matches go to NAME-matches.h5 next to it, and the pairs to
+            NAME-pairs.txt); .db (COLMAP).
+        extractor: extracts the features, which stay in memory until all pairs are matched.
+        choose_pairs: names -> pairs to match.
+        matching: None for the defaults.
+        colmap: for .db, None for the defaults.
+        overwrite: whether existing files may be replaced.
+        progress: whether to show progress bars, None for "on a terminal".
+        recursive: whether to include subfolders; names are then relative paths.
+
     Raises:
-        InputError: the folder has no images, none of them can be read, or the ending of
+        InputError: the folder has no images, none of them can be read, or the suffix of
             `output` is unknown.
-        OutputExistsError: an output file is there.
+        OutputExistsError: an output file exists.
         ScfeatError: the library for that format is not installed, or cannot write the file.
     """
     matching, colmap = matching or MatcherOptions(), colmap or ColmapOptions()
@@ -145,7 +145,9 @@ def export(
     names = list(files)
     for name in names:
         if printable(name) != name:
-            raise InputError(f"{folder / printable(name)}: rename this image, its name is no UTF-8")
+            raise InputError(
+                f"{folder / printable(name)}: rename this image, its name is not UTF-8"
+            )
         if len(name.split()) > 1 and output.suffix != ".npz":
             raise InputError(
                 f"{folder / name}: rename this image, the lists of pairs of hloc and COLMAP cannot "
@@ -177,7 +179,7 @@ def export(
         else:
             try:
                 _write_colmap(partial[0], features, counter, folder, colmap)
-            except RuntimeError as error:  # of COLMAP, which does not tell a full disk from others
+            except RuntimeError as error:  # COLMAP's; it does not say whether the disk is full
                 if is_out_of_memory(error):
                     raise
                 raise ScfeatError(
@@ -194,7 +196,7 @@ def export(
 
 
 def check_export(output: Path, colmap: ColmapOptions, overwrite: bool) -> None:
-    """Whether the files can be written; see `export`."""
+    """Check that the files can be written; raises as `export`."""
     if output.suffix not in FORMATS:
         raise InputError(f"{output}: the name must end with one of {', '.join(FORMATS)}")
     for target in _targets(output):
@@ -217,7 +219,7 @@ def _targets(output: Path) -> list[Path]:
 
 
 class _Counter:
-    """Passes matched pairs on and counts the matches."""
+    """Iterates over matched pairs and counts the matches."""
 
     def __init__(self, pairs: MatchedPairs) -> None:
         self._pairs = pairs
@@ -248,7 +250,7 @@ def _write_npz(path: Path, features: dict[str, Features], pairs: MatchedPairs) -
     """Arrays NAME/keypoints, /scores, /descriptors, /image_size; matches/NAME/NAME/indices,
     /similarity.
 
-    They are written one after the other into the archive that numpy.load reads.
+    Arrays are written one at a time, to the archive format of numpy.load.
     """
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
 
@@ -280,7 +282,7 @@ def _write_h5(
         for name, f in features.items():
             group = file.create_group(name)
             keypoints = group.create_dataset("keypoints", data=f.keypoints)
-            # the standard deviation of a keypoint in pixels, as hloc notes it for its own
+            # the standard deviation of a keypoint in pixels, as hloc stores it
             keypoints.attrs["uncertainty"] = 1.0
             group.create_dataset("scores", data=f.scores)
             group.create_dataset("descriptors", data=f.descriptors.T)
@@ -302,15 +304,15 @@ def _write_h5(
 
 
 def _hloc_name(name: str) -> str:
-    """An image in the name of a pair, which is that of two groups: without folders' slashes."""
+    """An image's name as part of an HDF5 path: slashes, which separate groups, are replaced."""
     return name.replace("/", "-")
 
 
 def _check_hloc_names(folder: Path, names: list[str]) -> None:
-    """Whether hloc can tell the images of a pair by their names.
+    """Check that names stay unique in hloc's files.
 
     Raises:
-        InputError: two images have the same name to it.
+        InputError: two images get the same name.
     """
     known: dict[str, str] = {}
     for name in names:
@@ -330,7 +332,7 @@ def _h5_file(path: Path) -> Iterator[Any]:
         with h5py.File(path, "w", libver="latest") as file:
             yield file
     except (OSError, RuntimeError) as error:
-        # a disk that is full fails once more when the file is closed; and HDF5 tells all it knows
+        # closing the file on a full disk fails again; h5py's message is long, errno's is not
         cause = error if isinstance(error, OSError) else error.__context__
         number = getattr(cause, "errno", None)
         if number is None:
@@ -350,7 +352,7 @@ def _write_colmap(
 
     pycolmap.logging.minloglevel = pycolmap.logging.Level.ERROR.value
     with pycolmap.Database.open(database_path):
-        pass  # make the file, which import_images expects to be there
+        pass  # create the file, which import_images needs
     mode = pycolmap.CameraMode.SINGLE if options.single_camera else pycolmap.CameraMode.AUTO
     pycolmap.import_images(
         database_path,

@@ -36,12 +36,12 @@ FUSION_WEIGHTS = (1.0, 2.0, 3.0, 4.0)
 
 
 def select_device(device: str | torch.device) -> torch.device:
-    """The torch device of a name; "auto" is CUDA where there is one that works, else the CPU.
+    """The torch device of a name; "auto" is a working CUDA device if there is one, else the CPU.
 
     A CUDA device has a number: "cuda" means another one in a thread that has chosen another.
 
     Raises:
-        ScfeatError: the device is unknown, not there or does not work.
+        ScfeatError: the device is unknown, not available or does not work.
     """
     if device == "auto":
         if not torch.cuda.is_available():
@@ -74,7 +74,7 @@ def select_device(device: str | torch.device) -> torch.device:
         # a convolution, which takes cuDNN, too
         result = F.conv2d(*torch.ones(2, 1, 1, 3, 3, device=chosen))
         result.item()
-    except (RuntimeError, AssertionError) as error:  # e.g. no kernels for so old a GPU
+    except (RuntimeError, AssertionError) as error:  # e.g. the GPU is too old for this PyTorch
         raise ScfeatError(
             f"device '{device}' does not work with this PyTorch ({torch.__version__}): "
             f"{str(error).splitlines()[0]}"
@@ -92,7 +92,7 @@ class _Found(NamedTuple):
 
 @dataclass(frozen=True)
 class _Finder:
-    """Finds keypoints and descriptors in what the network makes of an image; see `Maps`."""
+    """Finds keypoints and descriptors in the network's output for one image; see `Maps`."""
 
     options: ExtractorOptions
     projection: Projection
@@ -109,7 +109,7 @@ class _Finder:
         layer3: torch.Tensor,
         mask: np.ndarray | torch.Tensor | None = None,
     ) -> _Found:
-        """Scores, image and mask as `select` takes them; on a GPU nothing waits for the device."""
+        """Scores, image and mask as for `select`; on a GPU without synchronization."""
         selected = self.select(scores, image, mask, self.options)
         return self._describe(selected, Maps(bridged, layer2, layer3))
 
@@ -140,12 +140,12 @@ class Extractor:
 
     Attributes:
         model, device, options: as given.
-        network: what runs in the model's place, see `acceleration.choose`.
+        network: what runs in place of the model, see `acceleration.choose`.
 
     Raises:
         OptionError: an option outside its range.
         TypeError: an unknown option.
-        ScfeatError: the device is not there.
+        ScfeatError: the device is not available.
     """
 
     def __init__(
@@ -162,19 +162,25 @@ class Extractor:
         self.network = self._choose_network(self.options)
         self._find = self._choose_find()
 
+    def __copy__(self) -> Extractor:
+        """An extractor with options of its own, on the same network."""
+        other = object.__new__(type(self))
+        vars(other).update(vars(self))
+        return other
+
     def __reduce__(self) -> tuple:
-        """Copied, or pickled for another process: what it was made from, to be made anew there."""
+        """Deep copy and pickle by the constructor's arguments: the copy chooses its own network."""
         return partial(type(self), **asdict(self.options)), (self.model, self.device)
 
     def _choose_network(self, options: ExtractorOptions) -> Network:
         with torch.autocast(self.device.type, enabled=False):
             network = choose(self.model, self.device, options.precision, options.compile)
-        release_threads()  # another thread may be the one that extracts
+        release_threads()  # extraction may run on another thread
         LOG.info("the network runs in %s", network)
         return network
 
     def _choose_find(self) -> Callable[..., _Found]:
-        """How keypoints and descriptors are found in the network's output, with these options."""
+        """The function that finds keypoints and descriptors, for the current options."""
         projection = self.model.projection
         if not _fitted(self.options):
             projection = projection.unfitted()
@@ -226,12 +232,12 @@ class Extractor:
         self._find = self._choose_find()
 
     def clear(self) -> None:
-        """Free the memory that is kept for images of sizes that were seen."""
+        """Free the memory that is kept for the image sizes seen so far."""
         self.network.clear()
         self._find = self._choose_find()
 
     def warm_up(self, size: tuple[int, int]) -> None:
-        """Run once on noise of a (width, height), so that the first image does not wait."""
+        """Run once on noise of a (width, height), so that the first image is not delayed."""
         width, height = size
         noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
         self(noise)
@@ -244,7 +250,7 @@ class Extractor:
             mask: (H, W) bool or uint8; keypoints lie only where it is non-zero.
 
         Returns:
-            Features in pixels of `image`; empty where there is nothing to find.
+            Features in pixels of `image`; may be empty.
 
         Raises:
             ValueError: the image or the mask has another shape or dtype.
@@ -264,7 +270,7 @@ class Extractor:
         masks = [None] * len(images) if masks is None else masks
         if len(masks) != len(images):
             raise ValueError(f"got {len(masks)} masks for {len(images)} images")
-        off = torch.autocast(self.device.type, enabled=False)  # the network knows its own precision
+        off = torch.autocast(self.device.type, enabled=False)  # the network has its own precision
         with torch.inference_mode(), off, cores_awake(self.device):
             return self._extract(images, masks)
 
@@ -288,7 +294,7 @@ class Extractor:
     def _extract_at(
         self, images: list[np.ndarray], masks: Sequence[np.ndarray | None], new: tuple[int, int]
     ) -> list[Features]:
-        """Features of images that are shrunk to the (width, height) `new`."""
+        """Features of images that are resized to the (width, height) `new`."""
         size = images[0].shape[1::-1]
         on_cpu = self.device.type == "cpu"
         if on_cpu:
@@ -312,7 +318,7 @@ class Extractor:
         return features
 
     def _maps(self, output: SCFeatOutput, i: int) -> Maps:
-        """What descriptors of an image of the batch are made of."""
+        """The maps from which descriptors of image `i` of the batch are made."""
         source = output.bridged
         if self.options.descriptor_source == "backbone":
             source = output.descriptors
@@ -320,13 +326,13 @@ class Extractor:
 
 
 _threads_before: int | None = None
-"""Threads that PyTorch had before an extractor asked for another number; None: none has."""
+"""PyTorch's number of threads before an extractor changed it; None if none has."""
 
 
 def _set_threads(threads: int) -> None:
-    """Give PyTorch so many threads, or with 0 as many as it had before extractors chose.
+    """Set PyTorch's number of threads; 0 restores the one from before extractors changed it.
 
-    The number is the process's: the last extractor that is made decides.
+    The number applies to the whole process: the latest extractor decides.
     """
     global _threads_before
     if threads:
@@ -343,7 +349,7 @@ def _fitted(options: ExtractorOptions) -> bool:
 
 
 def _check_descriptor_dim(options: ExtractorOptions, model: SCFeat | OnnxSCFeat) -> None:
-    """Whether descriptors can be that short.
+    """Check that descriptors can have the length `descriptor_dim`.
 
     Raises:
         OptionError: they cannot.
@@ -352,7 +358,7 @@ def _check_descriptor_dim(options: ExtractorOptions, model: SCFeat | OnnxSCFeat)
     if dim and not _fitted(options):
         raise OptionError(
             f"descriptor_dim {dim}: only descriptors of descriptor_source 'bridge' and "
-            "descriptor_sampling 'pooled' can be cut, whose first values tell most; use 0"
+            "descriptor_sampling 'pooled' can be shortened; use 0"
         )
     if dim > len(model.projection.matrix):
         raise OptionError(
@@ -362,10 +368,10 @@ def _check_descriptor_dim(options: ExtractorOptions, model: SCFeat | OnnxSCFeat)
 
 
 def _on_host(found: _Found, size: tuple[int, int], working: tuple[int, int]) -> Features:
-    """What was found in an image of `size` that was shrunk to `working`, in main memory."""
+    """Features in host memory and in pixels of an image of `size` that was resized to `working`."""
     if found.points.device.type == "cpu":
         points, scores, descriptors = (part.numpy() for part in found)
-    else:  # one copy back, and without the rows that hold no keypoint
+    else:  # one copy to the host; rows without a keypoint are dropped
         rows = torch.cat([found.points, found.scores[:, None], found.descriptors], dim=1)
         rows = rows.cpu().numpy()
         rows = rows[np.isfinite(rows[:, 2])]
@@ -386,10 +392,10 @@ def l2_normalize(descriptors: torch.Tensor) -> torch.Tensor:
 def fusion_normalize(descriptors: torch.Tensor) -> torch.Tensor:
     """(N, D) -> weighted sum of the L1 to L4 normalized vectors (Eq. 25).
 
-    The norms are taken over magnitudes: the paper's formula without them is no norm for odd p.
-    Every term is the same vector times a number, so this changes a descriptor's length and not
-    its direction: flat descriptors come out shorter than peaked ones, and lose to them in a
-    matcher that compares inner products.
+    The norms are taken over magnitudes: without them the paper's formula is no norm for odd p.
+    Every term is a multiple of the same vector, so this changes a descriptor's length but not its
+    direction: flat descriptors get shorter than peaked ones, and lose to them in a matcher that
+    compares inner products.
     """
     total = sum(
         weight * F.normalize(descriptors, p=p, dim=1)

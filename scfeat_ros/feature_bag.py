@@ -24,7 +24,7 @@ from scfeat_ros.messages import (
 from scfeat_ros.recovery import RawMessage
 
 NAMESPACE = "/extractor"
-"""Name of the node, whose private topics the output carries."""
+"""Namespace of the output topics: the node's name."""
 _CLOUD = "sensor_msgs/msg/PointCloud2"
 _COMPRESSED = "sensor_msgs/msg/CompressedImage"
 
@@ -35,10 +35,10 @@ class FeatureBagWriter:
     Args:
         path: the folder; it must not exist.
         descriptor_type: "float32" or "int8".
-        overlay: whether pictures come, too.
+        overlay: whether overlay images are written, too.
 
     Attributes:
-        not_passed: input topics that could not be taken over, with the reason.
+        not_passed: input topics that could not be passed through, with the reason.
     """
 
     def __init__(self, path: Path, descriptor_type: str = "float32", overlay: bool = False) -> None:
@@ -64,8 +64,8 @@ class FeatureBagWriter:
 
         Args:
             result: of the front end.
-            bearings: (N, 3) of its keypoints, None where not known.
-            time: of the recording, nanoseconds; the messages carry the image's own stamp.
+            bearings: (N, 3) of its keypoints, None if unknown.
+            time: recording time, nanoseconds; the messages' headers have the image's own stamp.
         """
         features = encode_features(result, bearings, self._types, self.descriptor_type)
         matches = encode_matches(result, bearings, self._types)
@@ -93,7 +93,7 @@ class FeatureBagWriter:
         if message.topic not in self._inputs:
             try:
                 self._inputs[message.topic] = self._add_input(message, reader)
-            except Exception as error:  # types of strangers raise anything
+            except Exception as error:  # parsing unknown message definitions may raise anything
                 self.not_passed[message.topic] = " ".join(str(error).split()) or repr(error)
                 return
         data = self._as_ros2(message, reader) if reader.is_ros1 else message.data
@@ -111,7 +111,7 @@ class FeatureBagWriter:
                 src_is2=False,
                 dst_is2=True,
             )
-        except Exception as error:  # generated code; damaged bytes raise anything
+        except Exception as error:  # generated code may raise anything on damaged bytes
             raise UnreadableMessageError(message, error) from error
 
     def _add_input(self, message: RawMessage, reader: BagReader) -> Any:
@@ -125,19 +125,19 @@ class FeatureBagWriter:
                 options |= {"msgdef": known.msgdef.data, "rihs01": known.digest}
         if "msgdef" not in options:
             for store in (self._typestore, reader.typestore):
-                _learn(store, message, reader)
+                _register_type(store, message, reader)
         return self._writer.add_connection(message.topic, message.type, **options)
 
     def close(self) -> None:
         self._writer.close()
 
     def abort(self) -> None:
-        """Close without an index; the folder is going to be removed."""
+        """Close without writing an index; the folder will be removed."""
         self._writer.abort()
 
 
-def _learn(store: Typestore, message: RawMessage, reader: BagReader) -> None:
-    """Register a message's type, as the bag defines it, where it is none of ROS's own.
+def _register_type(store: Typestore, message: RawMessage, reader: BagReader) -> None:
+    """Register a message's type from the bag's definition, unless the store knows it.
 
     Raises:
         ValueError: the bag does not define it.

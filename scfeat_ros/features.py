@@ -1,4 +1,4 @@
-"""What the front end produces: plain, immutable containers with fixed shapes and dtypes."""
+"""Results of the front end: plain, immutable containers with fixed shapes and dtypes."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ class Features:
     Attributes:
         keypoints: (N, 2) float32, x and y in pixels of the image that was given to the
             extractor; the centre of the top-left pixel is (0, 0).
-        scores: (N,) float32, detection score (paper Eq. 13), larger is better.
-        descriptors: (N, D) float32, unit L2 norm (paper Eq. 22-23) unless the extractor was
-            asked for the paper's fusion normalization.
+        scores: (N,) float32, detection score (paper Eq. 13, times the reliability), larger is
+            better.
+        descriptors: (N, D) float32, unit L2 norm (paper Eq. 22) unless the extractor's
+            descriptor_norm is "fusion" (Eq. 25).
         image_size: (width, height) of that image, in pixels.
     """
 
@@ -29,14 +30,14 @@ class Features:
         return len(self.keypoints)
 
     def select(self, keep: np.ndarray) -> Features:
-        """The features where the boolean mask or index array `keep` says so."""
+        """The features that the boolean mask or index array `keep` selects."""
         return Features(
             self.keypoints[keep], self.scores[keep], self.descriptors[keep], self.image_size
         )
 
     @classmethod
     def empty(cls, descriptor_dim: int, image_size: tuple[int, int]) -> Features:
-        """Features without a single keypoint, with the right shapes and dtypes."""
+        """No features, with the right shapes and dtypes."""
         return cls(
             keypoints=np.zeros((0, 2), np.float32),
             scores=np.zeros((0,), np.float32),
@@ -61,7 +62,7 @@ class Matches:
         return len(self.indices)
 
     def select(self, keep: np.ndarray) -> Matches:
-        """The matches where the boolean mask or index array `keep` says so."""
+        """The matches that the boolean mask or index array `keep` selects."""
         return Matches(self.indices[keep], self.similarity[keep])
 
     @classmethod
@@ -77,15 +78,15 @@ class FrameResult:
         stamp: time of the image in nanoseconds.
         frame_id: the camera's optical frame.
         features: features of this image.
-        track_ids: (N,) uint32, one per keypoint; a keypoint keeps the id of the keypoint
-            that it was matched to in the previous frame, else it gets a new one.
+        track_ids: (N,) uint32, one per keypoint: that of the keypoint in the previous frame
+            that it was matched to, else a new one.
         track_lengths: (N,) int32, number of consecutive frames in which the track was seen,
             this one included (so at least 1).
         matches: rows (index in the previous frame, index in this frame); empty without one.
         previous_stamp: stamp of the previous frame in nanoseconds, None without one.
-        previous_keypoints: (M, 2) float32, where each match was in the previous image, pixels.
-        reset: why the tracker started anew at this frame ("first frame", "time went
-            backwards", ...), None where it went on.
+        previous_keypoints: (M, 2) float32, each match's keypoint in the previous image, pixels.
+        reset: why the tracker was reset at this frame ("first frame", "time went backwards",
+            ...), None if it was not.
         timings: seconds by stage: "extract", "match", "track".
     """
 

@@ -33,13 +33,13 @@ if TYPE_CHECKING:
     from scfeat_ros.frontend import FrontEnd
 
 MOST_WARM_SIZES = 10
-"""Image sizes that the network is warmed up for; a camera has one, a fault may have any number."""
-OF_OUTPUTS = {
+"""Most image sizes that the network is warmed up for; a camera has one, a faulty driver many."""
+OUTPUT_CONDITIONS = {
     "calibration": {"features", "matches", "tracks"},
     "tracks": {"tracks"},
     "rgbd": {"rgbd_image"},
 }
-"""Conditions that are none while nobody subscribes to the outputs that they are about."""
+"""Outputs that a condition concerns; it is cleared while none of them has a subscriber."""
 
 
 @dataclass(frozen=True)
@@ -51,17 +51,17 @@ class Frame:
 
 
 class FrameProcessor:
-    """Serves one image after the other, on the worker's thread.
+    """Processes one image after the other, on the worker's thread.
 
-    Images, calibration and depth come in by other methods from the executor's thread, and so do
-    changes of live parameters; each is taken over as a whole.
+    Calibration, depth images and changes of live parameters arrive on the executor's thread, by
+    other methods; each takes effect as a whole.
 
     Args:
         front_end: features, matches and tracks.
         options: of the node.
         decoder: of image messages.
         outputs: publishers by name: features, matches, overlay, tracks, rgbd_image.
-        monitor, problems: what diagnostics and log are told.
+        monitor, problems: collect what diagnostics and log report.
         logger: of the node.
         rtabmap_messages: the module rtabmap_msgs.msg if there is an output rgbd_image.
         warm_size: (width, height) that the network was warmed up for.
@@ -107,7 +107,7 @@ class FrameProcessor:
             self.front_end.extractor.set_options(**groups[ExtractorOptions])
         if groups[MatcherOptions]:
             self.front_end.set_matching(**groups[MatcherOptions])
-        if "max_size" in changes:  # the user's choice in place of the makeshift
+        if "max_size" in changes:  # the user's value replaces that of `_shrink`
             self._out_of_memory = False
             self._monitor.clear_condition("memory")
             self._monitor.set_facts(size_limit=None)
@@ -119,10 +119,10 @@ class FrameProcessor:
             camera = Camera.from_message(message, self.options.rectified)
         except InputError as error:
             camera = None
-            self._problems.tell("camera", Level.WARN, f"{error}; features have no bearings")
+            self._problems.report("camera", Level.WARN, f"{error}; features have no bearings")
         else:
             if camera is not None and camera.same_as(self._camera):
-                return  # and the one before keeps what it has worked out
+                return  # keep the old one, which has cached its inverse
             self._monitor.clear_condition("camera")
         self._camera = camera
         self._monitor.set_facts(
@@ -132,11 +132,11 @@ class FrameProcessor:
         )
 
     def add_depth(self, message: Image) -> None:
-        """Keep a depth image for the image of its time."""
+        """Keep a depth image for the image with the same stamp."""
         self._depth_images.add(stamp_to_nanoseconds(message.header.stamp), message)
 
     def pause(self) -> None:
-        """Forget what came in; the subscriptions are gone, and no frame is in work."""
+        """Forget all input; called when the subscriptions are gone and no frame is processed."""
         self._camera = self._camera_info = None
         self._depth_images.clear()
         self.front_end.reset()
@@ -144,13 +144,13 @@ class FrameProcessor:
     def process(self, frame: Frame) -> None:
         """One image from message to messages; never raises."""
         started = time.perf_counter()
-        # what was spent on the frame before is no overhead of this one
+        # time spent on the previous frame does not count as overhead of this one
         waited = max(0.0, min(started, self._previous_done) - frame.arrived)
         try:
             image = self._decode(frame.message)
             decoded = time.perf_counter()
             if image.note:
-                self._problems.tell("pixels", Level.WARN, f"of the image's pixels {image.note}")
+                self._problems.report("pixels", Level.WARN, f"of the image's pixels {image.note}")
             else:
                 self._monitor.clear_condition("pixels")
             waited += self._warm_up(image.pixels.shape[1::-1])
@@ -165,7 +165,7 @@ class FrameProcessor:
         except Exception as error:
             text = f"{type(error).__name__}: {error}"
             self._monitor.failed(text)
-            # memory runs out without anybody's mistake; all else is one, and shows where
+            # any other error is a bug, and needs its traceback
             detail = text if is_out_of_memory(error) else f"\n{traceback.format_exc()}"
             self._problems.log(Level.ERROR, f"image left out: {detail}")
         finally:
@@ -185,9 +185,9 @@ class FrameProcessor:
             if not is_out_of_memory(error) or self._out_of_memory:
                 raise
             text = self._shrink(size)
-        # outside of the handler, which would keep the failed attempt's tensors alive
+        # outside of the handler, which keeps the failed attempt's tensors alive
         free_memory()
-        self._problems.tell("memory", Level.WARN, text)
+        self._problems.report("memory", Level.WARN, text)
         return self.front_end.process(image.pixels, stamp, header.frame_id, image.mask)
 
     def _warm_up(self, size: tuple[int, int]) -> float:
@@ -201,7 +201,7 @@ class FrameProcessor:
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            return 0.0  # the image itself will show it
+            return 0.0  # the image itself will fail, too, and is handled
         seconds = time.perf_counter() - started
         self._logger.info(
             f"first image of {size[0]}x{size[1]}: warmed up for it in {seconds:.2f} s"
@@ -209,7 +209,7 @@ class FrameProcessor:
         return seconds
 
     def _shrink(self, size: tuple[int, int]) -> str:
-        """Halve the working size, once; returns what to say about it."""
+        """Halve the working size, once; returns the warning to report."""
         self._out_of_memory = True
         extractor = self.front_end.extractor
         limit = extractor.options.max_size or max(size)
@@ -223,7 +223,7 @@ class FrameProcessor:
         )
 
     def _publish(self, message: Any, image: DecodedImage, result: FrameResult) -> None:
-        """Encode and send what somebody subscribes to."""
+        """Encode and publish the outputs that have subscribers."""
         wanted = {
             name: publisher
             for name, publisher in self._outputs.items()
@@ -232,11 +232,11 @@ class FrameProcessor:
         if not self.options.overlay:
             wanted.pop("overlay", None)
         self._monitor.set_facts(outputs=" ".join(sorted(wanted)) or "nobody subscribes")
-        for condition, outputs in OF_OUTPUTS.items():
+        for condition, outputs in OUTPUT_CONDITIONS.items():
             if not wanted.keys() & outputs:
                 self._monitor.clear_condition(condition)
         camera = bearings = None
-        if wanted.keys() & OF_OUTPUTS["calibration"]:
+        if wanted.keys() & OUTPUT_CONDITIONS["calibration"]:
             camera = self._camera_for(result)
         if camera is not None:
             bearings = camera.bearings(result.features.keypoints)
@@ -249,7 +249,7 @@ class FrameProcessor:
         if "tracks" in wanted:
             if camera is None:
                 text = "~/tracks needs a calibrated camera: no usable camera_info came in"
-                self._problems.tell("tracks", Level.WARN, text)
+                self._problems.report("tracks", Level.WARN, text)
             else:
                 self._monitor.clear_condition("tracks")
                 wanted["tracks"].publish(
@@ -277,7 +277,7 @@ class FrameProcessor:
         if depth is None or camera_info is None:
             missing = "camera_info" if camera_info is None else "depth image in time"
             text = f"~/rgbd_image left out: no {missing}"
-            self._problems.tell("rgbd", Level.WARN, text)
+            self._problems.report("rgbd", Level.WARN, text)
             return
         self._monitor.clear_condition("rgbd")
         publisher.publish(
@@ -292,7 +292,7 @@ class FrameProcessor:
             self._monitor.clear_condition("calibration")
             return camera
         width, height = camera.image_size
-        self._problems.tell(
+        self._problems.report(
             "calibration",
             Level.WARN,
             f"camera_info is for images of {width}x{height}, the image is of "

@@ -1,4 +1,4 @@
-"""The front end: image in, features, matches and tracks out. Node and offline tool call this."""
+"""The front end of node and offline tool: image in, features, matches and tracks out."""
 
 from __future__ import annotations
 
@@ -73,8 +73,8 @@ class FrontEnd:
     ) -> FrameResult:
         """Match features of the stream's next image to those of the previous one.
 
-        `process` without the extraction, which can then be done ahead and for several images at
-        the same time: only the matching goes by the images' order.
+        `process` without the extraction, which may so run ahead, and on several images at a time:
+        only matching depends on the order of the images.
 
         Args:
             features: of the image.

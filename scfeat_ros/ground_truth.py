@@ -13,7 +13,7 @@ from scfeat_ros.camera import Camera
 POSE_TYPES = ("geometry_msgs/msg/PoseStamped", "nav_msgs/msg/Odometry")
 DEFAULT_TOPIC = "/ground_truth/pose"
 RIGHT_WITHIN = 2.0
-"""A match is right within this distance of the true epipolar lines in both images, pixels."""
+"""Largest distance of a right match from the true epipolar lines in both images, pixels."""
 _REMEMBERED = 1000
 _LONGEST_GAP = 200_000_000  # between two poses to interpolate, nanoseconds
 _NEAREST = 1_000_000  # a single pose counts for an image this near, nanoseconds
@@ -31,7 +31,7 @@ class PoseTrack:
     """The latest poses of a topic, for the pose at the time of an image.
 
     Attributes:
-        frame_id: whose poses they are, where the messages say it (Odometry), else "".
+        frame_id: the frame whose poses they are (child_frame_id of Odometry), else "".
     """
 
     def __init__(self) -> None:
@@ -39,10 +39,9 @@ class PoseTrack:
         self._poses: deque[tuple[int, np.ndarray, np.ndarray]] = deque(maxlen=_REMEMBERED)
 
     def add(self, stamp: int, message: Any) -> None:
-        """Take over a geometry_msgs/PoseStamped or nav_msgs/Odometry.
+        """Append a geometry_msgs/PoseStamped or nav_msgs/Odometry.
 
-        A pose that is not finite or whose quaternion is zero is left out, and so is one that
-        is older than the last.
+        A pose is ignored if it is not finite, has a zero quaternion, or is not newer than the last.
         """
         pose = message.pose.pose if hasattr(message.pose, "pose") else message.pose
         self.frame_id = getattr(message, "child_frame_id", "")
@@ -57,11 +56,11 @@ class PoseTrack:
         self._poses.append((stamp, position, quaternion / norm))
 
     def covers(self, stamp: int) -> bool:
-        """Whether a pose at or after this time has come."""
+        """Whether there is a pose at or after this time."""
         return bool(self._poses) and self._poses[-1][0] >= stamp
 
     def at(self, stamp: int) -> Pose | None:
-        """The pose at a time, between its two neighbours; None where there are none near."""
+        """The pose at a time, interpolated; None if no pose is near."""
         after = next((i for i, pose in enumerate(self._poses) if pose[0] >= stamp), None)
         if after is None:
             candidates = [self._poses[-1]] if self._poses else []
@@ -107,9 +106,9 @@ def right_matches(
 ) -> np.ndarray | None:
     """Which correspondences lie on each other's true epipolar lines.
 
-    Distances are those in the images as they are, where a lens that distorts bends the lines;
-    without the distortion pixels would be larger at the border of a wide image than in its middle.
-    They are of first order: right for places that are a few pixels from the line.
+    Distances are measured in the distorted images, where the lines are curves: undistorted pixels
+    would be larger at the border of a wide image than in its middle. They are first-order
+    approximations, accurate up to a few pixels from the line.
 
     Args:
         camera: of both images.
@@ -117,8 +116,8 @@ def right_matches(
         bearings1, bearings2: (M, 3) undistorted directions with z = 1, see `Camera.bearings`.
 
     Returns:
-        (M,) bool: distance of at most `RIGHT_WITHIN` px in both images; None where the camera
-        has not moved, since a mere rotation has no epipolar lines.
+        (M,) bool: distance of at most `RIGHT_WITHIN` px in both images; None if the camera has
+        not moved, since a pure rotation has no epipolar lines.
     """
     R = second.R.T @ first.R
     t = second.R.T @ (first.position - second.position)
@@ -131,20 +130,20 @@ def right_matches(
     lines2, lines1 = bearings1 @ E.T, bearings2 @ E
     algebraic = np.abs((bearings2 * lines2).sum(axis=1))
     scale = np.minimum(_per_pixel(camera, bearings1, lines1), _per_pixel(camera, bearings2, lines2))
-    # NaN, where the lens model has no inverse, is not right
+    # NaN, where the lens model has no inverse, compares as False
     return algebraic <= RIGHT_WITHIN * scale
 
 
 def _per_pixel(camera: Camera, bearings: np.ndarray, lines: np.ndarray) -> np.ndarray:
-    """(M,) how much a line's equation changes from a bearing to one that is a pixel off the line.
+    """(M,) change of a line's equation at a bearing per pixel of distance from the line.
 
     Args:
-        camera: that has seen them.
-        bearings, lines: (M, 3) each, of the plane z = 1.
+        camera: of the bearings.
+        bearings, lines: (M, 3) each, in the plane z = 1.
     """
     across, down = camera.pixel_gradients(bearings[:, :2])
     determinant = across[:, 0] * down[:, 1] - across[:, 1] * down[:, 0]
     along_u = lines[:, 0] * down[:, 1] - lines[:, 1] * across[:, 1]
     along_v = lines[:, 1] * across[:, 0] - lines[:, 0] * down[:, 0]
-    with np.errstate(divide="ignore", invalid="ignore"):  # where nothing is known, nothing is right
+    with np.errstate(divide="ignore", invalid="ignore"):  # NaN where the bearing is unknown
         return np.hypot(along_u, along_v) / np.abs(determinant)

@@ -1,4 +1,4 @@
-"""Matches between two images, and their picture."""
+"""Matches between two image files, drawn side by side."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from scfeat_ros.staging import check_file, staged_file
 
 
 def check_picture(output: Path, overwrite: bool) -> None:
-    """Whether the picture can be written; see `match_pair`."""
+    """Check that the picture can be written; raises as `match_pair`."""
     if output.suffix.lower() not in (".png", ".jpg", ".jpeg"):
         raise InputError(f"{output}: the picture's name must end with .png or .jpg")
     check_file(output, overwrite)
@@ -26,7 +26,7 @@ def check_picture(output: Path, overwrite: bool) -> None:
 
 @dataclass(frozen=True)
 class PairResult:
-    """Numbers of a pair of images: keypoints in both, matches, epipolar inliers."""
+    """Counts of a pair of images: keypoints in both, matches, epipolar inliers."""
 
     keypoints: tuple[int, int]
     matches: int
@@ -68,6 +68,8 @@ def match_pair(
         done, data = cv2.imencode(output.suffix.lower(), np.ascontiguousarray(picture[..., ::-1]))
         if not done:
             height, width = picture.shape[:2]
-            raise InputError(f"{output}: no such file holds {width}x{height} pixels; give a .png")
+            raise InputError(
+                f"{output}: too large for this format ({width}x{height} pixels); give a .png"
+            )
         partial.write_bytes(data.tobytes())
     return PairResult((len(features[0]), len(features[1])), len(matches), int(inliers.sum()))

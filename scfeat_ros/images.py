@@ -1,4 +1,4 @@
-"""Camera images from ROS messages and from files, as uint8 RGB or grey arrays."""
+"""Images from ROS messages (without ROS) and from files, as uint8 RGB or grey arrays."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from scfeat_ros.decoded_image import (
     DecodedImage,
     UnknownEncodingError,
     UnreadableImageError,
-    check_pairs,
+    check_yuv_width,
     decode,
     from_compressed,
     packed_rows,
@@ -22,7 +22,7 @@ from scfeat_ros.decoded_image import (
 from scfeat_ros.errors import InputError
 
 _GENERIC = {"8UC1": "mono8", "8UC3": "bgr8", "8UC4": "bgra8", "16UC1": "mono16"}
-"""OpenCV's type names, taken as OpenCV's channel order."""
+"""OpenCV's type names, with OpenCV's channel order."""
 
 ENCODINGS = (
     "mono8 mono16 rgb8 bgr8 rgba8 bgra8 rgb16 bgr16 rgba16 bgra16 "
@@ -42,7 +42,7 @@ def from_message(message: Any) -> DecodedImage:
         message: of rclpy's or of rosbags' class.
 
     Returns:
-        The image, grey or RGB; other numbers than 8 bits are scaled by `to_8_bit`.
+        The image, grey or RGB; other types than 8 bits are converted by `to_8_bit`.
 
     Raises:
         UnknownEncodingError: an encoding outside `ENCODINGS`, or compressedDepth.
@@ -56,7 +56,7 @@ def from_message(message: Any) -> DecodedImage:
             f"image encoding '{message.encoding}' is not supported; "
             f"known are {', '.join(ENCODINGS)}"
         )
-    check_pairs(encoding, int(message.width))
+    check_yuv_width(encoding, int(message.width))
     _, _, dtype, channels = to_cvtype(encoding)
     pixels = _pixels(message, np.dtype(dtype), channels)
     try:
@@ -99,7 +99,7 @@ def read_file(path: Path) -> np.ndarray:
         InputError: the file is missing or cannot be read as an image.
     """
     try:
-        # not by numpy, which does not read a pipe (/dev/stdin)
+        # not np.fromfile, which cannot read a pipe (/dev/stdin)
         return decode(np.frombuffer(path.read_bytes(), np.uint8), "the file")
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error

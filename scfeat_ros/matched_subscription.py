@@ -1,4 +1,4 @@
-"""A subscription that asks for what the publishers offer, and follows when they change."""
+"""A subscription whose QoS matches the publishers', and is updated when they change."""
 
 from __future__ import annotations
 
@@ -28,28 +28,27 @@ _ENUMS = {
     "durability": DurabilityPolicy,
 }
 MATCH = "match"
-"""Value of a qos_overrides parameter that leaves a policy to the publishers (depth: 0)."""
+"""Value of a qos_overrides parameter by which a policy follows the publishers (depth: 0)."""
 
 
 class MatchedSubscription:
     """Subscribes with the quality of service of the topic's publishers.
 
-    Reliable and transient-local are asked for only where every publisher offers them, so that
-    no publisher is left out; sensor data (best effort, volatile) without a publisher. The
-    parameters `qos_overrides.<topic>.subscription.<policy>` have the last word, as they are at
-    this moment.
+    Reliable and transient-local are requested only if every publisher offers them, so that all
+    publishers are compatible; best effort and volatile if there is no publisher. The parameters
+    `qos_overrides.<topic>.subscription.<policy>` take precedence; they are read once, here.
 
     Args:
         node: on which to subscribe.
         message_type: class of the messages.
         topic: fully resolved name.
         callback: called with every message.
-        on_incompatible: called with a text when a publisher offers less than is asked for.
+        on_incompatible: called with a text when a publisher offers less than is requested.
         reliability: "auto", "reliable" or "best_effort".
         depth: of the queue.
 
     Raises:
-        InputError: an override with an impossible value.
+        InputError: an override with an invalid value.
     """
 
     def __init__(
@@ -80,11 +79,11 @@ class MatchedSubscription:
 
     @property
     def description(self) -> str:
-        """Such as "reliable volatile keep_last 1"."""
+        """The QoS profile, such as "reliable volatile keep_last 1"."""
         return " ".join(str(part) for part in self._key(self.profile))
 
     def update(self) -> bool:
-        """Look at the publishers, and subscribe anew if what they offer has changed.
+        """Check the publishers, and subscribe again if what they offer has changed.
 
         Returns:
             Whether there is a new subscription.
@@ -104,7 +103,7 @@ class MatchedSubscription:
         return True
 
     def incompatible_publishers(self) -> list[str]:
-        """Names of the nodes whose publishers offer less than this subscription asks for."""
+        """Names of the nodes whose publishers offer less than this subscription requests."""
         asked = self.profile
         return [
             f"{info.node_namespace.rstrip('/')}/{info.node_name}"
@@ -116,7 +115,7 @@ class MatchedSubscription:
         ]
 
     def other_types(self) -> list[str]:
-        """Types, other than the subscription's, that the topic is published as."""
+        """Types, other than the subscription's, with which the topic is published."""
         mine = f"{self._type.__module__.split('.')[0]}/msg/{self._type.__name__}"
         infos = self._node.get_publishers_info_by_topic(self.topic)
         return sorted({info.topic_type for info in infos} - {mine})
@@ -143,7 +142,7 @@ class MatchedSubscription:
             history=HistoryPolicy.KEEP_LAST,
             depth=self._depth,
             reliability=ReliabilityPolicy.RELIABLE if reliable else ReliabilityPolicy.BEST_EFFORT,
-            # a latched message is kept for those who come late by reliable publishers only
+            # transient-local delivery to late subscribers works only if reliable
             durability=DurabilityPolicy.TRANSIENT_LOCAL
             if latched and reliable
             else DurabilityPolicy.VOLATILE,
@@ -159,7 +158,7 @@ class MatchedSubscription:
         if self._overrides:
             remedies.append(f"take {overrides_of(self.topic)}* out of the parameters")
         if not remedies:
-            return  # the next update follows the publisher
+            return  # the next update adapts to the publisher
         policy = qos_policy_name_from_kind(event.last_policy_kind)
         self._on_incompatible(
             f"a publisher of {self.topic} offers less {policy} than this subscription asks for "
@@ -178,15 +177,15 @@ class MatchedSubscription:
 
 
 def overrides_of(topic: str) -> str:
-    """What the names of the parameters for a subscription to a topic begin with."""
+    """Prefix of the parameters' names for a subscription to a topic."""
     return f"qos_overrides.{topic}.subscription."
 
 
 def _overrides(node: Node, topic: str) -> dict[str, Any]:
     """The policies that the user has overridden for a subscription to a topic.
 
-    rclpy's own QoSOverridingOptions would freeze the first matched profile as the parameters'
-    value, and so undo every later match; and nobody could mend a wrong value.
+    rclpy's own QoSOverridingOptions would store the first matched profile as the parameters'
+    values, which would then override every later match; and a wrong value could not be corrected.
     """
     overrides: dict[str, Any] = {}
     for policy in ("history", "depth", "reliability", "durability"):
@@ -194,7 +193,7 @@ def _overrides(node: Node, topic: str) -> dict[str, Any]:
         default = 0 if policy == "depth" else MATCH
         if not node.has_parameter(name):
             text = f"{policy} of the subscription to {topic}; {default} leaves it to the node"
-            # of any type, so that a value of a wrong one can be mended like other wrong values
+            # of any type, so that a value of the wrong type can be corrected like other values
             descriptor = ParameterDescriptor(description=text, dynamic_typing=True)
             node.declare_parameter(name, default, descriptor)
         value = node.get_parameter(name).value

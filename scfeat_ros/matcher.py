@@ -14,9 +14,9 @@ from scfeat_ros.parameters import MatcherOptions
 from scfeat_ros.preprocessing import upload
 
 BLOCK_ROWS = 512
-"""Of the similarity matrix, at a time on the CPU: with 2,048 columns 4 MiB."""
+"""Rows of the similarity matrix that the CPU computes at a time: 4 MiB with 2,048 columns."""
 BLOCK_VALUES = 1 << 26
-"""The same on a GPU, in values: 256 MiB, all rows of up to 8,192 features."""
+"""Values of it that a GPU computes at a time: 256 MiB, all rows of up to 8,192 features."""
 
 
 def match(
@@ -36,8 +36,9 @@ def match(
         device: torch device for the similarities.
 
     Returns:
-        Matches sorted by the index in `first`; empty where either side is empty. On the CPU,
-        neighbours that are almost equally near may change places: see `native.matching.nearest`.
+        Matches sorted by the index in `first`; empty if either side is empty. On the CPU, one of
+        two almost equally near neighbours may be taken for the other: see
+        `native.matching.nearest`.
 
     Raises:
         ValueError: descriptors of different lengths, or a ratio outside (0, 1].
@@ -58,24 +59,24 @@ def match(
         rows, columns, best, second_best = _pairs(a, b, seconds, torch.device(device))
     keep = best >= min_similarity
     if ratio is not None:
-        # |a - b|^2 = 2 - 2 cos for unit vectors; a single candidate has nothing to confuse it
+        # |a - b|^2 = 2 - 2 cos for unit vectors; a single candidate always passes
         keep &= np.maximum(2 - 2 * best, 0) < ratio**2 * np.maximum(2 - 2 * second_best, 0)
     return Matches(np.stack([rows[keep], columns[keep]], axis=1), best[keep])
 
 
 Pairs = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]
-"""Rows and columns of a b^T that are each other's first maximum, by row; that maximum; and the
-largest other value of the row or the column, if wanted."""
+"""Rows and columns of a b^T that are each other's first maximum, sorted by row; that maximum; and,
+if requested, the largest other value of the row or the column."""
 
 
 def _mutual(of_row: np.ndarray, of_column: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows and columns that are each other's nearest, by row."""
+    """Rows and columns that are each other's nearest, sorted by row."""
     rows = np.flatnonzero(of_column[of_row] == np.arange(len(of_row)))
     return rows, of_row[rows]
 
 
 def _compiled_pairs(a: np.ndarray, b: np.ndarray, seconds: bool) -> Pairs:
-    """By the compiled kernels, in one pass."""
+    """Pairs by the compiled kernels, in one pass."""
     found = matching.nearest(a, b, seconds)
     rows, columns = _mutual(found.of_row, found.of_column)
     second_best = None
@@ -86,9 +87,9 @@ def _compiled_pairs(a: np.ndarray, b: np.ndarray, seconds: bool) -> Pairs:
 
 @torch.inference_mode()
 def _pairs(a: np.ndarray, b: np.ndarray, seconds: bool, device: torch.device) -> Pairs:
-    """By PyTorch, on any device."""
+    """Pairs by PyTorch, on any device."""
     a, b = upload(a, device), upload(b, device)
-    # one copy back, in which indices are exact
+    # one copy to the host, in float64, where indices are exact
     found = torch.cat([part.double() for part in _nearest(a, b)]).cpu()
     best, of_row, of_column = (part.numpy() for part in found.split([len(a), len(a), len(b)]))
     rows, columns = _mutual(of_row.astype(np.int64), of_column.astype(np.int64))
@@ -100,10 +101,10 @@ def _pairs(a: np.ndarray, b: np.ndarray, seconds: bool, device: torch.device) ->
 
 
 def _similarities(a: torch.Tensor, b: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-    """The (N, M) matrix a b^T by blocks of rows: which rows, and the block.
+    """Blocks of rows of the (N, M) matrix a b^T: which rows, and their values.
 
-    On the CPU a block is used up while it lies in the cache, and the next one overwrites it; the
-    whole matrix would go through memory several times. On a GPU it may not fit into memory.
+    On the CPU a block stays in the cache while it is used, and is overwritten by the next one; the
+    whole matrix would be read from memory several times. On a GPU it may not fit into memory.
     """
     height = BLOCK_ROWS if a.device.type == "cpu" else max(1, BLOCK_VALUES // len(b))
     block = a.new_empty(min(height, len(a)), len(b))
@@ -113,9 +114,9 @@ def _similarities(a: torch.Tensor, b: torch.Tensor) -> Iterator[tuple[slice, tor
 
 
 def _nearest(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The maxima of the rows of a b^T, where they are, and where those of the columns are.
+    """The maxima of the rows of a b^T, their columns, and the rows of the columns' maxima.
 
-    Of equal values the first.
+    Of equal values the first counts.
     """
     best, of_row, of_column = [], [], None
     for rows, block in _similarities(a, b):
@@ -135,7 +136,7 @@ def _second_best(
 ) -> torch.Tensor:
     """For mutual pairs: the largest similarity of either with anything but the other.
 
-    The similarities are computed again: keeping them all is slower from 4,096 features on.
+    The similarities are recomputed: storing them all is slower from 4,096 features on.
     """
     of_row = a.new_empty(len(rows))
     of_column = a.new_full((len(b),), -torch.inf)
@@ -160,14 +161,14 @@ def epipolar_inliers(
     Args:
         first, second: (M, 2) corresponding points in pixels.
         threshold: largest distance from the epipolar line in pixels.
-        seed: state of the random sampler, so that the answer is repeatable.
-        estimate_from: where there are more correspondences, the matrix is sought with so many of
-            them (8 or more), spread evenly over their order, until it is found with a probability
-            of 0.99, and all are judged by it; None for all and 0.9999, a little better and slower.
+        seed: of the random sampler, so that the result is repeatable.
+        estimate_from: if there are more correspondences, the matrix is estimated from this many of
+            them (8 or more), spread evenly over their order, with a confidence of 0.99, and all
+            are tested against it; None: from all, with 0.9999, a little better and slower.
 
     Returns:
-        (M,) bool mask and the (3, 3) float64 fundamental matrix; with fewer than 8 points
-        or where none fits, nothing is an inlier and the matrix is None.
+        (M,) bool mask and the (3, 3) float64 fundamental matrix; with fewer than 8 points, or if
+        no matrix is found, nothing is an inlier and the matrix is None.
     """
     none = np.zeros(len(first), bool), None
     if len(first) < 8:
@@ -186,7 +187,7 @@ def epipolar_inliers(
     used = np.linspace(0, len(first) - 1, estimate_from).astype(int) if few else slice(None)
     try:
         matrix, mask = cv2.findFundamentalMat(first[used], second[used], parameters)
-    except cv2.error:  # degenerate input, e.g. all points in one place
+    except cv2.error:  # degenerate input, e.g. all points coincide
         return none
     if matrix is None or matrix.shape != (3, 3):
         return none
@@ -196,7 +197,7 @@ def epipolar_inliers(
 
 
 def _sampson_distances(matrix: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """(M,) pixels, of (M, 2) points from a fundamental matrix; by which OpenCV judges them, too."""
+    """(M,) Sampson distances of (M, 2) points in pixels, OpenCV's own measure for inliers."""
     lines2 = first @ matrix[:, :2].T + matrix[:, 2]
     lines1 = second @ matrix[:2, :2] + matrix[2, :2]
     algebraic = (second * lines2[:, :2]).sum(axis=1) + lines2[:, 2]
@@ -210,7 +211,7 @@ def match_with(
     second: Features,
     device: str | torch.device = "cpu",
 ) -> Matches:
-    """`match`, then `epipolar_inliers`, as far as the options ask for them."""
+    """`match`, then `epipolar_inliers` if the options request it."""
     matches = match(first, second, options.ratio or None, options.min_similarity, device)
     if options.epipolar_threshold:
         one, other = matches.indices.T

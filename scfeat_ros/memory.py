@@ -1,4 +1,4 @@
-"""How the process deals with memory that it has freed."""
+"""Memory: what the allocator keeps, giving it back, and recognizing that it ran out."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from contextlib import suppress
 
 
 def keep_freed_memory(limit: int = 1 << 30) -> None:
-    """Let the process keep memory that it has freed, where the C library is glibc.
+    """Make glibc's malloc keep freed memory; no effect with another C library.
 
-    By default large maps are handed back to the system after every frame and come back as pages
-    to be cleared: some 5,000 page faults and a tenth of the time of a frame. Threads share one
-    heap: heaps of their own would hand memory back as before.
+    By default large maps are returned to the system after every frame and allocated again as
+    zeroed pages: some 5,000 page faults and a tenth of a frame's time. All threads share one
+    arena: other arenas would still return memory.
 
     Args:
-        limit: bytes that are kept at most, below 2^31.
+        limit: most bytes to keep, below 2^31.
     """
     trim_threshold, mmap_max, arena_max = -1, -4, -8  # of malloc.h
     try:
@@ -29,7 +29,7 @@ def keep_freed_memory(limit: int = 1 << 30) -> None:
 
 
 def free_memory() -> None:
-    """Give back what is no longer used: to the GPU's driver and to the operating system."""
+    """Return unused memory to the GPU's driver and to the operating system."""
     gc.collect()
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
@@ -42,12 +42,16 @@ def free_memory() -> None:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether PyTorch (CUDA or CPU), numpy or OpenCV could not get memory."""
+    """Whether PyTorch (CUDA or CPU), numpy or OpenCV ran out of memory."""
     text = str(error).lower()
     phrases = (
-        *("out of memory", "can't allocate memory", "not enough memory", "insufficient memory"),
-        # cuBLAS's and cuDNN's words for it
-        *("alloc_failed", "status_not_initialized", "unable to find an engine"),
+        "out of memory",
+        "can't allocate memory",
+        "not enough memory",
+        "insufficient memory",
+        "alloc_failed",  # cuBLAS
+        "status_not_initialized",  # cuBLAS and cuDNN, of their handles
+        "unable to find an engine",  # cuDNN
         "nvml_success == r",  # on a Jetson, which lacks what PyTorch's message is made of
     )
     return isinstance(error, MemoryError) or any(phrase in text for phrase in phrases)

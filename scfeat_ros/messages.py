@@ -1,16 +1,16 @@
 """Features, matches and the overlay as standard ROS messages, and back.
 
 Everything is a numpy structured array in between: `feature_array` and `match_array` fill one
-from a result, `encode_cloud` and `decode_cloud` turn one into a sensor_msgs/PointCloud2 and back
-without a loop over points. The message classes come in as a `MessageTypes`, so that the same
-code serves ROS (`ros_types`) and rosbags (`rosbags_types`); decoding needs numpy alone.
+from a result, `encode_cloud` and `decode_cloud` convert one to a sensor_msgs/PointCloud2 and back
+without a loop over points. The message classes are passed as a `MessageTypes`, so that the same
+code works with ROS (`ros_types`) and rosbags (`rosbags_types`); decoding needs only numpy.
 
 Fields of `~/features` (one point per keypoint):
-    x y z       float32  bearing in the camera's optical frame, z = 1; NaN where not known
+    x y z       float32  bearing in the camera's optical frame, z = 1; NaN if unknown
     u v         float32  pixels of the source image, centre of the top-left pixel at (0, 0)
     score       float32  detection score
     track_id    uint32
-    descriptor  float32 or int8, count D; int8 holds the descriptor times 127, rounded
+    descriptor  float32 or int8, count D; int8 is the descriptor times 127, rounded
 
 Fields of `~/matches` (one point per match with the previous image):
     x y z, u v            float32  of the current keypoint, as above
@@ -87,7 +87,7 @@ def rosbags_types(typestore: Any) -> MessageTypes:
 
 
 def pack_array(data: np.ndarray) -> array.array:
-    """A contiguous uint8 array as array.array('B'), which rclpy takes without a check per byte."""
+    """A contiguous uint8 array as array.array('B'), which rclpy does not check byte by byte."""
     packed = array.array("B")
     packed.frombytes(memoryview(data).cast("B"))
     return packed
@@ -101,7 +101,7 @@ def stamp_to_nanoseconds(stamp: Any) -> int:
 
 
 def feature_dtype(descriptor_dim: int, descriptor_type: str = "float32") -> np.dtype:
-    """The record of one point of `~/features`.
+    """dtype of one point of `~/features`.
 
     Raises:
         ValueError: a descriptor type other than "float32" and "int8".
@@ -124,7 +124,7 @@ MATCH_DTYPE = np.dtype(
     + [(name, "<u4") for name in ("index", "prev_index", "track_id")]
     + [("prev_sec", "<i4"), ("prev_nanosec", "<u4")]
 )
-"""The record of one point of `~/matches`."""
+"""dtype of one point of `~/matches`."""
 
 
 def feature_array(
@@ -201,7 +201,7 @@ def decode_features(message: Any) -> np.ndarray:
     """sensor_msgs/PointCloud2 of `~/features` -> (N,) structured array.
 
     Raises:
-        ValueError: the message is not of that form; the text names what is wrong.
+        ValueError: the message has another format; the text says what is wrong.
     """
     points = decode_cloud(message)
     _require(points, feature_dtype(1).names)
@@ -212,7 +212,7 @@ def decode_matches(message: Any) -> np.ndarray:
     """sensor_msgs/PointCloud2 of `~/matches` -> (M,) structured array.
 
     Raises:
-        ValueError: the message is not of that form; the text names what is wrong.
+        ValueError: the message has another format; the text says what is wrong.
     """
     points = decode_cloud(message)
     _require(points, MATCH_DTYPE.names)
@@ -230,7 +230,7 @@ def to_features(points: np.ndarray, image_size: tuple[int, int]) -> Features:
 
     Args:
         points: (N,) from `decode_features`; int8 descriptors come back with unit norm.
-        image_size: (width, height) of the source image, which the message does not hold.
+        image_size: (width, height) of the source image, which the message does not contain.
     """
     descriptors = points["descriptor"].astype(np.float32)
     if descriptors.ndim == 1:  # of one value

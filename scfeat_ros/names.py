@@ -1,4 +1,4 @@
-"""Names of files: as text, and in their order."""
+"""File names: as printable text, and in natural order."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import re
 
 
 def printable(path: str | os.PathLike) -> str:
-    """A path as text that can be written as UTF-8, whatever bytes its name is made of."""
+    """A path as text that can be encoded as UTF-8, whatever bytes it consists of."""
     return os.fsencode(path).decode("utf-8", "replace")
 
 
 def natural_order(name: str) -> list[str | int]:
-    """What names are sorted by so that img2 comes before img10."""
+    """Sort key for natural order: img2 before img10."""
     parts = re.split(r"(\d+)", name)
     return [int(part) if index % 2 else part for index, part in enumerate(parts)]

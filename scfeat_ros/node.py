@@ -38,10 +38,10 @@ from rclpy.qos_overriding_options import QoSOverridingOptions
 from rclpy.signals import SignalHandlerOptions
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image, PointCloud, PointCloud2
 
-from scfeat_ros import programs
+from scfeat_ros import subprocesses
 from scfeat_ros.diagnostics import Level, Monitor, Problems
 from scfeat_ros.errors import InputError, ScfeatError
-from scfeat_ros.frame_processor import OF_OUTPUTS, Frame, FrameProcessor
+from scfeat_ros.frame_processor import OUTPUT_CONDITIONS, Frame, FrameProcessor
 from scfeat_ros.matched_subscription import MatchedSubscription, overrides_of
 from scfeat_ros.memory import free_memory
 from scfeat_ros.node_parameters import (
@@ -54,7 +54,7 @@ from scfeat_ros.node_parameters import (
     refusal,
 )
 from scfeat_ros.ros_image import ImageDecoder
-from scfeat_ros.worker import NewestFirstWorker
+from scfeat_ros.worker import LatestOnlyWorker
 
 if TYPE_CHECKING:
     from scfeat_ros.frontend import FrontEnd
@@ -62,20 +62,26 @@ if TYPE_CHECKING:
 Transition = Callable[["ExtractorNode", LifecycleState], TransitionCallbackReturn]
 
 WATCH_PERIOD = 0.5
-"""Seconds between looks at the publishers of the input topics."""
+"""Seconds between checks of the publishers of the input topics."""
 STOP_TIMEOUT = 1.0
-"""Seconds that the end of the process waits for a frame in work."""
+"""Seconds for which the process waits for the current frame when it ends."""
 SPIN_TIMEOUT = 0.2
-"""Seconds after which the executor looks whether the process is to end."""
-OF_INPUT = (
-    *("silence", "qos image", "qos camera_info", "qos depth", "type", "pixels"),
-    *("camera", *OF_OUTPUTS),
+"""Seconds after which the executor checks whether the process is to end."""
+INPUT_CONDITIONS = (
+    "silence",
+    "qos image",
+    "qos camera_info",
+    "qos depth",
+    "type",
+    "pixels",
+    "camera",
+    *OUTPUT_CONDITIONS,
 )
-"""Conditions that end with the subscriptions."""
+"""Conditions that are cleared when the node unsubscribes."""
 
 
-def _telling_why(transition: Transition) -> Transition:
-    """Logs what a transition raises, which rclpy keeps for itself."""
+def _log_exceptions(transition: Transition) -> Transition:
+    """Log what a transition raises: rclpy itself does not."""
 
     @functools.wraps(transition)
     def run(node: ExtractorNode, state: LifecycleState) -> TransitionCallbackReturn:
@@ -106,7 +112,7 @@ class ExtractorNode(LifecycleNode):
         self._warn_of_unknown_parameters(of_topics=False)
         self._monitor = Monitor()
         self._problems = Problems(self._monitor, self.get_logger())
-        self._worker: NewestFirstWorker[Frame] | None = None
+        self._worker: LatestOnlyWorker[Frame] | None = None
         self._processor: FrameProcessor | None = None
         self._inputs: dict[str, MatchedSubscription] = {}
         self._outputs: dict[str, Any] = {}
@@ -118,7 +124,7 @@ class ExtractorNode(LifecycleNode):
         self.create_timer(period, self._publish_diagnostics, clock=steady)
         self.create_timer(WATCH_PERIOD, self._watch, clock=steady)
         self.add_on_set_parameters_callback(self._on_set_parameters)
-        self._answer_every_request_for_a_transition()
+        self._refuse_invalid_transitions()
         self._autostart_timer = None
         if self.get_parameter("autostart").value:
             self._autostart_timer = self.create_timer(0.0, self._autostart, clock=steady)
@@ -201,15 +207,15 @@ class ExtractorNode(LifecycleNode):
 
     # ---------------------------------------------------------------- lifecycle
 
-    def _answer_every_request_for_a_transition(self) -> None:
-        """Let the service refuse a transition that the state does not have.
+    def _refuse_invalid_transitions(self) -> None:
+        """Make the service refuse a transition that is invalid in the current state.
 
-        rclpy raises then and gives no answer, for which a lifecycle manager waits for ever.
+        rclpy raises instead of responding, and a lifecycle manager would wait forever.
         """
         service = next(s for s in self.services if s.srv_type is ChangeState)
         change_state = service.callback
 
-        def answer(request: Any, response: Any) -> Any:
+        def respond(request: Any, response: Any) -> Any:
             try:
                 return change_state(request, response)
             except RuntimeError as error:  # as rclpy raises it
@@ -219,7 +225,7 @@ class ExtractorNode(LifecycleNode):
                 response.success = False
                 return response
 
-        service.callback = answer
+        service.callback = respond
 
     def _autostart(self) -> None:
         self._autostart_timer.cancel()
@@ -236,11 +242,11 @@ class ExtractorNode(LifecycleNode):
             self._configure()
         except Exception as error:
             self._release()
-            # what a user can mend is told in one line
+            # what a user can fix is logged as one line
             detail = str(error) if isinstance(error, ScfeatError) else traceback.format_exc()
             self._monitor.set_condition("configure", Level.ERROR, f"cannot configure: {error}")
             self.get_logger().error(
-                f"cannot configure: {detail}\nThe node stays unconfigured. Mend this (ros2 param "
+                f"cannot configure: {detail}\nThe node stays unconfigured. Fix this (ros2 param "
                 f"set {self.get_fully_qualified_name()} ...), then: ros2 lifecycle set "
                 f"{self.get_fully_qualified_name()} configure, and the same with activate"
             )
@@ -254,7 +260,7 @@ class ExtractorNode(LifecycleNode):
         options = build(NodeOptions, values)
         decoder = ImageDecoder()
         rtabmap_messages = self._import_rtabmap() if options.rgbd else None
-        self._worker = NewestFirstWorker(lambda frame: self._processor.process(frame))
+        self._worker = LatestOnlyWorker(lambda frame: self._processor.process(frame))
         front_end = self._worker.call(lambda: self._load_front_end(options, values))
         self._create_outputs(options, rtabmap_messages)
         self._processor = FrameProcessor(
@@ -270,7 +276,7 @@ class ExtractorNode(LifecycleNode):
         )
 
     def _load_front_end(self, options: NodeOptions, values: dict[str, Any]) -> FrontEnd:
-        """Runs on the worker's thread, as all of PyTorch does."""
+        """Load and warm up the network; called on the worker's thread, like all PyTorch code."""
         import torch
 
         from scfeat_ros.extractor import Extractor, select_device
@@ -283,7 +289,7 @@ class ExtractorNode(LifecycleNode):
         except ScfeatError as error:
             if not device.startswith("cuda"):
                 raise
-            self._problems.tell("device", Level.WARN, f"{error}. Running on the CPU instead")
+            self._problems.report("device", Level.WARN, f"{error}. Running on the CPU instead")
             device = "cpu"
         started = time.perf_counter()
         extractor = Extractor.from_pretrained(
@@ -341,7 +347,7 @@ class ExtractorNode(LifecycleNode):
                     "are read once: restart the node with other values"
                 ) from error
 
-    @_telling_why
+    @_log_exceptions
     def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Subscribe."""
         try:
@@ -350,7 +356,7 @@ class ExtractorNode(LifecycleNode):
             self._unsubscribe()
             self._monitor.set_condition("activate", Level.ERROR, f"cannot activate: {error}")
             self.get_logger().error(
-                f"cannot activate: {error}\nThe node stays inactive. Mend this (ros2 param set "
+                f"cannot activate: {error}\nThe node stays inactive. Fix this (ros2 param set "
                 f"{self.get_fully_qualified_name()} ...), then: ros2 lifecycle set "
                 f"{self.get_fully_qualified_name()} activate"
             )
@@ -378,7 +384,7 @@ class ExtractorNode(LifecycleNode):
             CompressedImage if compressed else Image,
             topic,
             self._on_image,
-            self._tell_of("qos image"),
+            self._qos_error("qos image"),
             options.image_reliability,
             options.image_depth,
         )
@@ -389,7 +395,7 @@ class ExtractorNode(LifecycleNode):
             CameraInfo,
             info_topic,
             self._processor.set_camera_info,
-            self._tell_of("qos camera_info"),
+            self._qos_error("qos camera_info"),
         )
         if options.rgbd:
             self._inputs["depth"] = MatchedSubscription(
@@ -397,12 +403,12 @@ class ExtractorNode(LifecycleNode):
                 Image,
                 self.resolve_topic_name("depth"),
                 self._processor.add_depth,
-                self._tell_of("qos depth"),
+                self._qos_error("qos depth"),
             )
         self._monitor.set_facts(image_topic=topic, image_qos=self._inputs["image"].description)
 
-    def _tell_of(self, condition: str) -> Callable[[str], None]:
-        return functools.partial(self._problems.tell, condition, Level.ERROR)
+    def _qos_error(self, condition: str) -> Callable[[str], None]:
+        return functools.partial(self._problems.report, condition, Level.ERROR)
 
     def _unsubscribe(self) -> None:
         for subscription in self._inputs.values():
@@ -412,23 +418,23 @@ class ExtractorNode(LifecycleNode):
             self._monitor.withdrawn()
 
     def _forget_input(self) -> None:
-        """After the last frame: what it was served with, and what was the matter with it."""
+        """Clear the calibration and all conditions of the input, after the last frame."""
         if self._processor is not None:
             self._processor.pause()
         self._monitor.set_facts(camera="none: not active")
-        for name in OF_INPUT:
+        for name in INPUT_CONDITIONS:
             self._monitor.clear_condition(name)
 
-    @_telling_why
+    @_log_exceptions
     def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """Unsubscribe and finish the frame in work; the network stays."""
+        """Unsubscribe and finish the current frame; the network stays loaded."""
         self._unsubscribe()
         self._worker.wait()
         self._forget_input()
         self.get_logger().info("inactive: the network stays loaded")
         return super().on_deactivate(state)
 
-    @_telling_why
+    @_log_exceptions
     def on_cleanup(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Free the network."""
         self._release()
@@ -448,7 +454,7 @@ class ExtractorNode(LifecycleNode):
         return TransitionCallbackReturn.SUCCESS
 
     def _release(self, timeout: float | None = None) -> None:
-        """Undo configure and activate, whatever of them was done."""
+        """Undo configure and activate, as far as they were done."""
         self._unsubscribe()
         if self._worker is not None and not self._worker.stop(timeout):
             return  # it may still publish; the process is about to end
@@ -470,7 +476,7 @@ class ExtractorNode(LifecycleNode):
 
     @property
     def busy(self) -> bool:
-        """Whether a frame is still in work after a shutdown that did not wait for it."""
+        """Whether a frame is still being processed after a shutdown that did not wait for it."""
         return self._worker is not None
 
     # ---------------------------------------------------------------- input, on the executor
@@ -478,17 +484,17 @@ class ExtractorNode(LifecycleNode):
     def _on_image(self, message: Any) -> None:
         arrived = time.perf_counter()
         if self._worker is None:
-            return  # it was on its way when the subscription ended
+            return  # it was queued when the subscription ended
         if self._monitor.clear_condition("silence"):
             self.get_logger().info("images again")
         self._monitor.arrived(self._worker.offer(Frame(message, arrived)))
 
     def _watch(self) -> None:
-        """Follow the publishers of the input topics, and notice when nothing comes."""
+        """Adapt to the publishers of the input topics, and report when no image arrives."""
         for name, subscription in self._inputs.items():
             if subscription.update():
                 self.get_logger().info(
-                    f"subscribed anew to {subscription.topic} as its publishers offer it: "
+                    f"subscribed again to {subscription.topic}, matching its publishers: "
                     f"{subscription.description}"
                 )
                 if name == "image":
@@ -501,7 +507,7 @@ class ExtractorNode(LifecycleNode):
         others = image.other_types()
         if others:
             transport = self._processor.options.image_transport
-            self._problems.tell(
+            self._problems.report(
                 "type",
                 Level.ERROR,
                 f"{image.topic} is published as {', '.join(others)}, not as an image of transport "
@@ -517,10 +523,10 @@ class ExtractorNode(LifecycleNode):
                 if publishers
                 else f"nobody publishes there ({self._remedy_for_no_publisher(image.topic)})"
             )
-            self._problems.tell("silence", Level.WARN, f"no image on {image.topic}: {cause}")
+            self._problems.report("silence", Level.WARN, f"no image on {image.topic}: {cause}")
 
     def _remedy_for_no_publisher(self, topic: str) -> str:
-        """What makes images come, by what is published beside an image topic."""
+        """What to change so that images arrive, judged by the topics that are published."""
 
         def types(name: str) -> set[str]:
             return {info.topic_type for info in self.get_publishers_info_by_topic(name)}
@@ -542,7 +548,7 @@ class ExtractorNode(LifecycleNode):
                 )
         return "remap image_raw to the camera's topic"
 
-    # ---------------------------------------------------------------- telling
+    # ---------------------------------------------------------------- diagnostics
 
     def _publish_diagnostics(self) -> None:
         report = self._monitor.report()
@@ -564,7 +570,7 @@ class ExtractorNode(LifecycleNode):
 
 
 class RosLogHandler(logging.Handler):
-    """Sends what the package logs by Python's `logging` to the node's log."""
+    """Forwards the package's log records (Python's `logging`) to the node's logger."""
 
     def __init__(self, node: ExtractorNode) -> None:
         super().__init__()
@@ -586,15 +592,15 @@ def main(args: list[str] | None = None) -> int:
     Returns:
         2 for arguments or parameters that cannot be used.
     """
-    # a pipe that is written to whichever thread the signal meets; a handler that sets an Event
-    # would have to wait for the main thread, and may find it inside of the Event's lock
+    # a pipe, which is written whichever thread receives the signal; a handler that sets an Event
+    # would have to wait for the main thread, which may itself hold the Event's lock
     signalled, signal_end = os.pipe()
     os.set_blocking(signal_end, False)
     signal.set_wakeup_fd(signal_end, warn_on_full_buffer=False)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
     try:
-        # handlers of our own: rclpy's would shut the context down under a frame in work
+        # our own handlers: rclpy's would shut the context down while a frame is processed
         rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
         node = ExtractorNode()
         package_log = logging.getLogger("scfeat_ros")
@@ -610,12 +616,12 @@ def main(args: list[str] | None = None) -> int:
     stop = threading.Event()
 
     def spin() -> None:
-        # looks at `stop` now and then: an executor that is shut down while it spins may raise
+        # polls `stop`: an executor that is shut down while it spins may raise
         while not stop.is_set():
             try:
                 executor.spin_once(timeout_sec=SPIN_TIMEOUT)
             except Exception:
-                # a robot is better off with a node that goes on
+                # a robot is better off with a node that keeps running
                 node.get_logger().error(f"a callback failed:\n{traceback.format_exc()}")
                 time.sleep(SPIN_TIMEOUT)
 
@@ -630,9 +636,9 @@ def main(args: list[str] | None = None) -> int:
         executor.shutdown()
         node.destroy_node()
         rclpy.try_shutdown()
-    # unloading PyTorch takes seconds on a busy computer, and a frame in work or a network that
-    # loads would hold it up: nothing of that is worth waiting for
+    # skip the regular exit: it takes seconds on a busy computer, and would wait for the current
+    # frame or for a network that is being loaded
     sys.stdout.flush()
     sys.stderr.flush()
-    programs.end_all()
+    subprocesses.kill_all()
     os._exit(0)

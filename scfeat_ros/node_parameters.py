@@ -16,7 +16,7 @@ from scfeat_ros.parameters import (
 
 @dataclass(frozen=True)
 class NodeOptions:
-    """What only the node knows: lifecycle, input, output and diagnostics."""
+    """Options of the node alone: lifecycle, input, output and diagnostics."""
 
     weights: str = option(
         "scfeat-s",
@@ -108,25 +108,25 @@ def parameter_fields() -> dict[str, Field]:
 
 
 def as_declared(field: Field, value: Any) -> Any:
-    """The value as it was meant: YAML, and so ROS, reads a bare `on` or `off` as a boolean."""
+    """The intended value: YAML, and so ROS, reads a bare `on` or `off` as a boolean."""
     if isinstance(value, bool) and "off" in field.metadata["choices"]:
         return "on" if value else "off"
     return value
 
 
 def build(group: type, values: dict[str, Any]) -> Any:
-    """An options dataclass from the parameters' values; fields that it lacks are left out."""
+    """An options dataclass from the parameters' values; other parameters are ignored."""
     return group(**{f.name: values[f.name] for f in fields(group)})
 
 
 def refusal(name: str, value: Any, configured: bool, now: Any = None) -> str | None:
-    """Why a parameter cannot take a value now, None where it can.
+    """Why a parameter cannot be set to a value now; None if it can.
 
     Args:
         name: of the parameter.
         value: the new value.
         configured: whether the node is configured; then only live parameters can change.
-        now: the present value; one that stays is no change.
+        now: the current value.
     """
     f = parameter_fields().get(name)
     if f is None:

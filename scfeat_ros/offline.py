@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Generator, Iterable, Iterator
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -37,20 +37,20 @@ from scfeat_ros.staging import SUMMARY, check_apart, check_output, staged_folder
 from scfeat_ros.video import VideoWriter, require_av
 
 BAG, REPORT = "features", "report/index.html"
-"""Names in the output folder, beside the summary and the video."""
+"""Paths in the output folder, next to the summary and the video."""
 INLIER_THRESHOLD = 1.0
-"""Of the epipolar inlier ratio in the report, pixels."""
+"""Threshold of the epipolar inlier ratio in the report, pixels."""
 GEOMETRY_FROM = 500
-"""Matches from which the fundamental matrix of a frame is estimated; all are judged by it."""
+"""Most matches from which a frame's fundamental matrix is estimated; all are tested against it."""
 FRAMES_AT_ONCE = 2
-"""In the network. On a CPU they share its threads, fewer of which wait for each other; on a GPU one
-is prepared and uploaded while the other is computed."""
+"""Frames that are extracted concurrently: on a CPU each has a share of the threads; on a GPU one is
+prepared and uploaded while the other is computed."""
 FRAMES_AHEAD = 4
-"""Of the matching, at most."""
+"""Most frames that are being extracted or wait for the matching."""
 SWITCH_INTERVAL = 5e-4
-"""Seconds after which a stage leaves Python's lock to another; by default ten times as many."""
+"""Seconds after which a thread must release the GIL; Python's default is ten times as long."""
 GROUP_BYTES = 8 << 20
-"""Of messages that wait for the frame after them."""
+"""Most bytes of passed-through messages that are grouped with the next frame."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,10 @@ class OutputOptions:
 
     Attributes:
         video: name of the overlay video in the output folder (.mp4), None for none.
-        overlay: whether the output bag carries the overlay pictures.
-        passthrough: whether the output bag carries the input's messages.
+        overlay: whether the output bag contains the overlay images.
+        passthrough: whether the output bag contains the input's messages.
         descriptor_type: of the features in the bag, "float32" or "int8".
-        overwrite: whether an earlier output may be replaced.
+        overwrite: whether an existing output may be replaced.
     """
 
     video: str | None = None
@@ -92,18 +92,18 @@ def run(
 ) -> dict[str, Any]:
     """Process a source and write the output folder.
 
-    Reading and decoding, the network, matching, and writing run on threads of their own with short
-    queues in between, so that memory does not depend on the length of the input. Two frames are in
-    the network at the same time: where one waits, for a core that reads or writes or for a GPU,
-    the other goes on.
+    Reading and decoding, extraction, matching, and writing run on threads of their own with short
+    queues in between, so that memory does not depend on the length of the input. Two frames are
+    extracted concurrently: while one waits, for a core that reads or writes or for a GPU, the other
+    continues.
 
     Args:
         source: where frames come from.
         extractor: of the front end.
-        output: the folder to make.
+        output: the folder to create.
         matching: how frames are matched, None for the defaults.
         options: what to write, None for the defaults.
-        mask: (H, W), non-zero where keypoints are wanted.
+        mask: (H, W), non-zero where keypoints are allowed.
         model_name: for the report.
         progress: whether to show a progress bar, None for "on a terminal".
 
@@ -112,7 +112,7 @@ def run(
 
     Raises:
         OutputExistsError: see `staging.staged_folder`.
-        InputError: the source has not a single frame that can be used.
+        InputError: the source has no usable frame.
     """
     matching = matching or MatcherOptions()
     options = options or OutputOptions()
@@ -123,11 +123,7 @@ def run(
             require_av()
         front_end = FrontEnd(extractor, matching)
         stack.enter_context(cores_awake(extractor.device))
-        stack.callback(torch.set_num_threads, torch.get_num_threads())  # `_process` shares them out
-        stack.callback(cv2.setNumThreads, cv2.getNumThreads())
-        cv2.setNumThreads(1)  # of stages that go on beside each other
-        stack.callback(sys.setswitchinterval, sys.getswitchinterval())
-        sys.setswitchinterval(SWITCH_INTERVAL)
+        stack.enter_context(_parallel_stages())
         folder = stack.enter_context(staged_folder(output, options.overwrite))
         writer = _Writer(folder, options, source)
         began = time.perf_counter()
@@ -159,9 +155,24 @@ def run(
         return writer.finish(seconds, model, settings)
 
 
+@contextmanager
+def _parallel_stages() -> Iterator[None]:
+    """Settings of the process while stages run in parallel; the old ones are restored."""
+    threads, cv_threads = torch.get_num_threads(), cv2.getNumThreads()
+    interval = sys.getswitchinterval()
+    cv2.setNumThreads(1)
+    sys.setswitchinterval(SWITCH_INTERVAL)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(interval)
+        cv2.setNumThreads(cv_threads)
+        torch.set_num_threads(threads)  # which `_process` changes
+
+
 @dataclass
 class _Group:
-    """A frame, and the messages that are passed through before it."""
+    """A frame, preceded by the messages that are passed through before it."""
 
     messages: list[RawMessage]
     frame: Frame | None = None
@@ -170,7 +181,7 @@ class _Group:
 
 
 def _grouped(items: Iterable[Frame | RawMessage]) -> Generator[_Group, None, None]:
-    """Every frame with the messages before it; many messages come without a frame."""
+    """Every frame with the messages before it; `GROUP_BYTES` of messages come without a frame."""
     group, size = _Group([]), 0
     for item in items:
         if isinstance(item, RawMessage):
@@ -204,7 +215,7 @@ def _process(
 
     if extractor.device.type != "cpu" or threads >= FRAMES_AT_ONCE:
         extracted = on_threads(extract, groups, FRAMES_AT_ONCE, FRAMES_AHEAD, share_threads)
-        torch.set_num_threads(1)  # of the matching, which goes on beside the network
+        torch.set_num_threads(1)  # of the matching, which runs in parallel to the network
     else:
         extracted = (extract(group) for group in groups)
     with closing(extracted):
@@ -219,7 +230,7 @@ def _process(
 
 
 def _mask_of(frame: Frame, mask: np.ndarray | None) -> np.ndarray | None:
-    """Where keypoints may lie: on valid pixels of the frame, where `mask` is not zero.
+    """Where keypoints are allowed: on valid pixels of the frame where `mask` is not zero.
 
     Raises:
         InputError: the mask is of another size than the frame.
@@ -259,7 +270,7 @@ def _no_frames(source: Source) -> str:
 
 
 class _Writer:
-    """Everything that is written of a run."""
+    """Writes all output files of a run."""
 
     def __init__(self, folder: Path, options: OutputOptions, source: Source) -> None:
         self.folder = folder
@@ -270,7 +281,7 @@ class _Writer:
         self._video: VideoWriter | None = None
         self._overlay = Overlay()
         self._samples = SampleFrames()
-        # where the length is known, pictures are not drawn to be thrown away
+        # if the length is known, no overlay is drawn and then discarded
         self._sample_stride = max(1, len(source) // (2 * SAMPLES))
         self._previous: Frame | None = None
         self._previous_bearings: np.ndarray | None = None
@@ -303,7 +314,7 @@ class _Writer:
     def _judge(
         self, frame: Frame, bearings: np.ndarray | None, matches: Matches
     ) -> np.ndarray | None:
-        """Which matches are right by the recorded poses; None where they do not say."""
+        """Which matches are right by the recorded poses; None if these are unknown."""
         before = self._previous_bearings
         if bearings is None or before is None or frame.pose is None or self._previous.pose is None:
             return None
@@ -313,7 +324,7 @@ class _Writer:
         )
 
     def _draw(self, frame: Frame, result: FrameResult, inliers: np.ndarray | None) -> None:
-        """The overlay, where the video, the bag or the report wants it."""
+        """Draw the overlay if the video, the bag or the report needs it."""
         candidate = self.statistics.frames % self._sample_stride == 0
         sample = candidate and self._samples.wants_next()
         if candidate and not sample:
@@ -349,7 +360,7 @@ class _Writer:
             account.warn(f"{topic} was not passed through: {reason}")
         for reason, count in self.statistics.resets.items():
             remedy = "; --max-gap sets how long a gap may be" if reason == "gap" else ""
-            account.warn(f"tracking started anew {count} times: {reason}{remedy}")
+            account.warn(f"tracking was reset {count} times: {reason}{remedy}")
         poses = self.source.description.get("pose_topic")
         if poses and not self.statistics.judged:
             account.warn(
@@ -387,22 +398,22 @@ class _Writer:
         page.write_text(
             render(title, summary, self.statistics, self._samples.chosen()), encoding="utf-8"
         )
-        # the last file: the mark of a complete output
+        # written last: it marks a complete output
         (self.folder / SUMMARY).write_text(
             json.dumps(summary, indent=2, allow_nan=False) + "\n", encoding="utf-8"
         )
         return summary
 
     def abort(self) -> None:
-        """Close all files; the folder goes away."""
+        """Close all files; the folder will be removed."""
         self._bag.abort()
         if self._video is not None:
-            with suppress(Exception):  # the error that led here is the one to tell
+            with suppress(Exception):  # the error that led here is the one to report
                 self._video.close()
 
 
 def peak_memory() -> float | None:
-    """Largest resident memory of this process in MiB, None where the system does not say."""
+    """Peak resident memory of this process in MiB; None on a system that does not report it."""
     try:
         import resource
     except ImportError:  # Windows
@@ -412,7 +423,7 @@ def peak_memory() -> float | None:
 
 
 def figures_text(summary: dict[str, Any], output: Path) -> str:
-    """The figures and places of a finished run, for a terminal."""
+    """Statistics and output paths of a finished run, for the terminal."""
 
     def rows() -> Iterator[tuple[str, str]]:
         yield "frames", f"{summary['frames']}, {summary['frames_per_second']:.1f} per second"

@@ -60,7 +60,7 @@ def export_onnx(
 
     Args:
         weights: an installed model's name or a .safetensors file.
-        path: the .onnx file; it is written beside and renamed.
+        path: the .onnx file; it is written under a temporary name and renamed.
         precision: "fp32", or "fp16": the convolutions of backbone and of the head's Layer_0 on
             the small maps in fp16, everything else in fp32, with the casts written out, as
             TensorRT's strongly typed networks want it.
@@ -141,7 +141,7 @@ class OnnxSCFeat(nn.Module):
         config, precision: of the network, from the file's metadata.
 
     Raises:
-        ModelError: the file is missing, damaged or none of ours.
+        ModelError: the file is missing, damaged or not an exported SCFeat network.
         ScfeatError: the `onnxruntime` package is missing.
     """
 
@@ -150,7 +150,7 @@ class OnnxSCFeat(nn.Module):
         self.path = Path(path)
         if not self.path.is_file():
             raise ModelError(f"weights '{path}': no such file")
-        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # nothing is reported to anybody
+        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
         self._runtime = import_optional("onnxruntime", "ONNX")
         self._session = self._open([_CPU])
         metadata = self._session.get_modelmeta().custom_metadata_map
@@ -166,7 +166,7 @@ class OnnxSCFeat(nn.Module):
         self.projection.load_state_dict(load(base64.b64decode(metadata["projection"])))
 
     def __reduce__(self) -> tuple:
-        """A session of onnxruntime can be neither copied nor pickled: its file is opened again."""
+        """Copy and pickle by the path: a session of onnxruntime supports neither."""
         return type(self), (self.path,)
 
     def _open(self, providers: list[Any]) -> object:

@@ -1,4 +1,4 @@
-"""OpenMP's threads, on which PyTorch and the compiled kernels compute."""
+"""Settings of the OpenMP threads that PyTorch and the compiled kernels use."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ SOFT = 1
 
 
 def configure() -> None:
-    """Make threads fit for a robot and for processes that fork. Comes before PyTorch's import.
+    """Limit spinning, and make forks safe; must be called before PyTorch is imported.
 
-    They spin for some 50 microseconds between two operations and then sleep. On a busy machine,
-    as a robot's is, threads that spin longer take the cores that the frame needs: ten times as
-    long costs a third of a frame's time, spinning on and on makes some frames ten times as long.
-    On an idle one it gains a tenth: its cores stay awake during a frame anyway
-    (native/awake.cpp). `OMP_WAIT_POLICY`, where it is set, decides instead.
+    Threads spin for some 50 microseconds between two operations and then sleep. On a busy machine
+    such as a robot's computer, threads that spin longer take cores that the frame needs: ten times
+    as long costs a third of a frame's time, endless spinning makes some frames ten times slower.
+    On an idle machine it would gain a tenth only, as cores are kept awake during a frame anyway
+    (native/awake.cpp). If `OMP_WAIT_POLICY` is set, it takes precedence.
 
-    Before a fork the calling thread's threads end: the child would wait for ever for threads that
-    did not follow it.
+    Before a fork the calling thread's pool is released: the child would wait forever for threads
+    that a fork does not copy.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ["OMP_WAIT_POLICY"] = "passive"
@@ -29,11 +29,11 @@ def configure() -> None:
 
 
 def release_threads() -> None:
-    """End the threads that wait for the calling thread's next operation, which starts new ones.
+    """End the calling thread's pool of OpenMP threads; its next operation starts a new one.
 
-    Every thread that computes has such threads of its own. GNU's OpenMP counts them all, and where
-    they outnumber the cores none of them spins: a thread that has done its work for good, such as
-    the one that loads a network for another, makes frames a tenth slower.
+    Every thread that computes has a pool of its own. GNU's OpenMP counts the threads of all pools,
+    and stops spinning if they outnumber the cores: the idle pool of a thread that has only loaded
+    the network makes frames a tenth slower.
     """
     pause = getattr(ctypes.CDLL(None), "omp_pause_resource_all", None)  # of OpenMP 5.0
     if pause is not None:

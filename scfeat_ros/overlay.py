@@ -1,4 +1,4 @@
-"""Drawing: keypoints coloured by track age with short motion trails, and match pictures."""
+"""Drawing: keypoints coloured by track age with motion trails, and matches of two images."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ TRAIL_LENGTH = 4
 TRAIL_OPACITY = 0.5
 LINE_OPACITY = 0.6
 MOST_LINES = 150
-"""Between two images."""
+"""Most lines between two images."""
 OLD_TRACK = 30
-"""Age in frames from which on a track has the last colour."""
+"""Age in frames from which a track has the last colour."""
 COLOURS = 12
 _SHIFT = 4  # sub-pixel bits of OpenCV's drawing
 _NEW_COLOUR = (150, 150, 150)
@@ -35,9 +35,9 @@ def age_colours(lengths: np.ndarray) -> np.ndarray:
 
 
 class Overlay:
-    """Draws one frame after the other and remembers where tracks came from.
+    """Draws consecutive frames and remembers the recent path of every track.
 
-    Frames may be left out (the node draws only while someone looks): trails follow track ids.
+    Frames may be missing (the node draws only for a subscriber): trails follow track ids.
     """
 
     def __init__(self) -> None:
@@ -71,7 +71,7 @@ class Overlay:
         for rows, colour in zip(chosen, self._palette, strict=True):
             lines = _fixed_point(trails[rows])
             cv2.polylines(layer, list(lines), False, colour, thickness, cv2.LINE_AA, _SHIFT)
-        # many trails must not hide the image
+        # transparent, so that many trails do not hide the image
         cv2.addWeighted(layer, TRAIL_OPACITY, canvas, 1 - TRAIL_OPACITY, 0, canvas)
         keypoints = result.features.keypoints
         _draw_rings(canvas, keypoints[new], _NEW_COLOUR, 1.5 * scale, 1)
@@ -80,8 +80,8 @@ class Overlay:
         return canvas
 
     def follow(self, result: FrameResult) -> None:
-        """Take over a frame's tracks without drawing; `draw` does it by itself."""
-        self._followed.append(result)  # looked at when something is drawn: trails are short
+        """Update the trails by a frame that is not drawn; `draw` includes this."""
+        self._followed.append(result)  # evaluated only when something is drawn
 
     def _extend_trails(self, result: FrameResult) -> np.ndarray:
         """(N, TRAIL_LENGTH, 2) positions of every keypoint's track, the newest first."""
@@ -123,7 +123,7 @@ def draw_matches(
         first, second: their features.
         matches: rows (index in first, index in second).
         inliers: (M,) bool; inliers are green, the others red and drawn on top. None: all green.
-            Where there are many matches, only some of them have a line.
+            Of many matches only some have a line.
 
     Returns:
         (max height, sum of widths + gap, 3) uint8 RGB.
@@ -148,7 +148,7 @@ def draw_matches(
     for chosen, colour in colours:
         lines = _fixed_point(np.stack([start, end], axis=1)[chosen & has_line])
         cv2.polylines(layer, list(lines), False, colour, round(scale), cv2.LINE_AA, _SHIFT)
-    # the images must stay visible, and what the lines join
+    # transparent, so that the images and the ends of the lines stay visible
     cv2.addWeighted(layer, LINE_OPACITY, canvas, 1 - LINE_OPACITY, 0, canvas)
     for chosen, colour in colours:
         for points in (start, end):

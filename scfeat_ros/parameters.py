@@ -28,7 +28,7 @@ def option(
 
     Args:
         default: default value; its type is the option's type.
-        help: what it does, with the unit.
+        help: description, with the unit.
         minimum, maximum: inclusive range of a number.
         choices: allowed values of a string.
         live: whether a running node can change it.
@@ -174,7 +174,7 @@ def validate(options: object) -> None:
 
 
 def check_value(f: Field, value: Any) -> str | None:
-    """What is wrong with a value for a field, None where nothing is."""
+    """What is wrong with a value for a field; None if it is valid."""
     expected = type(f.default)
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     fits = is_number if expected is float else type(value) is expected

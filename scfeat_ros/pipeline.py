@@ -1,4 +1,4 @@
-"""Stages that overlap: a generator on a thread of its own, a function on several."""
+"""Concurrent stages: an iterator on a thread of its own, a function on several threads."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _POLL = 0.1  # seconds between looks at the stop flag
 
 
 class _End:
-    """Closes a queue; carries what the iterable raised."""
+    """Last item of a queue, with the exception that the iterable raised, if any."""
 
     def __init__(self, error: BaseException | None) -> None:
         self.error = error
@@ -25,18 +25,18 @@ class _End:
 
 @contextmanager
 def background(items: Iterable[T], depth: int = 4) -> Generator[Iterator[T], None, None]:
-    """Iterate on a thread, at most `depth` items ahead of who reads.
+    """Iterate on a thread, at most `depth` items ahead of the consumer.
 
-    Several of these in a row make a pipeline whose stages work at the same time (decoding, the
-    network and encoding release Python's lock), whose order is kept, and whose memory is bounded.
+    Several of these in a row form a pipeline whose stages run concurrently (decoding, the network
+    and encoding release the GIL), which keeps the order, and whose memory is bounded.
 
     Args:
         items: what to iterate; a generator is closed on the thread that runs it.
-        depth: items that may wait.
+        depth: most items that may wait.
 
     Yields:
-        An iterator over the same items. What the iterable raises comes out of it. When the
-        context ends, the thread stops after the item that it works at.
+        An iterator over the same items, which also raises what the iterable raises. When the
+        context ends, the thread stops after its current item.
     """
     waiting: queue.Queue[T | _End] = queue.Queue(depth)
     stop = threading.Event()
@@ -53,7 +53,7 @@ def background(items: Iterable[T], depth: int = 4) -> Generator[Iterator[T], Non
     def run() -> None:
         error = None
         try:
-            # else the context ended before the thread began, and what it reads from may never come
+            # if the context ended before the thread began, its input may never come
             for item in items if not stop.is_set() else ():
                 if not put(item):
                     break
@@ -73,10 +73,10 @@ def background(items: Iterable[T], depth: int = 4) -> Generator[Iterator[T], Non
                 return
             yield item
 
-    # no daemon: one that works in compiled code while the interpreter ends aborts the process
+    # not a daemon: running compiled code while the interpreter exits would abort the process
     thread = threading.Thread(target=run, name="scfeat-stage")
     try:
-        thread.start()  # a signal's exception may come up in here
+        thread.start()  # a signal handler may raise in here
         yield read()
     finally:
         stop.set()
@@ -91,17 +91,17 @@ def on_threads(
     ahead: int,
     at_start: Callable[[], None] | None = None,
 ) -> Generator[R, None, None]:
-    """Call a function on several threads, at most `ahead` items ahead of who reads.
+    """Map a function over items on several threads, at most `ahead` items ahead of the consumer.
 
     Args:
         function: called with each item.
-        items: what it is called with.
-        workers: threads.
-        ahead: more than `workers`, or threads have nothing to do while the reader is busy.
-        at_start: called by each thread before anything else.
+        items: its arguments.
+        workers: number of threads.
+        ahead: more than `workers`, or threads idle while the consumer is busy.
+        at_start: called first by each thread.
 
     Yields:
-        Results in the order of the items. What the function raises comes out in its place.
+        Results in the order of the items; an exception of the function is raised in its place.
     """
     waiting: deque[Future[R]] = deque()
     pool = ThreadPoolExecutor(workers, "scfeat-frame", at_start)

@@ -1,7 +1,7 @@
-"""Images -> what the network takes: shrunk, padded, on the device.
+"""Images -> the network's input: shrunk, padded, on the device.
 
-As for the selection of keypoints there is a way for the CPU and one for a GPU, where the upload
-does not wait and the device does the rest.
+Like the selection of keypoints, this is implemented twice: for the CPU, and for a GPU, where the
+upload is asynchronous and the device does the rest.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def on_cpu(images: Sequence[np.ndarray], size: tuple[int, int]) -> torch.Tensor:
 
     Returns:
         (B, 3, H', W') uint8 in channels-last order, padded at right and bottom to multiples of
-        the network's stride by repeating the last line.
+        the network's stride by replicating the border.
     """
     width, height = size
     if images[0].shape[1::-1] != size:
@@ -45,7 +45,7 @@ def on_cpu(images: Sequence[np.ndarray], size: tuple[int, int]) -> torch.Tensor:
     if width % STRIDE or height % STRIDE:
         padding = (0, -height % STRIDE, 0, -width % STRIDE)
         images = [cv2.copyMakeBorder(i, *padding, cv2.BORDER_REPLICATE) for i in images]
-    # PyTorch warns of an array that is read-only, as those of Pillow and of messages are
+    # PyTorch warns of read-only arrays, such as those of Pillow and of messages
     batch = np.stack(images) if len(images) > 1 else np.require(images[0], None, "CW")[None]
     return torch.from_numpy(batch).permute(0, 3, 1, 2)
 
@@ -53,7 +53,7 @@ def on_cpu(images: Sequence[np.ndarray], size: tuple[int, int]) -> torch.Tensor:
 def on_device(
     images: Sequence[np.ndarray], size: tuple[int, int], device: torch.device
 ) -> torch.Tensor:
-    """As `on_cpu`, with all but the copy done by the device; the result is there."""
+    """As `on_cpu`, on a device: only the copy to it is done by the CPU."""
     shape = len(images), *images[0].shape
     batch = torch.empty(shape, dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda")
     np.stack(images, out=batch.numpy())
@@ -69,7 +69,7 @@ def on_device(
 
 
 def upload(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """An array on a device; to a GPU it is copied from pinned memory, while Python goes on."""
+    """Copy an array to a device; to a GPU asynchronously, from pinned memory."""
     tensor = torch.from_numpy(array)
     if device.type == "cuda":
         tensor = tensor.pin_memory()
@@ -85,7 +85,7 @@ def shrink(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 
 def _area_weights(old: int, new: int, device: torch.device) -> torch.Tensor:
-    """(new, old) share of every old pixel in the mean of every new one."""
+    """(new, old) weight of every old pixel in the mean of every new one."""
     edges = torch.arange(new + 1, dtype=torch.float64, device=device) * old / new
     pixels = torch.arange(old, dtype=torch.float64, device=device)
     overlap = torch.minimum(edges[1:, None], pixels + 1) - torch.maximum(edges[:-1, None], pixels)

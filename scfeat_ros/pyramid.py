@@ -1,7 +1,7 @@
-"""Features of one image seen at several sizes, for matches between views at different distances.
+"""Features of an image pyramid, for matches between views at different distances.
 
-The network finds the same place again up to a change of scale of about two. Seen also smaller, an
-image from nearby gives the features that one from afar has.
+The network matches the same place up to a scale change of about two. At a smaller size, an image
+from nearby gives the features that an image from farther away has.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from scfeat_ros.features import Features
 from scfeat_ros.preprocessing import scaled
 
 FACTOR = math.sqrt(2)
-"""How much smaller the image is on each level."""
+"""Scale factor between two levels."""
 MIN_SIDE = 64
-"""Shorter side of the smallest level, pixels: below, little is left for the network to see."""
+"""Smallest side of a level, pixels: in smaller images the network finds little."""
 
 
 def level_sizes(size: tuple[int, int], levels: int) -> list[tuple[int, int]]:
@@ -34,10 +34,10 @@ def merge(levels: Sequence[Features], count: int, radius: int) -> Features:
     """The best features of all levels.
 
     Args:
-        levels: features of each level, in pixels of the one image.
-        count: at most so many are kept, by score.
-        radius: a keypoint is dropped where another level has a better one at most this many
-            pixels away in x and in y; 0 keeps them all.
+        levels: features of each level, in pixels of the original image.
+        count: most features to keep, by score.
+        radius: a keypoint is dropped if another level has a better one at most this many pixels
+            away in x and in y; 0 keeps all.
     """
     if radius > 0:
         places = [_places(level) for level in levels]
@@ -55,7 +55,7 @@ def merge(levels: Sequence[Features], count: int, radius: int) -> Features:
         ),
         image_size=levels[0].image_size,
     )
-    # stable, so that of equal scores the larger level's comes first
+    # stable: of equal scores, that of the larger level comes first
     return together.select(np.argsort(-together.scores, kind="stable")[:count])
 
 
@@ -69,7 +69,7 @@ def _places(features: Features) -> tuple[np.ndarray, np.ndarray]:
 def _best_nearby(
     features: Features, places: tuple[np.ndarray, np.ndarray], radius: int
 ) -> np.ndarray:
-    """(height, width) of the image: the best score at most `radius` pixels away, 0 for none."""
+    """(height, width) map of the best score at most `radius` pixels away, 0 for none."""
     width, height = features.image_size
     best = np.zeros((height, width), np.float32)
     np.maximum.at(best, places, features.scores)

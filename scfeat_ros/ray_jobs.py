@@ -1,10 +1,10 @@
 """`scfeat bag --ray` and `scfeat images --ray`: many inputs over cores, GPUs and machines by Ray.
 
-Every input is one task that does what the command does for it alone, into a folder of its own
-under the output. Ray starts a task again elsewhere when its worker is lost; an output folder gets
-its name only when it is complete, so what a lost worker left counts for nothing and what is done is
-not done again, in this run or in a later one with the same output. Machines need the package and
-see inputs and output under the same paths.
+Every input is one task, which runs the command for this input with a folder of its own under the
+output. Ray restarts a task elsewhere when its worker is lost. An output folder gets its name only
+when it is complete, so partial output of a lost worker is ignored, and finished tasks are not
+repeated, in this run or in a later one with the same output. All machines need the package, and
+must see inputs and output under the same paths.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ import socket
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from scfeat_ros.cli import DAMAGED, OK
+from scfeat_ros.cli import DAMAGED, ERROR, OK
 from scfeat_ros.errors import InputError, ScfeatError, import_optional
 from scfeat_ros.staging import SUMMARY
 
 CONNECT_TIMEOUT = 5.0
 """Seconds."""
 MAX_RETRIES = 3
-"""Times that a task is started again after its worker was lost."""
+"""How often a task is restarted after its worker was lost."""
 
 
 class JobResult(NamedTuple):
@@ -39,7 +39,7 @@ class JobResult(NamedTuple):
     """Exit code of the command, see `scfeat --help`."""
     error: str = ""
     skipped: bool = False
-    """Its output was there already."""
+    """Its output existed already."""
 
 
 def run(arguments: argparse.Namespace) -> list[JobResult]:
@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace) -> list[JobResult]:
             ray.shutdown()
 
 
-def _connect(ray: object, address: str) -> None:
+def _connect(ray: Any, address: str) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anybody
     start = {"include_dashboard": False} if address == "local" else {}
     host, _, port = address.rpartition(":")
@@ -94,7 +94,7 @@ def _outputs(inputs: list[Path], folder: Path) -> dict[Path, Path]:
     return outputs
 
 
-def _collect(ray: object, arguments: argparse.Namespace, outputs: dict) -> list[JobResult]:
+def _collect(ray: Any, arguments: argparse.Namespace, outputs: dict) -> list[JobResult]:
     gpus = ray.cluster_resources().get("GPU", 0)
     wants_gpu = arguments.device.startswith("cuda") or (arguments.device == "auto" and gpus)
     threads = arguments.threads or 1
@@ -119,21 +119,26 @@ def _collect(ray: object, arguments: argparse.Namespace, outputs: dict) -> list[
             try:
                 results[path] = ray.get(done)._replace(input=path)
             except ray.exceptions.RayTaskError as error:  # not tried again
-                results[path] = JobResult(path, 1, f"{path}: {str(error).splitlines()[-1]}")
+                results[path] = JobResult(path, ERROR, f"{path}: {str(error).splitlines()[-1]}")
             except ray.exceptions.RayError as error:
                 first = str(error).strip().splitlines()[0]
                 text = f"{path}: given up after {MAX_RETRIES + 1} attempts ({first})"
-                results[path] = JobResult(path, 1, text)
+                results[path] = JobResult(path, ERROR, text)
             if results[path].error:
                 tqdm.write(f"scfeat: error: {results[path].error}", file=sys.stderr)
             bar.update()
     return [results[path] for path in outputs]
 
 
-def _check_resources(ray: object, threads: int, gpu: str | None) -> None:
-    """Ray itself waits forever for a machine that could run a task.
+def _check_resources(ray: Any, threads: int, gpu: str | None) -> None:
+    """Check that some machine can run a task: Ray itself would wait for one forever.
 
-    gpu: the device that was asked for where tasks want a GPU.
+    Args:
+        threads: cores per task.
+        gpu: the requested device if tasks need a GPU.
+
+    Raises:
+        InputError: no machine can.
     """
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     if gpu:
@@ -151,12 +156,12 @@ def _check_resources(ray: object, threads: int, gpu: str | None) -> None:
 def _process_one(arguments: argparse.Namespace) -> JobResult:
     """One input, on a worker."""
     (path,) = arguments.input
-    # a task whose worker was lost after its last step has nothing left to do
+    # the worker may have been lost after it had completed the output
     if (arguments.output / SUMMARY).is_file() and not arguments.overwrite:
         done = json.loads((arguments.output / SUMMARY).read_text(encoding="utf-8"))
         return JobResult(path, DAMAGED if done["damaged"] else OK, skipped=True)
     try:
-        # what the command prints is for one input alone
+        # do not print the summary of a single input
         with open(os.devnull, "w") as nowhere:
             stdout, sys.stdout = sys.stdout, nowhere
             try:
@@ -164,7 +169,7 @@ def _process_one(arguments: argparse.Namespace) -> JobResult:
             finally:
                 sys.stdout = stdout
     except (ScfeatError, ValueError, OSError) as error:
-        return JobResult(path, 1, " ".join(str(error).split()))
+        return JobResult(path, ERROR, " ".join(str(error).split()))
 
 
 def summary(results: list[JobResult]) -> str:

@@ -1,8 +1,8 @@
-"""Damaged bag files: every message that is still there, and an account of what is not.
+"""Readers of damaged bag files: they recover every intact message and list what is lost.
 
-A recording that was cut off (power loss, full disk, a copy that broke) lacks the index that
-ordinary readers need. The readers here go through the file itself: an mcap chunk by chunk, a
-sqlite3 database page by page. A place that cannot be read is noted and left behind.
+A recording that was cut off (power loss, full disk, interrupted copy) lacks the index that ordinary
+readers need. These readers scan the file itself: an mcap or ROS 1 bag chunk by chunk, a sqlite3
+database page by page. Parts that cannot be read are recorded and skipped.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ class Damage:
     """What could not be read.
 
     Attributes:
-        bytes_lost: bytes of files that gave nothing.
-        messages_lost: messages known to be lost; a lost stretch of a file whose number of
-            messages nobody knows is counted in bytes only.
-        places: one line each, at most 50 and then a last one that says so.
+        bytes_lost: bytes of files that could not be used.
+        messages_lost: messages known to be lost; where their number is unknown, only bytes are
+            counted.
+        places: one line for each damaged place, at most 50 and then one that says there are more.
     """
 
     bytes_lost: int = 0
@@ -50,7 +50,7 @@ class Damage:
         self._known: set[str] = set()
 
     def add(self, place: str, lost_bytes: int = 0, lost_messages: int = 0) -> None:
-        """Note a place, once: it may be read again."""
+        """Record a place, once even if it is read again."""
         if place in self._known:
             return
         self._known.add(place)
@@ -66,7 +66,7 @@ class Damage:
 
 
 class RawMessage(NamedTuple):
-    """A message as it lies in the bag."""
+    """A serialized message of a bag."""
 
     topic: str
     type: str
@@ -80,8 +80,8 @@ class RecoveredFile:
 
     Attributes:
         topics: topic -> message type, as far as known.
-        counts: topic -> number of messages, where the file says so.
-        definitions: message type -> its definition, where the file has it.
+        counts: topic -> number of messages, if the file states it.
+        definitions: message type -> its definition, if the file contains it.
         damage: grows while messages are read.
     """
 
@@ -113,7 +113,7 @@ class RecoveredFile:
 _MCAP_MAGIC = b"\x89MCAP0\r\n"
 _FOOTER, _SCHEMA, _CHANNEL, _MESSAGE, _CHUNK, _STATISTICS = 0x02, 0x03, 0x04, 0x05, 0x06, 0x0B
 _OPCODES = frozenset([*range(0x01, 0x10), *range(0x80, 0x100)])
-"""Of the format's records and, from 0x80 on, of applications' own, which readers pass over."""
+"""Of the format's records and, from 0x80 on, of application-specific ones, which readers skip."""
 _DEFINITION_FORMATS = {
     "ros2msg": MessageDefinitionFormat.MSG,
     "ros2idl": MessageDefinitionFormat.IDL,
@@ -147,7 +147,7 @@ class McapRecovery(RecoveredFile):
         self._channels: dict[int, tuple[str, str]] = {}
         self._counts: dict[int, int] = {}
         self._stretches = list(self._scan())
-        # channels are declared inside of chunks; where the summary is lost, look there
+        # without the summary, channels are found in the chunks
         if not self._channels:
             for stretch in self._stretches:
                 self._messages(stretch, Damage())
@@ -163,7 +163,7 @@ class McapRecovery(RecoveredFile):
             yield from self._messages(stretch, self.damage)
 
     def _scan(self) -> Iterator[_Stretch]:
-        """Find all stretches, and read the declarations between them."""
+        """Find all stretches, and read the schemas and channels between them."""
         position = len(_MCAP_MAGIC)
         while position < self.size:
             record = self._record(position)
@@ -225,7 +225,7 @@ class McapRecovery(RecoveredFile):
         return _Stretch(content, min(stop, self.size), name.decode(), crc, size)
 
     def _skip_damage(self, position: int) -> Generator[_Stretch, None, int]:
-        """Note the damage at a position, yield what is left there, return where to go on."""
+        """Record the damage at a position, yield what is left of it, return where to continue."""
         resume = self._resynchronize(position + 1)
         if resume is None and position + _RECORD_HEADER.size <= self.size:
             # cut off: the last chunk or message reaches beyond the end of the file
@@ -266,7 +266,7 @@ class McapRecovery(RecoveredFile):
         )
 
     def _messages(self, stretch: _Stretch, damage: Damage) -> list[RawMessage]:
-        """The messages of a stretch; declarations in it are taken over."""
+        """The messages of a stretch; its schemas and channels are registered."""
         place = f"{self.path.name}: chunk at byte {stretch.start}"
         data = bytes(self._bytes[stretch.start : stretch.stop])
         if stretch.compression:
@@ -302,17 +302,17 @@ class McapRecovery(RecoveredFile):
             damage.add(f"{place}: the last {rest} bytes hold no whole message", rest)
         if unknown:
             damage.add(f"{place}: {unknown} messages of unknown topics", lost_messages=unknown)
-        # a chunk is sorted, as other readers do it; bare messages come in the order of the file
+        # messages of a chunk are sorted, as by other readers; others are in the order of the file
         return found if stretch.size is None else sorted(found, key=lambda message: message.time)
 
     def _is_flipped(self, opcode: int, body: bytes) -> bool:
-        """Whether what seems an application's own record is a message with a wrong first bit."""
+        """Whether a seemingly application-specific record is a message with a flipped high bit."""
         if opcode != _MESSAGE | 0x80 or len(body) < _MESSAGE_HEADER.size:
             return False
         return _MESSAGE_HEADER.unpack_from(body)[0] in self._channels
 
     def _declare(self, opcode: int, body: bytes, damage: Damage) -> None:
-        """Take over a schema, a channel or the statistics."""
+        """Register a schema, a channel or the statistics."""
         try:
             if opcode == _SCHEMA:
                 (key,) = struct.unpack_from("<H", body)
@@ -346,7 +346,7 @@ def _string(data: bytes, position: int) -> tuple[str, int]:
 
 
 def _decompress_prefix(data: bytes, compression: str) -> bytes:
-    """As much of a damaged or cut-off zstd, lz4 or bz2 frame as comes out."""
+    """As much of a damaged or truncated zstd, lz4 or bz2 frame as can be decompressed."""
     decompressors = {
         "zstd": zstd.ZstdDecompressor,
         "lz4": lz4.frame.LZ4FrameDecompressor,
@@ -395,7 +395,7 @@ class RosbagRecovery(RecoveredFile):
         while position < self.size:
             header, start, stop = _ros1_record(self._bytes, position)
             if header is None or b"op" not in header:
-                # it may be the record before that is damaged, and told to be too long
+                # the previous record's length may be damaged and too large
                 following = _next_ros1_chunk(self._bytes, searched)
                 lost = max(0, following - position)
                 damage.add(f"{self.path.name}: damaged before byte {following}", lost)
@@ -459,7 +459,7 @@ class RosbagRecovery(RecoveredFile):
 def _ros1_record(
     data: bytes | mmap.mmap, position: int
 ) -> tuple[dict[bytes, bytes] | None, int, int]:
-    """Header of the record at a position, and where its data start and end; None if damaged."""
+    """Header of the record at a position (None if damaged), and where its data start and end."""
     if position + 4 > len(data):
         return None, position, position
     (length,) = struct.unpack_from("<I", data, position)
@@ -472,7 +472,7 @@ def _ros1_record(
 
 
 def _next_ros1_chunk(data: mmap.mmap, position: int) -> int:
-    """Where the next chunk's record begins, behind a damaged place; the end if there is none."""
+    """Where the next chunk's record begins, from a position on; the end if there is none."""
     mark = b"op=" + bytes([_ROS1_CHUNK])
     found = data.find(mark, position)
     while found >= 0:
@@ -563,7 +563,7 @@ class SqliteRecovery(RecoveredFile):
         return size, size - reserved, pages
 
     def _read_leaf(self, page: int) -> None:
-        """Take over the rows of a page if it is a leaf of a table."""
+        """Register the rows of a page if it is a leaf of a table."""
         start = self._byte(page, 0)
         base = 100 if page == 0 else 0  # the first page begins with the file's header
         if self._bytes[start + base] != _LEAF:
@@ -586,7 +586,7 @@ class SqliteRecovery(RecoveredFile):
                 self._topics[key] = (values[1], values[2])
 
     def _read_row(self, page: int, cell: int, whole: bool = True) -> tuple[int, list]:
-        """Row id and values of a row; without `whole`, of what lies in the page itself."""
+        """Row id and values of a row; without `whole`, without its overflow pages."""
         start = self._byte(page, cell)
         length, position = _varint(self._bytes, start)
         key, position = _varint(self._bytes, position)
@@ -649,7 +649,6 @@ def _record_values(payload: bytes) -> list:
         elif kind == 7:
             values.append(struct.unpack(">d", body)[0])
         else:
-            constant = {0: None, 8: 0, 9: 1}
-            integer = int.from_bytes(body, "big", signed=True)
-            values.append(constant[kind] if kind in constant else integer)
+            constants = {0: None, 8: 0, 9: 1}
+            values.append(constants.get(kind, int.from_bytes(body, "big", signed=True)))
     return values

@@ -1,4 +1,4 @@
-"""The report: one HTML page that needs no other file and no network."""
+"""The offline tool's report: one HTML page without external files."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Sample:
 
 
 class SampleFrames:
-    """Picks frames evenly from a run of unknown length, at most twice as many as shown."""
+    """Samples frames evenly from a run of unknown length; keeps at most twice as many as shown."""
 
     def __init__(self) -> None:
         self._kept: list[Sample] = []
@@ -37,7 +37,7 @@ class SampleFrames:
         self._count = 0
 
     def wants_next(self) -> bool:
-        """Whether the next frame is to be given to `add`; otherwise call `skip`."""
+        """Whether to call `add` for the next frame; otherwise call `skip`."""
         return self._count % self._stride == 0
 
     def skip(self) -> None:
@@ -138,7 +138,7 @@ def _subtitle(summary: dict[str, Any]) -> str:
 
 
 def _notes(summary: dict[str, Any]) -> str:
-    """What was lost or odd; nothing where all was well."""
+    """Damage and warnings; empty if there are none."""
     damage = summary["damage"]
     items = []
     for reason, count in summary["frames_skipped"].items():
@@ -192,8 +192,8 @@ def _cards(summary: dict[str, Any]) -> str:
 
 
 def _per_frame(statistics: RunStatistics) -> str:
-    stretch = statistics.keypoints.stretch
-    return "frame" if stretch == 1 else f"frame (mean of {stretch} frames each)"
+    stride = statistics.keypoints.stride
+    return "frame" if stride == 1 else f"frame (mean of {stride} frames each)"
 
 
 def _matches(statistics: RunStatistics) -> str:
@@ -203,12 +203,12 @@ def _matches(statistics: RunStatistics) -> str:
             ("matches with the previous frame", _ORANGE, statistics.matches.values),
             ("of these, epipolar inliers", _GREEN, statistics.inliers.values),
         ],
-        statistics.keypoints.stretch,
+        statistics.keypoints.stride,
         _per_frame(statistics),
     )
     return (
         "<section><h2>Keypoints and matches per frame</h2><p>Matches are mutual nearest "
-        "neighbours between consecutive frames. A gap means that tracking started anew.</p>"
+        "neighbours between consecutive frames. A gap means that tracking was reset.</p>"
         f"{chart}</section>"
     )
 
@@ -225,7 +225,7 @@ def _ratios(statistics: RunStatistics) -> str:
             f" Right by ground truth: within {RIGHT_WITHIN:g} px of the epipolar lines of the "
             "recorded poses."
         )
-    chart = charts.lines(series, statistics.keypoints.stretch, _per_frame(statistics), top=1.0)
+    chart = charts.lines(series, statistics.keypoints.stride, _per_frame(statistics), top=1.0)
     return f"<section><h2>Inlier ratio</h2><p>{text}</p>{chart}</section>"
 
 

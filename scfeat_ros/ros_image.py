@@ -1,4 +1,4 @@
-"""sensor_msgs/Image and CompressedImage -> what the extractor takes, by cv_bridge, with checks."""
+"""Decodes sensor_msgs/Image by cv_bridge, with checks."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import cv2
 import numpy as np
 from sensor_msgs.msg import Image
 
-from scfeat_ros import programs
-from scfeat_ros.decoded_image import DecodedImage, check_pairs, packed_rows, to_8_bit
+from scfeat_ros import subprocesses
+from scfeat_ros.decoded_image import DecodedImage, check_yuv_width, packed_rows, to_8_bit
 from scfeat_ros.errors import InputError, ScfeatError
 from scfeat_ros.messages import pack_array
 
@@ -23,7 +23,7 @@ _ALIASES = {
     "uyvy": "yuv422",
     "yuyv": "yuv422_yuy2",
 }
-"""OpenCV's type names, taken as OpenCV's channel order, and names newer than cv_bridge."""
+"""OpenCV's type names, with OpenCV's channel order, and names that older cv_bridge lacks."""
 
 _TRIAL = """
 import numpy, cv_bridge
@@ -32,18 +32,17 @@ cv_bridge.CvBridge().encoding_to_dtype_with_channels("bgr8")
 cvtColor2(numpy.zeros((2, 2, 3), numpy.uint8), "bgr8", "rgb8")
 """
 TRIAL_TIMEOUT = 60
-"""Seconds after which the trial is given up."""
+"""Timeout of the trial, seconds."""
 INTERRUPTED = (-signal.SIGINT, -signal.SIGTERM, -signal.SIGKILL)
-"""Statuses of a trial that somebody else has ended."""
+"""Exit statuses of a trial that was killed by a signal from outside."""
 
 
 class ImageDecoder:
     """Decodes image messages with cv_bridge.
 
     Raises:
-        ScfeatError: cv_bridge is not there, or its compiled part does not work with the numpy
-            or OpenCV of this Python, or the trial of it did not come to an end; the message says
-            what to do.
+        ScfeatError: cv_bridge is not installed, its compiled part does not work with the numpy or
+            OpenCV of this Python, or the trial timed out; the message says what to do.
     """
 
     def __init__(self) -> None:
@@ -55,12 +54,12 @@ class ImageDecoder:
     def decode(self, message: Any) -> DecodedImage:
         """Decode a sensor_msgs/Image.
 
-        Colour (RGB, BGR, with alpha, Bayer, YUV 4:2:2) becomes RGB, grey stays grey, and other
-        numbers than 8 bits are scaled by `to_8_bit`, as `images.from_message` does it for recorded
-        bags.
+        Colour (RGB, BGR, with alpha, Bayer, YUV 4:2:2) is converted to RGB, grey stays grey, and
+        other types than 8 bits are converted by `to_8_bit`, as by `images.from_message` for
+        recorded bags.
 
         Raises:
-            InputError: zero size, fewer bytes than announced, or an encoding that is unknown.
+            InputError: zero size, too few bytes, or an unknown encoding.
         """
         width, height, step = message.width, message.height, message.step
         encoding = _ALIASES.get(message.encoding, message.encoding)
@@ -68,12 +67,12 @@ class ImageDecoder:
             raise InputError(f"image of zero size ({width}x{height})")
         try:
             dtype, channels = self._bridge.encoding_to_dtype_with_channels(encoding)
-        except Exception as error:  # boost raises what it likes
+        except Exception as error:  # cv_bridge has no common exception
             raise InputError(
                 f"image encoding '{encoding}' is unknown; publish rgb8, bgr8, "
                 "mono8, a Bayer pattern or yuv422, or use the compressed transport"
             ) from error
-        check_pairs(encoding, width)
+        check_yuv_width(encoding, width)
         row = width * np.dtype(dtype).itemsize * channels
         if step < row:
             raise InputError(
@@ -88,7 +87,7 @@ class ImageDecoder:
             )
         swapped = bool(message.is_bigendian) != (sys.byteorder == "big")
         if step != row or swapped or encoding != message.encoding:
-            message = _tidied(message, encoding, row, np.dtype(dtype))
+            message = _repacked(message, encoding, row, np.dtype(dtype))
         has_colour = not encoding.startswith("mono") and not encoding[0].isdigit()
         try:
             pixels = self._bridge.imgmsg_to_cv2(message, "rgb8" if has_colour else "passthrough")
@@ -100,13 +99,13 @@ class ImageDecoder:
 
 
 def _try_cv_bridge() -> None:
-    """Use cv_bridge in a process of its own: it may not raise but crash.
+    """Try cv_bridge in a subprocess: it may crash instead of raising.
 
     Raises:
         ScfeatError: see `ImageDecoder`.
     """
     try:
-        trial = programs.run([sys.executable, "-c", _TRIAL], TRIAL_TIMEOUT)
+        trial = subprocesses.run([sys.executable, "-c", _TRIAL], TRIAL_TIMEOUT)
     except subprocess.TimeoutExpired as error:
         raise ScfeatError(
             f"the trial of cv_bridge has not ended in {TRIAL_TIMEOUT} s: configure the node again "
@@ -127,10 +126,10 @@ def _try_cv_bridge() -> None:
     )
 
 
-def _tidied(message: Any, encoding: str, row: int, dtype: np.dtype) -> Image:
-    """The message without padding, in the machine's byte order, under another encoding.
+def _repacked(message: Any, encoding: str, row: int, dtype: np.dtype) -> Image:
+    """The message without padding, in native byte order, with another encoding.
 
-    cv_bridge misreads padding by parts of a pixel, and cannot swap bytes under numpy 2.
+    cv_bridge misreads padding by fractions of a pixel, and cannot swap bytes under numpy 2.
     """
     values = packed_rows(message, row, dtype)
     copy = Image(header=message.header, height=message.height, width=message.width)

@@ -14,14 +14,14 @@ from scfeat_ros.features import Features
 
 _CV_32FC1 = 5
 KEYPOINT_SIZE = 9.0
-"""Diameter that keypoints are given, pixels: they have no scale of their own."""
+"""Diameter of all keypoints, pixels: they have no scale of their own."""
 
 
 class DepthBuffer:
-    """The last depth images, to be found by stamp; any thread may call.
+    """The latest depth images, to be found by stamp; thread-safe.
 
     Args:
-        size: how many are kept.
+        size: number of images.
     """
 
     def __init__(self, size: int = 10) -> None:
@@ -50,9 +50,9 @@ class DepthBuffer:
 
 
 def compress_matrix(matrix: np.ndarray) -> array.array:
-    """An (N, D) float32 matrix as RTAB-Map packs a cv::Mat.
+    """An (N, D) float32 matrix as RTAB-Map compresses a cv::Mat.
 
-    That is zlib's stream, then rows, columns and OpenCV's type as three native int32.
+    That is a zlib stream, followed by rows, columns and OpenCV's type as three native int32.
     """
     matrix = np.ascontiguousarray(matrix, np.float32)
     packed = array.array("B")

@@ -1,4 +1,4 @@
-"""The executable of the node: a signal ends the process quietly, however early it comes."""
+"""The node's executable: a signal ends the process cleanly, also during start-up."""
 
 import os
 import signal

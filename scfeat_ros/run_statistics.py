@@ -1,4 +1,4 @@
-"""Figures of a run, kept in memory that does not grow with its length."""
+"""Statistics of a run, in memory that does not grow with its length."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from scfeat_ros.features import FrameResult
 
 LONGEST_TRACK = 10_000
-"""Tracks longer than this count as this long."""
+"""Longer tracks are counted as this long."""
 STAGES = ("decode", "extract", "match", "track", "output")
 HEAT_CELLS = 64
 """Cells of the coverage map along the longer side of the image."""
@@ -19,11 +19,11 @@ _COVERAGE_GRID = 8
 
 
 class Series:
-    """A value per frame, averaged over stretches of frames so that at most `capacity` are kept."""
+    """A value per frame, averaged over `stride` frames: fewer than 2 * `capacity` are kept."""
 
     def __init__(self, capacity: int = 1000) -> None:
         self.capacity = capacity
-        self.stretch = 1
+        self.stride = 1
         """Frames per kept value."""
         self._kept: list[float] = []
         self._open: list[float] = []
@@ -33,25 +33,25 @@ class Series:
         self.maximum = -np.inf
 
     def add(self, value: float) -> None:
-        """Append a frame's value; NaN, for a frame without one, is left out of all figures."""
+        """Append a frame's value; NaN, for a frame without one, is ignored in all statistics."""
         self._open.append(value)
         if not np.isnan(value):
             self.count += 1
             self.total += value
             self.minimum = min(self.minimum, value)
             self.maximum = max(self.maximum, value)
-        if len(self._open) == self.stretch:
+        if len(self._open) == self.stride:
             self._kept.append(_mean(self._open))
             self._open = []
         if len(self._kept) == 2 * self.capacity:
             self._kept = [
                 _mean(pair) for pair in zip(self._kept[::2], self._kept[1::2], strict=True)
             ]
-            self.stretch *= 2
+            self.stride *= 2
 
     @property
     def values(self) -> np.ndarray:
-        """Kept values; NaN where a stretch has none."""
+        """Kept values; NaN where all frames of a stride were NaN."""
         return np.array(self._kept + ([_mean(self._open)] if self._open else []))
 
     def summary(self) -> dict[str, float] | None:
@@ -83,7 +83,7 @@ class LatencyHistogram:
         self._counts[min(index, self._BINS - 1)] += 1
 
     def quantile(self, share: float) -> float:
-        """Seconds that a share of the durations stays below, within 1 %; NaN without any."""
+        """Quantile of the durations in seconds, within 1 %; NaN without any."""
         total = self._counts.sum()
         if total == 0:
             return float("nan")
@@ -92,13 +92,13 @@ class LatencyHistogram:
 
 
 def _count_cells(positions: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """How many (N, 2) positions x, y in [0, 1) lie in each cell of a grid of (rows, columns)."""
+    """Number of (N, 2) positions x, y in [0, 1) in each cell of a grid of (rows, columns)."""
     column, row = (positions * shape[::-1]).astype(int).T
     return np.bincount(row * shape[1] + column, minlength=shape[0] * shape[1]).reshape(shape)
 
 
 class RunStatistics:
-    """Accumulates the figures of `summary.json` and of the report, frame by frame."""
+    """Accumulates the statistics of `summary.json` and of the report, frame by frame."""
 
     def __init__(self) -> None:
         self.frames = 0
@@ -124,12 +124,12 @@ class RunStatistics:
         right: np.ndarray | None,
         seconds: dict[str, float],
     ) -> None:
-        """Take over a frame.
+        """Add a frame.
 
         Args:
             result: of the front end, M matches.
             inliers: (M,) bool by estimated epipolar geometry, None for a frame without matches.
-            right: (M,) bool by the true epipolar geometry, None where not known.
+            right: (M,) bool by the true epipolar geometry, None if unknown.
             seconds: by stage.
         """
         self.frames += 1
@@ -155,7 +155,7 @@ class RunStatistics:
         self._add_heat(result)
 
     def finish(self) -> None:
-        """Count the tracks that live at the end."""
+        """Count the tracks that are still alive at the end."""
         self._count_tracks(self._alive)
         self._alive = np.zeros(0, np.int32)
 
@@ -189,7 +189,7 @@ class RunStatistics:
         return float((self.track_lengths * lengths).sum() / count) if count else float("nan")
 
     def summary(self) -> dict[str, Any]:
-        """The figures as JSON can hold them; None where there are none."""
+        """The statistics as JSON values; None where there are none."""
         cumulative = np.cumsum(self.track_lengths)
         tracks = int(cumulative[-1])
         present = np.flatnonzero(self.track_lengths)

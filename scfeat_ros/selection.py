@@ -1,8 +1,7 @@
 """Score map -> keypoints: NMS, threshold, mask, top-K, sub-pixel (Sec. III-E).
 
-There are two ways to the same keypoints. On the CPU only the local maxima are looked at (`on_cpu`);
-on a GPU everything stays on the device and no step waits for a number of things found
-(`on_device`).
+Two implementations give the same keypoints. On the CPU only the local maxima are processed
+(`on_cpu`); on a GPU everything stays on the device, and no step synchronizes with it (`on_device`).
 """
 
 from __future__ import annotations
@@ -18,14 +17,14 @@ from scfeat_ros.native import keypoints as native_keypoints
 from scfeat_ros.parameters import ExtractorOptions
 
 TEXTURE_WINDOW = 5
-"""Side of the neighbourhood that must not be of a single value, pixels."""
+"""Side of the neighbourhood that must not be uniform, pixels."""
 
 
 class Selected(NamedTuple):
     """Keypoints of one image, best first, on the score map's device.
 
     points (N, 2): x, y in pixels of the score map, float32. scores (N,): float32; -inf in rows
-    that hold no keypoint (on a GPU, where the number of rows is fixed).
+    without a keypoint (on a GPU, where the number of rows is fixed).
     """
 
     points: torch.Tensor
@@ -43,10 +42,10 @@ def on_cpu(
 
     Args:
         scores: (h, w) float score map.
-        image: (h, w, 3) uint8, what the network saw.
-        mask: (h, w) uint8 or None; keypoints lie only where it is not 0.
+        image: (h, w, 3) uint8, the network's input.
+        mask: (h, w) uint8 or None; keypoints are allowed where it is not 0.
         options: nms_radius, score_threshold, border, max_keypoints and subpixel are used.
-        compiled: by the compiled kernels, see `native/library.py`.
+        compiled: use the compiled kernels, see `native/library.py`.
     """
     scores = scores.float().contiguous()
     if compiled:
@@ -54,7 +53,7 @@ def on_cpu(
     places = local_maxima(scores, image, mask, options)
     values = scores.numpy().reshape(-1)[places]
     if len(values) > options.max_keypoints:
-        # only what can be among the best is put in order
+        # only candidates for the best need to be sorted
         least = len(values) - options.max_keypoints
         enough = values >= np.partition(values, least)[least]
         places, values = places[enough], values[enough]
@@ -82,11 +81,11 @@ def on_device(
     mask: torch.Tensor | None,
     options: ExtractorOptions,
 ) -> Selected:
-    """Select keypoints where the score map is, without waiting for the device.
+    """Select keypoints on the score map's device, without synchronizing with it.
 
     Args:
         scores: (h, w) float score map.
-        image: (3, h, w) uint8, what the network saw.
+        image: (3, h, w) uint8, the network's input.
         mask: (h, w) bool or None, as for `on_cpu`.
         options: as for `on_cpu`.
     """
@@ -138,8 +137,8 @@ def subpixel_offsets(
 ) -> torch.Tensor:
     """(N, 2) x, y offsets: the score-weighted mean position of each 3x3 neighbourhood.
 
-    The neighbourhood's smallest score is subtracted first; else the weights of a flat
-    neighbourhood would pull every keypoint to its pixel's centre.
+    The neighbourhood's smallest score is subtracted first; otherwise the nearly equal weights of a
+    flat neighbourhood would pull every keypoint to its pixel's centre.
     """
     height, width = scores.shape
     steps = torch.arange(-1, 2, device=scores.device)
@@ -156,10 +155,10 @@ def subpixel_offsets(
 def _allowed(
     image: np.ndarray, mask: np.ndarray | None, border: int, places: np.ndarray
 ) -> np.ndarray:
-    """(N,) bool: at which places (row * width + column) keypoints may lie.
+    """(N,) bool: at which places (row * width + column) keypoints are allowed.
 
-    Not in the border, not where the mask is 0, and not where the neighbourhood has a single value:
-    black or saturated areas have nothing to localize.
+    Not in the border, not where the mask is 0, and not where the neighbourhood is uniform: black or
+    saturated areas have nothing to localize.
     """
     height, width = image.shape[:2]
     kernel = np.ones((TEXTURE_WINDOW, TEXTURE_WINDOW), np.uint8)
@@ -176,7 +175,7 @@ def _allowed(
 
 
 def _textured(image: torch.Tensor) -> torch.Tensor:
-    """(3, h, w) -> (h, w) bool: where the neighbourhood is not of a single value."""
+    """(3, h, w) -> (h, w) bool: where the neighbourhood is not uniform."""
     image = image.float()
     window = dict(kernel_size=TEXTURE_WINDOW, stride=1, padding=TEXTURE_WINDOW // 2)
     return (F.max_pool2d(image, **window) > -F.max_pool2d(-image, **window)).any(dim=0)

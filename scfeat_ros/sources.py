@@ -28,24 +28,24 @@ _GIVE_UP_AFTER = 3  # images of an unknown encoding, where none could be read
 _PATIENCE = 20  # images that wait for a later CameraInfo or pose
 _RECENT = 10_000_000_000  # nanoseconds before a time range, in which a CameraInfo is sought first
 _FOREVER = 1e9
-"""Seconds that no recording lasts."""
+"""Upper bound of a recording's length, seconds."""
 _ALL_TIME = (0, math.inf)
 
 
 @dataclass
 class Frame:
-    """One image on its way through the tool.
+    """One image of a source.
 
     Attributes:
         image: (H, W, 3) uint8 RGB or (H, W) uint8 grey.
-        stamp: when it was taken, nanoseconds.
+        stamp: capture time, nanoseconds.
         frame_id: the camera's optical frame.
-        time: when it was recorded, nanoseconds; the time of the output messages.
-        name: for a person: the file, or the seconds since the first frame.
-        camera: calibration, None where not known.
-        pose: of the camera in the world, None where not known.
+        time: recording time, nanoseconds; the time of the output messages.
+        name: for display: the file, or the seconds since the first frame.
+        camera: calibration, None if unknown.
+        pose: pose of the camera in the world, None if unknown.
         decode_seconds: how long reading and decoding took.
-        mask: (H, W) bool, where pixels are valid; None where all are.
+        mask: (H, W) bool, True where pixels are valid; None if all are.
     """
 
     image: np.ndarray
@@ -61,7 +61,7 @@ class Frame:
 
 @dataclass
 class Account:
-    """What went wrong while a source was read, without stopping it.
+    """Problems in reading a source that did not stop it.
 
     Attributes:
         damage: lost parts of the input.
@@ -79,7 +79,7 @@ class Account:
             self.warnings.append(text)
 
     def skip(self, reason: str) -> None:
-        """Count a frame that cannot be used; reasons that differ in numbers alone are one."""
+        """Count a frame that cannot be used; reasons that differ only in numbers count as one."""
         reason = printable(reason)
         kind = without_numbers(reason)
         same = (known for known in self.skipped if without_numbers(known) == kind)
@@ -97,7 +97,7 @@ class Source(Protocol):
     Attributes:
         path: what is read.
         description: the same and how, for the report.
-        account: what went wrong; complete after the last frame.
+        account: problems; complete after the last frame.
     """
 
     path: Path
@@ -105,7 +105,7 @@ class Source(Protocol):
     account: Account
 
     def __len__(self) -> int:
-        """Expected number of frames, 0 where not known."""
+        """Expected number of frames, 0 if unknown."""
 
     def frames(self) -> Iterator[Frame | RawMessage]:
         """Frames; and, from a bag whose input is passed through, its messages in between."""
@@ -129,12 +129,13 @@ class BagSource:
     Args:
         path: the bag.
         topic: image topic; None takes the only one.
-        camera_info: CameraInfo topic; None takes that beside the image topic, or the only one.
-        poses: topic with the camera's pose; None takes /ground_truth/pose where it is there.
+        camera_info: CameraInfo topic; None takes the one in the image topic's namespace or the
+            nearest parent of it, or else the only one if there is a single image topic.
+        poses: topic with the camera's pose; None takes /ground_truth/pose if there is one.
         every: use every n-th image.
         start: seconds to leave out at the beginning.
         duration: seconds to use, None for all.
-        passthrough: whether to give all messages, too.
+        passthrough: whether `frames` also yields all messages of the bag.
         rectified: whether the images are rectified, see `Camera.from_message`.
 
     Raises:
@@ -153,9 +154,7 @@ class BagSource:
         passthrough: bool = False,
         rectified: bool = False,
     ) -> None:
-        if every < 1:
-            raise InputError(f"--every must be at least 1, got {every}")
-        self._time_range = _time_range(start, duration)
+        self._time_range = _check_range(every, start, duration)
         self.path = path
         self.reader = BagReader(path)
         self.account = Account(damage=self.reader.damage)
@@ -189,7 +188,7 @@ class BagSource:
         return -(-count // self.every)
 
     def close(self) -> None:
-        self.reader.__exit__()
+        self.reader.close()
 
     def _image_topic(self, asked: str | None) -> str:
         images = self.reader.image_topics
@@ -294,9 +293,9 @@ class BagSource:
             )
 
     def _last_calibration(self) -> RawMessage | None:
-        """The last CameraInfo before the time range: some cameras send it but once, at first."""
+        """The last CameraInfo before the time range: some cameras send it once, at the start."""
         begin, _ = self._range(self._first_time())
-        # without an index all before is read in any case
+        # without an index everything before is read in any case
         for since in (begin - _RECENT, 0) if self.reader.is_indexed else (0,):
             before = self.reader.messages([self.camera_info], max(0, since), begin)
             last = deque(before, maxlen=1)
@@ -305,7 +304,7 @@ class BagSource:
         return None
 
     def _first_time(self) -> int:
-        """Where time ranges count from: without an index the first message of any topic."""
+        """Start of the recording; without an index, the time of the first message of any topic."""
         known = self.reader.start_time
         if known is not None:
             return known
@@ -335,7 +334,7 @@ class BagSource:
             return None
 
     def _stamp(self, message: RawMessage, content: Any | None) -> int | None:
-        """Time in the header, or, where that is zero, of the recording; None where it is none."""
+        """Time in the header, or, if that is zero, of the recording; None if it is invalid."""
         if content is None:
             return None
         stamp = stamp_to_nanoseconds(content.header.stamp)
@@ -360,7 +359,7 @@ class BagSource:
         try:
             image = from_message(waiting.content)
         except UnknownEncodingError as error:
-            # a name that occurs once in a while is damage
+            # a wrong name now and then is damage
             self.account.skip(str(error))
             if not self._decoded and self.account.skipped.total() >= _GIVE_UP_AFTER:
                 raise InputError(f"{self.topic}: {error}") from error
@@ -413,7 +412,7 @@ class _Calibration:
         self.camera: Camera | None = None
 
     def update(self, message: Any | None) -> None:
-        """Take over a sensor_msgs/CameraInfo; None for one that could not be decoded."""
+        """Use a sensor_msgs/CameraInfo; None for one that could not be decoded."""
         if message is None:
             return
         self.received = True
@@ -426,7 +425,7 @@ class _Calibration:
         if camera is None:
             self.account.warn("the camera is not calibrated (K or P is zero): bearings are NaN")
         elif camera.same_as(self.camera):
-            return  # and the one before keeps what it has worked out
+            return  # keep the old one, which has cached its inverse
         self.camera = camera
 
 
@@ -435,7 +434,7 @@ class FolderSource:
 
     Args:
         path: the folder.
-        rate: frames per second that the stamps go by.
+        rate: frames per second, for the stamps.
         every: use every n-th image.
         start, duration: use only images of these seconds, None for all to the end.
 
@@ -453,10 +452,8 @@ class FolderSource:
     ) -> None:
         if not 1e-6 < rate < 1e9:
             raise InputError(f"--rate must lie between 1e-6 and 1e9 Hz, got {rate}")
-        if every < 1:
-            raise InputError(f"--every must be at least 1, got {every}")
         self.path = path
-        first, stop = _time_range(start, duration)
+        first, stop = _check_range(every, start, duration)
         stamped = [(round(i / rate * 1e9), file) for i, file in enumerate(list_images(path))]
         self.files = [(stamp, file) for stamp, file in stamped if first <= stamp < stop][::every]
         self.account = Account()
@@ -505,9 +502,7 @@ class VideoSource:
         self, path: Path, every: int = 1, start: float = 0.0, duration: float | None = None
     ) -> None:
         require_av()
-        self._time_range = _time_range(start, duration)
-        if every < 1:
-            raise InputError(f"--every must be at least 1, got {every}")
+        self._time_range = _check_range(every, start, duration)
         if not path.is_file():
             raise InputError(f"{path}: no such file or folder")
         self.path, self.every = path, every
@@ -543,7 +538,7 @@ class VideoSource:
                     raise
                 self.account.damage.add(str(error))
                 break
-            first = stamp if first is None else first  # which is not 0 in every file
+            first = stamp if first is None else first  # not always 0
             since_first = stamp - first
             if since_first >= stop:
                 return
@@ -561,10 +556,10 @@ class VideoSource:
             self._compare_length(index, stamp * 1e-9)
 
     def _compare_length(self, frames: int, end: float) -> None:
-        """Note what is missing, by the number of frames or, where that is not known, the duration.
+        """Report missing frames, by their number or, if that is unknown, by the duration.
 
         Args:
-            frames: that were found.
+            frames: number of frames read.
             end: time of the last one, seconds.
         """
         expected = count_frames(self.path)
@@ -576,17 +571,21 @@ class VideoSource:
             return
         duration = stated_duration(self.path) or 0.0
         if frames > 1 and duration - end > max(0.1 * duration, 3 * end / frames):
-            # (or the last frame is to be seen for long)
+            # (or the last frame has a long duration)
             text = f"{self.path} ends after {end:.2f} s of {duration:.2f} s: is it cut off?"
             self.account.warn(text)
 
 
-def _time_range(start: float, duration: float | None) -> tuple[int, float]:
-    """[from, to) in nanoseconds; without a duration to the end of time.
+def _check_range(every: int, start: float, duration: float | None) -> tuple[int, float]:
+    """Check which frames are asked for; returns their times, [from, to) in nanoseconds.
+
+    Without a duration `to` is infinite.
 
     Raises:
-        InputError: a range that makes no sense.
+        InputError: a value outside its range.
     """
+    if every < 1:
+        raise InputError(f"--every must be at least 1, got {every}")
     if not (0 <= start < _FOREVER and (duration is None or 0 < duration < _FOREVER)):
         raise InputError(
             "--start must not be negative and --duration must be positive, in seconds, got "
@@ -631,7 +630,7 @@ def list_images(folder: Path, recursive: bool = False) -> list[Path]:
 
 
 def image_files(paths: Iterable[Path]) -> list[Path]:
-    """Those that are images, but for hidden files, in natural order: img2 before img10."""
+    """The images among some paths, without hidden files, in natural order (img2 before img10)."""
     files = [
         path
         for path in paths

@@ -1,4 +1,4 @@
-"""Output under its final name only when it is complete."""
+"""Atomic output: a file or folder gets its final name only when it is complete."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from pathlib import Path
 from scfeat_ros.errors import InputError, OutputExistsError
 
 SUMMARY = "summary.json"
-"""The file by which an output folder is known as one."""
+"""The file that marks a folder as output of this tool."""
 
 
 @contextmanager
 def staged_folder(path: Path, overwrite: bool) -> Iterator[Path]:
-    """A folder to write into that gets its name when the block ends without an error.
+    """A folder to write into, which is renamed to `path` when the block ends without an error.
 
-    Every process has a partial folder of its own, so two of them to the same name do not meet: the
-    second to end finds the output there. What a killed run has left is removed by the next one.
+    Every process has a partial folder of its own, so two with the same output do not interfere: the
+    second to finish finds that it exists. Leftovers of a killed run are removed by the next one.
 
     Args:
         path: the final name.
-        overwrite: whether an output that is there already may be replaced.
+        overwrite: whether existing output may be replaced.
 
     Raises:
-        OutputExistsError: it exists; with `overwrite`, only if it is no output of this tool.
-        InputError: its parent cannot be written to.
+        OutputExistsError: it exists; with `overwrite`, only if it is not output of this tool.
+        InputError: its parent folder is not writable.
     """
     path = Path(path).resolve()
     check_output(path, overwrite)
@@ -38,7 +38,7 @@ def staged_folder(path: Path, overwrite: bool) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_stale(path.parent, path.name)
-        _remove(partial)  # of an earlier process with this one's number
+        _remove(partial)  # of an earlier process with the same id
         partial.mkdir()
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror}") from error
@@ -56,9 +56,9 @@ def staged_folder(path: Path, overwrite: bool) -> Iterator[Path]:
 
 @contextmanager
 def staged_file(path: str | os.PathLike, overwrite: bool) -> Iterator[Path]:
-    """A file name to write to that becomes `path` when the block ends without an error.
+    """A file to write, which is renamed to `path` when the block ends without an error.
 
-    The ending stays the same, for libraries that go by it. Raises as `staged_folder`.
+    It has the same suffix, for libraries that depend on it. Raises as `staged_folder`.
     """
     path = Path(path).resolve()
     check_file(path, overwrite)
@@ -88,7 +88,7 @@ def _prefix(name: str) -> str:
 
 
 def _remove_stale(folder: Path, name: str, suffix: str = "") -> None:
-    """Remove what processes of this machine have left that are no more."""
+    """Remove leftovers of this machine's processes that have ended."""
     prefix = _prefix(name)
     with os.scandir(folder) as entries:
         names = [entry.name for entry in entries if entry.name.startswith(prefix)]
@@ -100,18 +100,18 @@ def _remove_stale(folder: Path, name: str, suffix: str = "") -> None:
 
 def _is_running(process: int) -> bool:
     if os.name == "nt":
-        return True  # there is no harmless way to ask
+        return True  # os.kill would terminate it
     try:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
     except OSError:
-        pass  # somebody else's
+        pass  # another user's
     return True
 
 
 def _remove(path: Path) -> None:
-    """Remove a folder, or a file and what SQLite has beside it."""
+    """Remove a folder, or a file and SQLite's files that belong to it."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
         return
@@ -120,10 +120,10 @@ def _remove(path: Path) -> None:
 
 
 def make_parent(path: str | Path) -> None:
-    """Make the folder of a file that will be written, before the work that goes into it.
+    """Create the folder of an output file, before the work that its content takes.
 
     Raises:
-        InputError: it cannot be made or written to.
+        InputError: it cannot be created or is not writable.
     """
     folder = Path(path).resolve().parent
     try:
@@ -135,7 +135,7 @@ def make_parent(path: str | Path) -> None:
 
 
 def check_file(path: Path, overwrite: bool) -> None:
-    """See `staged_file`."""
+    """Check that a file may be written; raises as `staged_file`."""
     if path.is_dir():
         raise InputError(f"{path}: this is a folder, the output is a file")
     if path.exists() and not overwrite:
@@ -143,24 +143,24 @@ def check_file(path: Path, overwrite: bool) -> None:
 
 
 def check_output(path: Path, overwrite: bool) -> None:
-    """See `staged_folder`."""
+    """Check that a folder may be written; raises as `staged_folder`."""
     if not path.exists():
         return
     if not overwrite and path.is_dir():
         raise OutputExistsError(f"{path} exists already; give another name or --overwrite")
-    # never delete what somebody else has put there
+    # never delete anything but our own output
     if not path.is_dir() or (any(path.iterdir()) and not (path / SUMMARY).is_file()):
         raise OutputExistsError(
-            f"{path} exists and is no earlier output (a folder with a {SUMMARY}), so --overwrite "
-            "does not replace it; give another name"
+            f"{path} exists and is not an earlier output (a folder with a {SUMMARY}), so "
+            "--overwrite does not replace it; give another name"
         )
 
 
 def check_apart(output: Path, source: Path) -> None:
-    """Make sure that writing the output cannot change the input.
+    """Check that writing the output cannot change the input.
 
     Raises:
-        InputError: one lies in the other.
+        InputError: one is inside of the other.
     """
     output, source = Path(output).resolve(), Path(source).resolve()
     if (source.parent / "metadata.yaml").is_file():

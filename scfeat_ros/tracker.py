@@ -1,4 +1,4 @@
-"""Track ids that persist from frame to frame, and when to forget the past."""
+"""Assigns track ids that persist from frame to frame, and decides when tracks end."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from scfeat_ros.features import Features, Matches
 
 @dataclass(frozen=True)
 class TrackedFrame:
-    """The previous frame as the tracker remembers it."""
+    """The previous frame with its tracks."""
 
     stamp: int
     frame_id: str
@@ -21,7 +21,7 @@ class TrackedFrame:
 
 
 class Tracker:
-    """Gives every keypoint a track id and hands ids on along matches.
+    """Gives every keypoint a track id, and propagates ids along matches.
 
     Args:
         max_gap: seconds without a frame after which tracks end.
@@ -33,11 +33,11 @@ class Tracker:
         self._next_id = 1
 
     def reset(self) -> None:
-        """Forget the previous frame; ids go on counting, so none is ever used again."""
+        """Forget the previous frame; ids are not reused."""
         self.previous = None
 
     def reset_reason(self, features: Features, stamp: int, frame_id: str) -> str | None:
-        """Why a frame cannot be matched to the previous one, or None where it can."""
+        """Why a frame cannot be matched to the previous one; None if it can."""
         previous = self.previous
         if previous is None:
             return "first frame"
@@ -59,7 +59,7 @@ class Tracker:
     def update(
         self, features: Features, matches: Matches, stamp: int, frame_id: str
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Take over a frame and its matches (previous, current) to the previous one.
+        """Append a frame with its matches (previous, current) to the previous one.
 
         Returns:
             (N,) uint32 track ids and (N,) int32 track lengths in frames.

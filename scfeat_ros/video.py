@@ -1,4 +1,4 @@
-"""Videos, through PyAV: frames of a file, and an H.264 file that browsers play."""
+"""Reads and writes videos by PyAV; writes H.264 that browsers play."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _CODECS = ("libx264", "mpeg4")
 
 
 def require_av() -> None:
-    """Make sure that PyAV is there.
+    """Check that PyAV is installed.
 
     Raises:
         ScfeatError: it is not.
@@ -34,12 +34,12 @@ def require_av() -> None:
 
 
 class VideoWriter:
-    """Writes frames with their own times to an .mp4 (H.264, 4:2:0).
+    """Writes frames with their stamps to an .mp4 (H.264, 4:2:0).
 
     Args:
         path: the file.
-        size: (width, height) of the first frame, shrunk where H.264 takes none so large; others
-            are scaled to it.
+        size: (width, height) of the first frame, shrunk if too large for H.264; other frames are
+            scaled to it.
     """
 
     def __init__(self, path: Path, size: tuple[int, int]) -> None:
@@ -48,7 +48,7 @@ class VideoWriter:
         # 4:2:0 needs even sides
         self._size = tuple(max(2, 2 * (int(side * factor) // 2)) for side in size)
         codec = next(name for name in _CODECS if name in av.codecs_available)
-        # the index in front lets a browser start before it has all of the file
+        # the index at the front lets a browser start before the whole file is loaded
         self._container = av.open(str(path), "w", options={"movflags": "faststart"})
         options = {"preset": "veryfast", "crf": "23"} if codec == "libx264" else {}
         self._stream = self._container.add_stream(codec, rate=_TICKS, options=options)
@@ -56,7 +56,7 @@ class VideoWriter:
         self._stream.pix_fmt = "yuv420p"
         self._stream.time_base = Fraction(1, _TICKS)
         self._stream.codec_context.time_base = Fraction(1, _TICKS)
-        # what the level is chosen by, which players go by: not a frame a tick
+        # determines the H.264 level, which players check; by default one frame per tick
         self._stream.codec_context.framerate = _RATE
         if codec != "libx264":
             self._stream.bit_rate = 8_000_000
@@ -68,8 +68,8 @@ class VideoWriter:
 
         Args:
             image: (H, W, 3) uint8 RGB.
-            stamp: its time in nanoseconds. A step backwards or one of more than a second is
-                shown as a millisecond and as a second.
+            stamp: its time in nanoseconds. A step backwards is shown as a millisecond, one of more
+                than a second as a second.
         """
         if self._stamp is not None:
             seconds = min(max((stamp - self._stamp) * 1e-9, 0.0), _LONGEST_FRAME)
@@ -94,7 +94,7 @@ def read_video(path: Path) -> Iterator[tuple[np.ndarray, int, bool]]:
     """Frames of a video: (H, W, 3) uint8 RGB, time in nanoseconds, and whether it is damaged.
 
     Raises:
-        InputError: the file is no video that can be read; what could be decoded comes first.
+        InputError: the file is not a readable video; decodable frames are given before.
         ScfeatError: PyAV is not installed.
     """
     require_av()
@@ -113,7 +113,7 @@ def read_video(path: Path) -> Iterator[tuple[np.ndarray, int, bool]]:
 
 
 def count_frames(path: Path) -> int | None:
-    """Number of frames as the file states it, None where it does not."""
+    """Number of frames as stated by the file; None if it is not."""
     require_av()
     try:
         with av.open(str(path)) as container:
@@ -123,13 +123,13 @@ def count_frames(path: Path) -> int | None:
 
 
 def stated_duration(path: Path) -> float | None:
-    """Length of a video in seconds as the file states it, None where it does not."""
+    """Length of a video in seconds as stated by the file; None if it is not."""
     try:
         with av.open(str(path)) as container:
             (stream, *_) = container.streams.video
             if stream.duration and stream.time_base:
                 return float(stream.duration * stream.time_base)
-            alone = len(container.streams) == 1  # else it may be that of the sound
+            alone = len(container.streams) == 1  # else it may be the duration of the audio
             return container.duration / av.time_base if container.duration and alone else None
     except (av.FFmpegError, ValueError):
         return None

@@ -1,4 +1,4 @@
-"""Tracks as the back ends of VINS-Mono and VINS-Fusion read them from their own front ends."""
+"""Tracks in the format that the back ends of VINS-Mono and VINS-Fusion read."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from std_msgs.msg import Header
 from scfeat_ros.features import FrameResult
 
 ID_LIMIT = 2**24
-"""Ids travel as float32, which counts without a gap up to here; they start anew after."""
+"""Ids are sent as float32, which is exact up to here; they wrap around."""
 
 CHANNELS = {
     "vins_mono": ("id", "u", "v", "velocity_x", "velocity_y"),
     # VINS-Fusion reads the last three (ground truth, for simulation) whenever it reads any
     "vins_fusion": ("id", "camera", "u", "v", "velocity_x", "velocity_y", "gx", "gy", "gz"),
 }
-"""Channels by consumer; the back ends go by position, not by name."""
+"""Channels by consumer; the back ends identify them by position, not by name."""
 
 
 def select_tracks(
     result: FrameResult, bearings: np.ndarray, limit: int, min_distance: float
 ) -> np.ndarray:
-    """Indices of the keypoints that a back end gets: longest tracks first, spread out.
+    """Indices of the keypoints to publish: longest tracks first, spread over the image.
 
     Args:
         result: N keypoints.
@@ -47,7 +47,7 @@ def select_tracks(
 def track_velocities(
     result: FrameResult, bearings: np.ndarray, previous_bearings: np.ndarray
 ) -> np.ndarray:
-    """(N, 2) float32: motion of each keypoint on the plane z = 1, 1/s; 0 where a track begins.
+    """(N, 2) float32: velocity of each keypoint on the plane z = 1, 1/s; 0 for new tracks.
 
     Args:
         result: N keypoints, M matches.
@@ -60,7 +60,7 @@ def track_velocities(
     seconds = (result.stamp - result.previous_stamp) * 1e-9
     now = result.matches.indices[:, 1]
     velocities[now] = (bearings[now, :2] - previous_bearings[:, :2]) / seconds
-    # the old place may have been one that the lens model cannot invert
+    # the previous bearing is NaN where the lens model has no inverse
     return np.nan_to_num(velocities, nan=0.0)
 
 

@@ -10,14 +10,14 @@ from typing import Any, Generic, TypeVar
 T = TypeVar("T")
 
 
-class NewestFirstWorker(Generic[T]):
-    """Hands items to `process` on a thread of its own, and never more than the newest one.
+class LatestOnlyWorker(Generic[T]):
+    """Calls `process` on a thread of its own, with a queue of one item.
 
-    An item that is offered while another one waits replaces it: a slow `process` lowers the
-    rate, no queue builds up, and `offer` returns at once.
+    A new item replaces one that is still waiting: a slow `process` lowers the rate, but no backlog
+    builds up, and `offer` returns at once.
 
     Args:
-        process: called with one item after the other; must not raise.
+        process: called with one item at a time; must not raise.
     """
 
     def __init__(self, process: Callable[[T], None]) -> None:
@@ -32,10 +32,10 @@ class NewestFirstWorker(Generic[T]):
         self._thread.start()
 
     def offer(self, item: T) -> bool:
-        """Make an item the next one.
+        """Queue an item.
 
         Returns:
-            Whether an item that had been waiting was dropped for it.
+            Whether it replaced one that was waiting.
         """
         with self._changed:
             dropped = self._item is not None
@@ -44,7 +44,7 @@ class NewestFirstWorker(Generic[T]):
             return dropped
 
     def withdraw(self) -> bool:
-        """Take a waiting item back.
+        """Remove a waiting item.
 
         Returns:
             Whether there was one.
@@ -54,7 +54,7 @@ class NewestFirstWorker(Generic[T]):
             return waited
 
     def call(self, function: Callable[[], Any]) -> Any:
-        """Run a function on the thread, between two items, and return what it returns.
+        """Run a function on the thread, between two items, and return its result.
 
         PyTorch keeps OpenMP threads for every thread that calls it, so loading and warming up
         belong on the thread that later does the work.
@@ -66,19 +66,19 @@ class NewestFirstWorker(Generic[T]):
         return future.result()
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait for the current item to end, and a waiting one.
+        """Wait until the current item and a waiting one are processed.
 
         Returns:
-            Whether the thread is idle now; False if the timeout (seconds) was too short.
+            Whether the thread is idle; False if the timeout (seconds) expired.
         """
         with self._changed:
             return self._changed.wait_for(lambda: self._item is None and not self._busy, timeout)
 
     def stop(self, timeout: float | None = None) -> bool:
-        """End the thread after the current item, without a waiting one.
+        """End the thread after the current item; a waiting one is dropped.
 
         Returns:
-            Whether it has ended within the timeout (seconds).
+            Whether it ended within the timeout (seconds).
         """
         with self._changed:
             self._running = False
@@ -112,5 +112,5 @@ class NewestFirstWorker(Generic[T]):
                     future.set_exception(error)
             else:
                 self._process(item)
-            # an image must not stay alive until the next one comes
+            # do not keep the image alive until the next one arrives
             item = call = None

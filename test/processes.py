@@ -1,4 +1,4 @@
-"""What tests of other programs ask about processes."""
+"""What tests of subprocesses ask about processes."""
 
 import time
 

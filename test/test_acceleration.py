@@ -1,4 +1,4 @@
-"""Which way the network runs, and that a way that goes wrong is noticed."""
+"""How the network runs, and that a backend that goes wrong is noticed."""
 
 import logging
 import platform
@@ -13,7 +13,7 @@ from scfeat_ros.extractor import Extractor
 from scfeat_ros.model import fused
 from scfeat_ros.model.scfeat import CONFIGS, SCFeat, fold_batch_norms, load_model
 from scfeat_ros.native import library
-from scfeat_ros.native.winograd import has_shorts
+from scfeat_ros.native.winograd import has_int16
 
 CPU = torch.device("cpu")
 
@@ -26,7 +26,7 @@ def model():
 
 @pytest.fixture
 def image():
-    return (255 * acceleration.check_picture()[0].permute(1, 2, 0).numpy()).astype(np.uint8)
+    return (255 * acceleration.check_image()[0].permute(1, 2, 0).numpy()).astype(np.uint8)
 
 
 @pytest.mark.parametrize("precision", ["auto", "fp32", "bf16", "int16"])
@@ -40,42 +40,44 @@ def test_every_way_finds_the_same_features(image, precision, compile):
     distance = np.linalg.norm(a.keypoints[:, None] - b.keypoints[None], axis=2)
     near = distance.min(axis=1) < 0.5
     # bf16 in the plain network rounds the scores themselves
-    assert near.mean() >= (0.97 if extractor.network.way != "plain" or precision == "fp32" else 0.9)
+    assert near.mean() >= (
+        0.97 if extractor.network.backend != "plain" or precision == "fp32" else 0.9
+    )
     cosine = (a.descriptors * b.descriptors[distance.argmin(axis=1)]).sum(axis=1)[near]
     assert np.median(cosine) > 0.999
-    assert (extractor.network.way == "plain") == (compile == "off")
+    assert (extractor.network.backend == "plain") == (compile == "off")
     if precision != "auto":
         runs = fused.cpu_computes(acceleration.DTYPES[precision])
         if precision == "int16":
-            runs = compile == "auto" and has_shorts()
+            runs = compile == "auto" and has_int16()
         assert extractor.network.precision == (precision if runs else "fp32")
 
 
 def test_a_precision_that_the_cpu_lacks_is_not_taken(model, monkeypatch, caplog):
     monkeypatch.setattr(acceleration, "cpu_computes", lambda dtype: dtype == torch.float32)
     assert acceleration.choose(model, CPU, "bf16", "auto").precision == "fp32"
-    assert "bf16 was not taken: this CPU does not compute in it" in caplog.text
+    assert "bf16 was not taken: this CPU does not support it" in caplog.text
 
 
 @pytest.mark.parametrize(("capability", "lacks"), [((7, 5), True), ((8, 7), False)])
 def test_bfloat16_is_taken_on_gpus_that_have_it(capability, lacks, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     gpu = torch.device("cuda:0")
-    assert (acceleration._lacking(gpu, "bf16", True) is not None) == lacks
-    assert acceleration._lacking(gpu, "fp16", True) is None
+    assert (acceleration._unsupported(gpu, "bf16", True) is not None) == lacks
+    assert acceleration._unsupported(gpu, "fp16", True) is None
     first = "fp16" if lacks else "bf16"
     assert acceleration._ways(gpu, "auto", True) == [(first, True), ("fp32", True), (first, False)]
 
 
 @pytest.mark.parametrize(
-    ("bfloat16", "shorts", "expected"),
+    ("bfloat16", "int16", "expected"),
     [(True, True, "bf16"), (False, True, "int16"), (False, False, "fp32")],
 )
-def test_auto_takes_the_fastest_that_the_cpu_has(model, bfloat16, shorts, expected, monkeypatch):
-    if (bfloat16 and not acceleration.has_bfloat16(CPU)) or (shorts and not has_shorts()):
+def test_auto_takes_the_fastest_that_the_cpu_has(model, bfloat16, int16, expected, monkeypatch):
+    if (bfloat16 and not acceleration.has_bfloat16(CPU)) or (int16 and not has_int16()):
         pytest.skip("not on this CPU")
     monkeypatch.setattr(acceleration, "has_bfloat16", lambda device: bfloat16)
-    monkeypatch.setattr(acceleration, "has_shorts", lambda: shorts)
+    monkeypatch.setattr(acceleration, "has_int16", lambda: int16)
     assert acceleration.choose(model, CPU, "auto", "auto").precision == expected
     plain = "bf16" if bfloat16 and platform.machine() == "x86_64" else "fp32"
     assert str(acceleration.choose(model, CPU, "auto", "off")) == f"{plain}, plain"
@@ -84,7 +86,7 @@ def test_auto_takes_the_fastest_that_the_cpu_has(model, bfloat16, shorts, expect
 def test_integers_without_their_kernels_are_not_taken(model, monkeypatch, caplog):
     assert str(acceleration.choose(model, CPU, "int16", "off")) == "fp32, plain"
     assert "int16 was not taken: only the fast network on a CPU" in caplog.text
-    monkeypatch.setattr(acceleration, "has_shorts", lambda: False)
+    monkeypatch.setattr(acceleration, "has_int16", lambda: False)
     assert acceleration.choose(model, CPU, "int16", "auto").precision == "fp32"
     assert "int16 was not taken: there are no kernels for this CPU" in caplog.text
 
@@ -92,13 +94,13 @@ def test_integers_without_their_kernels_are_not_taken(model, monkeypatch, caplog
 def test_without_onednn_the_fast_network_runs_all_the_same(model, monkeypatch):
     monkeypatch.setattr(fused, "_ONEDNN", None)
     network = acceleration.choose(model, CPU, "fp32", "auto")
-    assert (network.precision, network.way) == ("fp32", acceleration.COMPILED)
+    assert (network.precision, network.backend) == ("fp32", acceleration.COMPILED)
 
 
 @torch.inference_mode()
 def test_plain_fp32_is_the_reference(model):
     network = acceleration.choose(model, CPU, "fp32", "off")
-    image = acceleration.check_picture()
+    image = acceleration.check_image()
     found, folded = network.run(image), fold_batch_norms(model)(image)
     for a, b, expected in zip(found, folded, model(image), strict=True):
         assert torch.equal(a, b)
@@ -124,7 +126,7 @@ def test_a_way_that_does_not_run_is_not_taken(model, monkeypatch, caplog):
 
     monkeypatch.setattr(fused.FusedSCFeat, "_forward", fail)
     network = acceleration.choose(model, CPU, "auto", "auto")
-    assert network.way == "plain"
+    assert network.backend == "plain"
     assert "it does not run here (not implemented for 'Half')" in caplog.text
 
 
@@ -134,7 +136,7 @@ def test_without_a_compiler(model, monkeypatch, caplog):
 
     monkeypatch.setattr(library, "load", fail)
     caplog.set_level(logging.WARNING)
-    assert acceleration.choose(model, CPU, "fp32", "auto").way == "plain"
+    assert acceleration.choose(model, CPU, "fp32", "auto").backend == "plain"
     assert "no C++ compiler was found" in caplog.text
     with pytest.raises(ScfeatError, match="compile 'on': no C"):
         acceleration.choose(model, CPU, "fp32", "on")
@@ -143,4 +145,4 @@ def test_without_a_compiler(model, monkeypatch, caplog):
 def test_a_change_of_precision_takes_effect(model):
     extractor = Extractor(model, "cpu", precision="fp32", compile="off")
     extractor.set_options(compile="auto")
-    assert extractor.network.way != "plain"
+    assert extractor.network.backend != "plain"

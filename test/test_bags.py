@@ -203,8 +203,8 @@ def test_damaged_metadata_costs_no_message(tmp_path, rows, pictures, content):
     ("make", "text"),
     [
         (lambda path: None, "no such file or folder"),
-        (lambda path: path.mkdir(), "this folder is no bag"),
-        (lambda path: path.write_text("hello"), "this file is no bag"),
+        (lambda path: path.mkdir(), "this folder is not a bag"),
+        (lambda path: path.write_text("hello"), "this file is not a bag"),
         (lambda path: path.write_bytes(b"\x89MCAP0\r\n"), r"name ends with \.mcap"),
     ],
     ids=["missing", "folder", "text", "misnamed"],

@@ -207,7 +207,7 @@ def test_what_is_there_already_or_is_no_bag(tmp_path, camera_bag, network, capsy
     assert run("bag", tmp_path / "none", "-o", tmp_path / "new", *network) == ERROR
     assert "none: no such file or folder" in one_line(capsys)
     assert run("bag", tmp_path / "out", "-o", tmp_path / "new", *network) == ERROR
-    assert "this folder is no bag" in one_line(capsys)
+    assert "this folder is not a bag" in one_line(capsys)
 
 
 def test_an_output_that_cannot_be_written(camera_bag, network, capsys):
@@ -326,7 +326,7 @@ def test_a_name_that_is_no_utf_8(tmp_path, images, network, capsys):
     assert run("images", folder, "-o", tmp_path / "out", *network) == OK
     assert "caf\ufffd.png" in (tmp_path / "out" / "report" / "index.html").read_text("utf-8")
     assert run("export", folder, "-o", tmp_path / "out.npz", *network) == ERROR
-    assert "rename this image, its name is no UTF-8" in one_line(capsys)
+    assert "rename this image, its name is not UTF-8" in one_line(capsys)
     folder = folder.rename(os.fsdecode(bytes(tmp_path) + b"/caf\xe9"))
     assert run("images", folder, "-o", folder / "out", *network) == ERROR
     assert "caf\ufffd lie in one another" in one_line(capsys)

@@ -33,7 +33,6 @@ from scfeat_training.scenes import (
     photo_paths,
     read_caps,
     read_colmap,
-    read_photos,
     read_scene,
     read_scenes,
     split_scenes,
@@ -339,13 +338,13 @@ def test_photos_without_poses_are_homographies_too(scene_folder, tmp_path):
     photo = tmp_path / "more/street/one.JPG"
     shutil.copy(scene.paths[0], photo)
     (tmp_path / "more/notes.txt").write_text("no photo")
-    assert read_photos(tmp_path / "more") == [photo]
     config = TrainConfig("warmup", photos=[str(tmp_path / "more")])
     assert homography_pairs(config, [scene], False).photos == [*scene.paths, photo]
     (tmp_path / "empty").mkdir()
-    for folder in ("empty", "nowhere"):
-        with pytest.raises(InputError, match=rf"{folder}: no photo in it \(\.jpg"):
-            read_photos(tmp_path / folder)
+    for folder, problem in (("empty", r"no images here \(\.jpg"), ("nowhere", "no such folder")):
+        config = TrainConfig("warmup", photos=[str(tmp_path / folder)])
+        with pytest.raises(InputError, match=f"{folder}: {problem}"):
+            homography_pairs(config, [scene], False)
 
 
 def test_homography_views_overlap(scene_folder):
@@ -461,8 +460,8 @@ def break_size(folder):
         (break_size, "is 100x75, but its K is for 200x150"),
         (break_rotation, "rotation"),
         (break_mirror, "rotation"),
-        (break_focal, "K is no intrinsic"),
-        (break_row, "K is no intrinsic"),
+        (break_focal, "K is not an intrinsic"),
+        (break_row, "K is not an intrinsic"),
         (break_nan, "not finite"),
     ],
 )

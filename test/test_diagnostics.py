@@ -166,8 +166,8 @@ def test_the_log_does_not_repeat_itself(monitor, clock):
         clock.now += seconds
         problems.log(Level.WARN, f"{number} bytes of 3.5 at 0x{number}f are missing")
     assert [line[0] for line in lines] == ["0", "3"]
-    problems.tell("name", Level.ERROR, "other")
-    problems.tell("name", Level.ERROR, "other")
+    problems.report("name", Level.ERROR, "other")
+    problems.report("name", Level.ERROR, "other")
     assert lines[2:] == ["other"]
     assert monitor.report().level == Level.ERROR
 

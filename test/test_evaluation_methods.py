@@ -111,7 +111,7 @@ def test_ablation_with_pruning_changes_descriptors_alone(weights, image):
         ("orb,orb", "twice"),
         ("orb:a", "option=value"),
         ("orb:a=1", "'a'"),
-        ("scfeat-s:levels=[", r"'scfeat-s:levels=\[': '\[' is no value"),
+        ("scfeat-s:levels=[", r"'scfeat-s:levels=\[': '\[' is not a valid value"),
         ("orb:max_keypoints=9", "given by --max-keypoints"),
         ("scfeat-s:weights=a.safetensors", "file's path in place of the name"),
         ("nowhere.safetensors", "nowhere.safetensors"),

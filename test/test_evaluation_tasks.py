@@ -21,6 +21,7 @@ from scfeat_training.evaluation import hpatches, localization, main
 from scfeat_training.evaluation.metrics import auc
 from scfeat_training.evaluation.odometry import score_trajectory
 from scfeat_training.evaluation.sequences import load_sequence
+from scfeat_training.sample_bag import quaternion
 
 ADAPTER = Path(encoded_images.__file__)
 
@@ -562,23 +563,12 @@ def test_odometry_in_kittis_layout(tmp_path, capsys):
     assert "07.txt, line 6 left out: no finite pose" in result["skipped"][1]
     arguments = ["odometry", "--data", str(data), "--methods", "orb", "-o", str(tmp_path / "out")]
     for text, reason in (
-        ("P0: " + "0 " * 12, "calib.txt, P0: K is no intrinsic matrix"),
+        ("P0: " + "0 " * 12, "calib.txt, P0: K is not an intrinsic matrix"),
         ("P0: " + "a " * 12, "calib.txt: no line 'P0:' with twelve numbers"),
     ):
         (data / "calib.txt").write_text(text)
         assert main(arguments) == 1
         assert reason in capsys.readouterr().err
-
-
-def quaternion(R):
-    """x, y, z, w of a rotation that is not a half turn."""
-    w = np.sqrt(1 + np.trace(R)) / 2
-    return [
-        (R[2, 1] - R[1, 2]) / (4 * w),
-        (R[0, 2] - R[2, 0]) / (4 * w),
-        (R[1, 0] - R[0, 1]) / (4 * w),
-        w,
-    ]
 
 
 def test_odometry_in_tums_layout(tmp_path, capsys):

@@ -151,6 +151,15 @@ def test_copies_and_pickles_find_the_same(make, copied):
     np.testing.assert_array_equal(other(image).descriptors, features.descriptors[:20])
 
 
+def test_a_shallow_copy_has_options_of_its_own_on_the_same_network(make):
+    extractor, image = make(max_keypoints=30), textured_image(96, 64)
+    other = copy.copy(extractor)
+    other.set_options(max_keypoints=20)
+    assert other.network is extractor.network
+    assert len(extractor(image)) == 30
+    np.testing.assert_array_equal(other(image).keypoints, extractor(image).keypoints[:20])
+
+
 @pytest.mark.parametrize("compile", ["auto", "off"])
 def test_what_the_process_makes_of_pytorch_does_not_matter(make, compile):
     """Geometry is often computed with fp64 as the default, and networks trained under autocast."""

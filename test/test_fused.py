@@ -32,18 +32,18 @@ BOTH = pytest.mark.parametrize(
     "k", [kernels, pytest.param(native, marks=needs_compiler)], ids=["torch", "compiled"]
 )
 SHORTS = pytest.mark.parametrize(
-    "shorts",
+    "int16",
     [
         False,
         pytest.param(
             True,
             marks=pytest.mark.skipif(
-                not library.is_compiled() or not winograd.has_shorts(),
+                not library.is_compiled() or not winograd.has_int16(),
                 reason="no kernels for products of int16 on this CPU",
             ),
         ),
     ],
-    ids=["", "shorts"],
+    ids=["", "int16"],
 )
 
 
@@ -88,11 +88,11 @@ def test_equals_the_plain_network(config, compiled, size):
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_compiler)])
 @SHORTS
 @torch.no_grad()
-def test_bfloat16_stays_close(compiled, shorts):
+def test_bfloat16_stays_close(compiled, int16):
     model = random_model(CONFIGS["scfeat-s"])
     image = torch.rand(1, 3, 96, 128)
     expected = model(image)
-    found = FusedSCFeat(model, torch.bfloat16, compiled, shorts)(image)
+    found = FusedSCFeat(model, torch.bfloat16, compiled, int16)(image)
     cosine = F.cosine_similarity(found.descriptors.float(), expected.descriptors)
     assert cosine.median() > 0.999 and cosine.min() > 0.99
     assert found.scores.dtype == torch.float32
@@ -147,9 +147,9 @@ def test_up_conv_into_a_part_of_a_larger_map(k, size, factor, kernel):
     assert not place[:, :8].any() and not place[:, 28:].any()
 
 
-def rounding_of_result(dtype, shorts):
+def rounding_of_result(dtype, int16):
     """What a map of minimal filtering may be off by, with values of about 1."""
-    return dict(atol=0.03 if shorts else 1e-4, rtol=0 if dtype is torch.float32 else 2**-8)
+    return dict(atol=0.03 if int16 else 1e-4, rtol=0 if dtype is torch.float32 else 2**-8)
 
 
 @needs_compiler
@@ -159,7 +159,7 @@ def rounding_of_result(dtype, shorts):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @SHORTS
 @torch.no_grad()
-def test_convolution_by_minimal_filtering(size, inputs, outputs, relu, dtype, shorts, monkeypatch):
+def test_convolution_by_minimal_filtering(size, inputs, outputs, relu, dtype, int16, monkeypatch):
     monkeypatch.setattr(matching, "has_tiles", lambda: False)  # with AMX it does not pay in bf16
     monkeypatch.setattr(winograd, "MIN_TILES", 1)  # nor for a map of few tiles
     torch.manual_seed(0)
@@ -172,12 +172,12 @@ def test_convolution_by_minimal_filtering(size, inputs, outputs, relu, dtype, sh
         expected = (expected.relu() if relu else expected).float()
         conv = Conv(weight, b, dtype=dtype)
         assert conv.products(*size) == 9 * inputs * outputs * size[0] * size[1]
-        conv.use_kernels(shorts)
+        conv.use_kernels(int16)
         tiles = math.ceil(size[0] / 4) * math.ceil(size[1] / 4)
         assert conv.products(*size) == 36 * inputs * outputs * tiles
         found = conv(x, relu, p)
         assert found.is_contiguous(memory_format=torch.channels_last)
-        torch.testing.assert_close(found.float(), expected, **rounding_of_result(dtype, shorts))
+        torch.testing.assert_close(found.float(), expected, **rounding_of_result(dtype, int16))
         first, rest = x.split([16, inputs - 16], dim=1)
         assert torch.equal(conv(first, relu, p, beside=rest), found)
 
@@ -185,7 +185,7 @@ def test_convolution_by_minimal_filtering(size, inputs, outputs, relu, dtype, sh
 @needs_compiler
 @SHORTS
 @torch.no_grad()
-def test_largest_sums_of_minimal_filtering(shorts, monkeypatch):
+def test_largest_sums_of_minimal_filtering(int16, monkeypatch):
     """Integers of 16 bits overflow in no sum."""
     monkeypatch.setattr(matching, "has_tiles", lambda: False)
     monkeypatch.setattr(winograd, "MIN_TILES", 1)
@@ -197,7 +197,7 @@ def test_largest_sums_of_minimal_filtering(shorts, monkeypatch):
     weight = torch.ones(16, 256, 3, 3)
     for sign in (1, -1):
         conv = Conv(sign * weight, dtype=torch.bfloat16)
-        conv.use_kernels(shorts)
+        conv.use_kernels(int16)
         expected = F.conv2d(x, sign * weight, padding=1)
         found = conv(x.bfloat16().contiguous(memory_format=torch.channels_last)).float()
         assert (found - expected).abs().max() < 0.004 * expected.abs().max()
@@ -301,16 +301,16 @@ def test_normalization_into_a_part_of_a_larger_map(slope, dtype):
 @pytest.mark.parametrize("size", [(4, 4), (16, 16), (48, 80), (64, 304)])
 @SHORTS
 @torch.no_grad()
-def test_stem(size, dtype, compiled, shorts):
+def test_stem(size, dtype, compiled, int16):
     torch.manual_seed(0)
     image = torch.randn(1, 3, *size)
     weight, bias = torch.randn(64, 3, 7, 7) / 12, torch.randn(64)
     expected = F.conv2d(image.double(), weight.double(), bias.double(), stride=2, padding=3)
     expected = F.max_pool2d(expected, 3, stride=2, padding=1).relu().float()
-    stem = Stem(weight, bias, dtype, compiled, shorts)
+    stem = Stem(weight, bias, dtype, compiled, int16)
     found = stem(image)
     assert found.dtype == dtype and found.is_contiguous(memory_format=torch.channels_last)
-    rounding = rounding_of_result(dtype, shorts and compiled)
+    rounding = rounding_of_result(dtype, int16 and compiled)
     if dtype is torch.bfloat16 and not compiled:
         rounding = dict(atol=0.05, rtol=0.02)
     torch.testing.assert_close(found.float(), expected, **rounding)

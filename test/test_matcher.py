@@ -21,7 +21,7 @@ from scfeat_ros.native import library, matching
 )
 def way(request, monkeypatch):
     """All ways to the neighbours."""
-    if request.param == "fastest" and matching.way() == "fp32":
+    if request.param == "fastest" and matching.arithmetic() == "fp32":
         pytest.skip("this CPU is fastest with exact products")
     monkeypatch.setattr(library, "is_compiled", lambda: request.param != "torch")
     exact = request.param == "exact"
@@ -101,7 +101,7 @@ def test_fast_products_are_close_to_exact_ones():
                     (found.second_of_column, back[-2]),
                 ):
                     off = np.abs(seconds / size**2 - expected)
-                    if matching.way().startswith("int"):
+                    if matching.arithmetic().startswith("int"):
                         # the right one may be missed, and another that is almost as near found
                         assert off.max() < 5e-3
                         off = np.sort(off)[: int(0.98 * len(off))]

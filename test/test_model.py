@@ -472,8 +472,8 @@ def rewrite(path, change_tensors=lambda t: None, change_config=lambda c: None, *
         ),
         ({"change_config": lambda c: c.pop("encoder")}, "field 'encoder' is missing"),
         ({"change_config": lambda c: c.update(depth=3)}, "field 'depth' is unknown"),
-        ({"config": 5}, "config is no table of fields but 5"),
-        ({"config": None}, "config is no table of fields but None"),
+        ({"config": 5}, "config is not a table of fields but 5"),
+        ({"config": None}, "config is not a table of fields but None"),
         ({"change_config": lambda c: c.update(encoder="vgg")}, "unknown encoder 'vgg'"),
     ],
 )
@@ -493,7 +493,7 @@ def test_truncated_foreign_and_missing_files(small_model, tmp_path):
     with pytest.raises(ModelError, match="truncated"):
         load_model(path)
     save_file({"a": torch.ones(1)}, path)
-    with pytest.raises(ModelError, match="no SCFeat model"):
+    with pytest.raises(ModelError, match="not an SCFeat model"):
         load_model(path)
     with pytest.raises(ModelError, match="no such file"):
         load_model(tmp_path / "nothing.safetensors")

@@ -821,7 +821,7 @@ def test_an_output_is_replaced_only_when_asked(tmp_path, camera_bag, tiny_extrac
 def test_what_is_no_output_is_never_replaced(tmp_path, camera_bag, tiny_extractor):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter1.tex").write_text("Years of work")
-    with pytest.raises(OutputExistsError, match="no earlier output"):
+    with pytest.raises(OutputExistsError, match="not an earlier output"):
         run(BagSource(camera_bag), tiny_extractor, tmp_path / "thesis", overwrite=True)
     assert (tmp_path / "thesis" / "chapter1.tex").read_text() == "Years of work"
 

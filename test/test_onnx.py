@@ -34,7 +34,7 @@ def test_onnxruntime_agrees_at_any_size(file, shape):
 
 
 def test_extractor_runs_the_file(file):
-    image = acceleration.check_picture()[0, :, :, :150].permute(1, 2, 0)
+    image = acceleration.check_image()[0, :, :, :150].permute(1, 2, 0)
     image = (255 * image).numpy().astype(np.uint8)
     exported = Extractor.from_pretrained(file, "cpu", max_keypoints=200)
     plain = Extractor.from_pretrained(
@@ -56,7 +56,7 @@ def test_half_precision_file(tmp_path):
     graph = onnx.load(path).graph
     half = [t for t in graph.initializer if t.data_type == onnx.TensorProto.FLOAT16]
     assert len(half) > 15
-    image = acceleration.check_picture()
+    image = acceleration.check_image()
     network, model = OnnxSCFeat(path), load_model("scfeat-s")
     assert network.precision == "fp16"
     assert acceleration.check(network, model, torch.device("cpu")) is None

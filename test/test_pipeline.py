@@ -162,7 +162,7 @@ def test_a_series_keeps_its_mean_and_its_size():
     }
     kept = series.values
     assert 100 <= len(kept) <= 201
-    assert series.stretch == 64
+    assert series.stride == 64
     assert np.nanmin(kept) > 0.2 and np.nanmax(kept) < 0.8
 
 

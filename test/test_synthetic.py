@@ -401,7 +401,7 @@ def test_bag_errors(bag, tmp_path, capsys):
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "letter.txt").write_text("keep")
-    with pytest.raises(OutputExistsError, match="no bag"):
+    with pytest.raises(OutputExistsError, match="is not a bag"):
         write_sample_bag(mine, overwrite=True, progress=False)
     assert (mine / "letter.txt").read_text() == "keep"
     assert synthetic.main(["bag", str(tmp_path / "x"), "--size", "wide"]) == 1

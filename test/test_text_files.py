@@ -37,7 +37,7 @@ READERS = {
 def test_a_file_that_is_no_text_is_named(tmp_path, reader):
     file = tmp_path / "calib.txt"
     file.write_bytes(b"\xff\xfe0\0")
-    with pytest.raises(InputError, match=r"calib\.txt: cannot be read \(no UTF-8 text"):
+    with pytest.raises(InputError, match=r"calib\.txt: cannot be read \(not UTF-8 text"):
         reader(file)
 
 

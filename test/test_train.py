@@ -809,7 +809,7 @@ def test_damaged_checkpoint_is_named(tmp_path):
     with pytest.raises(InputError, match=CHECKPOINT):
         load_checkpoint(path)
     path.write_text("batch: 2\n")  # where PyTorch's reader finds instructions of its own
-    with pytest.raises(InputError, match="damaged or no checkpoint"):
+    with pytest.raises(InputError, match="damaged or not a checkpoint"):
         load_checkpoint(path)
 
 

@@ -7,7 +7,7 @@ from concurrent.futures import CancelledError
 
 import pytest
 
-from scfeat_ros.worker import NewestFirstWorker
+from scfeat_ros.worker import LatestOnlyWorker
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def held():
         go.acquire()
         done.append(item)
 
-    worker = NewestFirstWorker(process)
+    worker = LatestOnlyWorker(process)
     yield worker, done, started, go
     for _ in range(10):
         go.release()
@@ -112,7 +112,7 @@ def test_an_item_is_let_go_of_when_it_is_done():
     class Item:
         pass
 
-    worker = NewestFirstWorker(lambda item: None)
+    worker = LatestOnlyWorker(lambda item: None)
     item = Item()
     alive = weakref.ref(item)
     worker.offer(item)

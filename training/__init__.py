@@ -1,7 +1,3 @@
 """Training and evaluation of SCFeat; robots that only extract features do not need it."""
 
-import os
-
-# Read by OpenMP when PyTorch is loaded: its threads sleep between two operations instead of
-# spinning, which would take the time of the data workers beside them.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+import scfeat_ros  # noqa: F401  (tells OpenMP, before PyTorch is imported, not to spin for long)

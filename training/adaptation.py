@@ -1,12 +1,11 @@
-"""Stage 3: the detector learns to find in every view what it finds in the others.
+"""Stage 3: the detector learns to find in every view what it finds in other views.
 
-After stage 2 the score of a place still changes by chance with the place's position between
-pixels, with scale, light and noise, and so do keypoints. The mean over many views of a photo
-changes less; SuperPoint's homographic adaptation (DeTone, Malisiewicz and Rabinovich 2018, Sec. 5)
-labels photos by it. Here it is learned: the score map of a view is trained towards what the
-detector of stage 2 finds in another view, warped. As the other view is a new one every time, and
-the divergence a Bregman divergence, the map that it is smallest for is a mean over views, in which
-a view counts the less the larger its scores are altogether.
+After stage 2 the score of a place still varies with its sub-pixel position, scale, light and noise,
+and so do keypoints. The mean score over many views of a photo varies less; SuperPoint's homographic
+adaptation (DeTone, Malisiewicz and Rabinovich 2018, Sec. 5) uses it as a label. Here it is learned
+directly: the target of a view's score map is the warped score map of another view, by the detector
+of stage 2. As the other view is a new one every time, and the divergence a Bregman divergence, the
+optimum is a mean over views, in which a view with larger scores in total has less weight.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ def seen_from(scores: torch.Tensor, H: torch.Tensor) -> tuple[torch.Tensor, torc
         H: (3, 3), pixels of the first view to pixels of the second; both are of one size.
 
     Returns:
-        (h, w) float scores, bilinearly sampled, and (h, w) bool: where they count.
+        (h, w) float scores, bilinearly sampled, and (h, w) bool: where they are valid.
     """
     height, width = scores.shape
     sides = (torch.arange(side, device=scores.device) for side in (width, height))
@@ -47,14 +46,14 @@ def seen_from(scores: torch.Tensor, H: torch.Tensor) -> tuple[torch.Tensor, torc
 def divergence(
     scores: torch.Tensor, target: torch.Tensor, counts: torch.Tensor | EllipsisType = ...
 ) -> torch.Tensor:
-    """Generalized Kullback-Leibler divergence, a share of the target's sum.
+    """Generalized Kullback-Leibler divergence, divided by the target's sum.
 
     Args:
         scores, target: (h, w), not negative.
         counts: (h, w) bool, `...` for everywhere.
 
     Returns:
-        A scalar; 0 where nothing counts.
+        A scalar; 0 if nothing counts.
     """
     scores, target = scores[counts] + LEAST, target[counts] + LEAST
     total = (target * (target.log() - scores.log()) - target + scores).sum()

@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: written beside and renamed, read back to the exact step."""
+"""Checkpoints of a training run: written atomically, to resume at the exact step."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ CHECKPOINT = "checkpoint.pt"
 
 
 def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
-    """Write a dict of tensors and plain values; a kill at any time leaves an old or a new file.
+    """Write a dict of tensors and plain values atomically.
 
     Raises:
-        InputError: it cannot be written, as on a full disk; an old file is left as it is.
+        InputError: it cannot be written, as on a full disk; an existing file is kept.
     """
     try:
         with staged_file(path, overwrite=True) as partial, partial.open("wb") as file:
@@ -27,7 +27,7 @@ def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
     except (OSError, RuntimeError) as error:
-        # torch.save fails once more when it closes its archive, with an error of its own
+        # when torch.save closes its archive it fails again, with another error
         cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError):
             raise
@@ -47,9 +47,9 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise InputError(f"{path}: no such checkpoint; give a run's folder or its {CHECKPOINT}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of other files' bytes PyTorch's reader raises anything
+    except Exception as error:  # PyTorch may raise anything on other files
         line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path}: damaged or no checkpoint ({line})") from error
+        raise InputError(f"{path}: damaged or not a checkpoint ({line})") from error
     if not isinstance(state, dict) or "step" not in state:
-        raise InputError(f"{path}: is no checkpoint of a training run")
+        raise InputError(f"{path}: is not a checkpoint of a training run")
     return state

@@ -43,7 +43,7 @@ class TrainConfig:
         clip: largest norm of the gradient.
         ema: decay of the moving average of the weights; that average is validated and exported.
         frozen: parts of the encoder that are not trained: stem (conv1, bn1), layer1 to layer3.
-        cross_norm: False takes the bridge out (Table III, "w/o cross norm.").
+        cross_norm: False removes the bridge (Table III, "w/o cross norm.").
         posed_share: share of pairs that come from posed scenes (the others are homographies), in
             stages 0 to 2.
         synthetic_share: share of the posed pairs that are views of random 3D scenes.
@@ -98,22 +98,19 @@ LOSSES = {
     "detector": PolicyOptions,
     "distillation": DistillationOptions,
 }
-"""What the section `loss` holds; the stage that is missing has none."""
+"""Options of the section `loss` by stage; adaptation has none."""
 
 
 @dataclass(frozen=True)
 class Range:
-    """Numbers that a field may have.
-
-    least, most: the smallest and the largest one. above: `least` itself is too little.
-    """
+    """Valid range of a number: from `least` to `most`, with `above` excluding `least` itself."""
 
     least: float
     most: float = sys.float_info.max
     above: bool = False
 
     def holds(self, value: float) -> bool:
-        """Whether a number lies within; NaN lies in no range."""
+        """Whether a number is in the range; NaN never is."""
         return self.least <= value <= self.most and not (self.above and value == self.least)
 
     def __str__(self) -> str:
@@ -130,7 +127,7 @@ WORDS = {
     dict: "a section of fields",
 }
 LISTED = {int: "whole numbers", float: "numbers", str: "names"}
-"""What types are called in messages, and those of the values of a list."""
+"""Names of types, and of the types of a list's values, in messages."""
 
 RANGES = {
     name: allowed
@@ -168,7 +165,7 @@ RANGES = {
     )
     for name in names.split()
 }
-"""By field, of whichever section; a list's values must all lie within."""
+"""By field name, in any section; all values of a list must be in the range."""
 ASCENDING = ("scale", "crop_scale", "focal", "overlap")
 """Fields whose values are the ends of a range, where they have two."""
 
@@ -184,7 +181,7 @@ def read_config(path: str | Path, stage: str, **changes: Any) -> TrainConfig:
     try:
         values = yaml.safe_load(read_text(path))
     except yaml.YAMLError as error:
-        raise InputError(f"{path}: no valid YAML ({error})".replace("\n", " ")) from error
+        raise InputError(f"{path}: not valid YAML ({error})".replace("\n", " ")) from error
     if not isinstance(values, dict):
         raise InputError(f"{path}: must hold 'name: value' lines, fields of TrainConfig")
     values |= {key: value for key, value in changes.items() if value is not None}
@@ -206,7 +203,10 @@ def make_config(values: dict[str, Any], where: str) -> TrainConfig:
             raise InputError(f"{where}: unknown field '{key}'; known: {', '.join(known)}")
     defaults = TrainConfig(stage="warmup")
     config = TrainConfig(
-        **{key: _taken(value, getattr(defaults, key), key, where) for key, value in values.items()}
+        **{
+            key: _converted(value, getattr(defaults, key), key, where)
+            for key, value in values.items()
+        }
     )
     if config.stage not in STAGES:
         raise InputError(f"{where}: stage '{config.stage}' is none of {', '.join(STAGES)}")
@@ -228,7 +228,7 @@ def make_config(values: dict[str, Any], where: str) -> TrainConfig:
 
 
 def _sections(config: TrainConfig) -> dict[str, Any]:
-    """The options that sections of the configuration begin with; their defaults."""
+    """The default options of the configuration's sections."""
     sections = {
         "network": CONFIGS[config.model],
         "homography": HomographyPairsConfig(),
@@ -242,12 +242,12 @@ def _sections(config: TrainConfig) -> dict[str, Any]:
 
 
 def options_of(start: T, values: dict[str, Any], where: str) -> T:
-    """A dataclass of options changed by a section of the configuration; lists become tuples.
+    """A dataclass of options, updated by a section of the configuration; lists become tuples.
 
     Args:
-        start: the options that the section does not name; it is left as it is.
+        start: defaults for options that the section does not contain; it is not changed.
         values: the section.
-        where: names it in errors.
+        where: its name in errors.
 
     Raises:
         InputError: an unknown field, a value of another type than the one in `start` or outside
@@ -262,11 +262,11 @@ def options_of(start: T, values: dict[str, Any], where: str) -> T:
             raise InputError(
                 f"{where}: '{key}' takes no fields; a section stands at the top level of the file"
             )
-        taken[key] = _taken(value, getattr(start, key), key, where)
+        taken[key] = _converted(value, getattr(start, key), key, where)
     return replace(start, **taken)
 
 
-def _taken(value: Any, default: Any, name: str, where: str) -> Any:
+def _converted(value: Any, default: Any, name: str, where: str) -> Any:
     """The value of a field in the type of its default."""
     if isinstance(default, list | tuple):
         kind = type(default[0]) if default else str

@@ -1,4 +1,4 @@
-"""Posed scenes and the pairs drawn from them.
+"""Datasets of image pairs with known geometry, drawn from posed scenes and from photos.
 
 `PosedPairs` gives pairs of one scene with their relative pose (stages 1 and 2 of the training),
 `HomographyPairs` gives two views of one photo (stage 0). Both draw sample i from (seed, i)
@@ -40,7 +40,7 @@ class ImageCache:
     """Decoded RGB images by path, the least recently used dropped beyond `max_bytes`.
 
     Attributes:
-        bad: what is wrong with files that could not be read, by path; they are not tried again.
+        bad: error messages of files that could not be read, by path; they are not tried again.
     """
 
     def __init__(self, max_bytes: int = 2 << 30) -> None:
@@ -388,16 +388,14 @@ def _place_crops(
 
 
 def proxy_points(scene: Scene, i: int, j: int) -> tuple[np.ndarray, np.ndarray]:
-    """Roughly corresponding pixels (n, 2), (n, 2) of two images where no 3D point is known.
+    """Roughly corresponding pixels (n, 2), (n, 2) of two images without known 3D points.
 
-    The point nearest to the optical axes of both stands for the scene: a grid of image i is put
-    at its depth, or at infinity when it lies behind a camera.
+    The scene is approximated by the point nearest to both optical axes: a grid of image i is placed
+    at its depth, or at infinity if it is behind a camera.
     """
     depth = _axes_depth(scene.R[[i, j]], scene.t[[i, j]])
     width, height = scene.size_wh[i]
-    grid = np.stack(
-        np.meshgrid(np.linspace(0, width - 1, 16), np.linspace(0, height - 1, 12)), -1
-    ).reshape(-1, 2)
+    grid = _grid((width, height), 16, 12)
     R, t = relative_pose(scene.R[i], scene.t[i], scene.R[j], scene.t[j])
     if depth is None:
         depth, t = 1.0, 0 * t
@@ -420,11 +418,15 @@ def _axes_depth(R: np.ndarray, t: np.ndarray) -> float | None:
     return float(depths[0]) if (depths > 0).all() else None
 
 
+def _grid(size: tuple[int, int], columns: int, rows: int) -> np.ndarray:
+    """(columns * rows, 2) points spread evenly over an image of a (width, height), pixels."""
+    x, y = (np.linspace(0, s - 1, n) for s, n in zip(size, (columns, rows), strict=True))
+    return np.stack(np.meshgrid(x, y), -1).reshape(-1, 2)
+
+
 def _share_hit(F: np.ndarray, width: int, height: int) -> float:
     """Share of a grid of points in one image whose epipolar lines cross the other one."""
-    grid = np.stack(
-        np.meshgrid(np.linspace(0, width - 1, 8), np.linspace(0, height - 1, 6)), -1
-    ).reshape(-1, 2)
+    grid = _grid((width, height), 8, 6)
     return float(lines_hit_image(epipolar_lines(F, grid), width, height).mean())
 
 
@@ -560,8 +562,7 @@ class HomographyPairs(Dataset):
         room = np.array(photo) - size / crop_scale
         first = pixel_affinity(crop_scale, crop_scale, *(rng.random(2) * room.clip(0)))
         to_photo = np.linalg.inv(first)
-        grid = np.stack(np.meshgrid(*(np.linspace(0, side - 1, 12) for side in size)), -1)
-        grid = grid.reshape(-1, 2)
+        grid = _grid(config.size, 12, 12)
         # Wide draws may show too little of the same or leave the photo; each try is milder.
         for attempt in range(30):
             H = self._homography(max_rotation, 0.93**attempt, rng)
@@ -601,7 +602,7 @@ def pair_images(pair: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def match_errors(pair: dict[str, Any], points1: np.ndarray, points2: np.ndarray) -> np.ndarray:
-    """(N,) how far off matches of (N, 2) points of a pair's images are, pixels.
+    """(N,) errors of matches of (N, 2) points of a pair's images, pixels.
 
     Under a homography the distance from the true place in image 2, with known poses the larger of
     the distances of both points from each other's epipolar lines.

@@ -5,8 +5,8 @@ epipolar line in the other image to the most similar place, then into a window a
 where the expected position under a softmax of the similarities is differentiable. The loss is
 the distance of the expected position to the line.
 
-The window is not centred on the place found: its middle lies on the line, so an undecided
-softmax, whose expectation is the middle, would be right for nothing. It is shifted at random.
+The window is not centred on the place found: its centre lies on the line, so that a flat softmax,
+whose expectation is the centre, would have no loss. It is shifted at random.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from scfeat_training.geometry import back_project, epipolar_lines, project
 
 @dataclass(frozen=True)
 class DescriptorOptions:
-    """How the epipolar loss is made.
+    """Options of the epipolar loss.
 
     Attributes:
         cell: one query point in each cell of this side, pixels.
         line_samples: places tried along an epipolar line.
         window: side of the window, as a share of the image's sides.
         jitter: largest shift of the window, as a share of its half side.
-        temperature: factor on the cosine similarity in the softmax.
-        max_cost: queries with a distance above this share of the image's shorter side are left
-            out: their search has failed.
-        contrast_weight: weight of the warm-up loss on known correspondences beside the epipolar
-            loss; 0 trains from poses alone.
+        temperature: factor on the cosine similarity in the softmax (an inverse temperature).
+        max_cost: queries with a distance above this share of the image's shorter side are ignored:
+            their search has failed.
+        contrast_weight: weight of the warm-up loss on known correspondences, relative to the
+            epipolar loss; 0 trains from poses alone.
     """
 
     cell: int = 16

@@ -1,9 +1,8 @@
-"""Distillation: a smaller network learns the maps of a larger one that is trained already.
+"""Distillation: a smaller network (student) learns the maps of a trained larger one (teacher).
 
-The smaller network is the larger one with fewer channels inside of the encoder's blocks. It starts
-from the channels that matter most, and learns to give the same maps for the same image, with a loss
-at every layer of the encoder (FitNets, Romero et al. 2015), which needs neither poses nor
-correspondences.
+The student has fewer channels inside of the encoder's blocks. It is initialized with the teacher's
+most important channels, and learns to reproduce its maps, with a loss at every layer of the encoder
+(FitNets, Romero et al. 2015). This needs neither poses nor correspondences.
 """
 
 from __future__ import annotations
@@ -21,12 +20,12 @@ from scfeat_ros.model.scfeat import SCFeat
 
 @dataclass
 class DistillationOptions:
-    """Weights of the loss's terms beside the one of F_cn, which is 1.
+    """Weights of the loss's terms, relative to that of F_cn.
 
     Attributes:
         layers: of each of the encoder's layers.
-        scores: of the scores' divergence; 0 leaves the detector as it is, and takes two thirds of
-            the time.
+        scores: of the scores' divergence; with 0 the detector is not trained, and a step takes two
+            thirds of the time.
     """
 
     layers: float = 0.4
@@ -49,10 +48,10 @@ def unexplained(maps: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 
 def start_from(teacher: SCFeat, student: SCFeat) -> None:
-    """Give a network the weights of one with more channels inside of its blocks; in place.
+    """Initialize a student with the weights of a teacher with more inner channels; in place.
 
-    Of a block's inner channels those stay whose kernels, of the convolutions that write and read
-    them, have the largest product of norms.
+    A block keeps the inner channels with the largest product of the norms of the kernels that write
+    and read them.
 
     Raises:
         InputError: the networks differ in anything else.
@@ -79,7 +78,7 @@ def start_from(teacher: SCFeat, student: SCFeat) -> None:
 
 
 def _strongest(block: BasicBlock, count: int) -> torch.Tensor:
-    """Indices of the inner channels that matter most."""
+    """Indices of the most important inner channels."""
     written = fuse_conv_bn_eval(block.conv1, block.bn1).weight.flatten(1).norm(dim=1)
     read = block.conv2.weight.transpose(0, 1).flatten(1).norm(dim=1)
     kept = (written * read).topk(min(count, len(written))).indices
@@ -87,12 +86,12 @@ def _strongest(block: BasicBlock, count: int) -> torch.Tensor:
 
 
 class Distill(nn.Module):
-    """Images -> maps and scores of both networks; only the first one's are differentiated.
+    """Images -> maps and scores of student and teacher; only the student's have gradients.
 
     Args:
-        model: the network that learns.
-        teacher: the network that it learns from.
-        scores: whether scores are wanted.
+        model: the student.
+        teacher: the teacher.
+        scores: whether to compute scores.
     """
 
     def __init__(self, model: SCFeat, teacher: SCFeat, scores: bool) -> None:
@@ -103,7 +102,7 @@ class Distill(nn.Module):
     def forward(
         self, images: torch.Tensor
     ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """For each network: F_cn ("bridged"), "layer1", "layer2", "layer3"; "scores" if wanted."""
+        """For each network: F_cn ("bridged"), "layer1", "layer2", "layer3", and maybe "scores"."""
         with torch.no_grad():
             target = self._maps(self.teacher, images)
         return self._maps(self.model, images), target

@@ -25,7 +25,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
-        """Take in the weights after step number `step` (from 0)."""
+        """Update the average with the weights after step number `step` (from 0)."""
         decay = min(self.decay, (1 + step) / (10 + step))
         for kept, new in zip(
             self.model.state_dict().values(), model.state_dict().values(), strict=True

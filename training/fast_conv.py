@@ -1,7 +1,7 @@
 """Faster training of convolutions on CPUs with bfloat16 instructions.
 
 Parameters, activations and everything between the convolutions stay fp32; only the convolutions
-themselves compute in bf16 (with fp32 sums inside). Which way back is faster depends on the CPU:
+themselves compute in bf16 (with fp32 accumulation). The faster backward pass depends on the CPU:
 
 - AVX512-BF16 without AMX (AMD Zen 4): the library's bf16 convolution is twice as fast as fp32
   forward and backward, so it is used both ways.
@@ -37,7 +37,7 @@ class _BFloat16Conv2d(torch.autograd.Function):
         bias: torch.Tensor | None,
         padding: int,
     ) -> torch.Tensor:
-        # bf16 in channels-last: both the convolution and the unfolding below want it
+        # bf16 in channels-last: the convolution and `_weight_gradient` need it
         x = x.to(torch.bfloat16, memory_format=torch.channels_last)
         weight = weight.to(torch.bfloat16)
         ctx.save_for_backward(x, weight)
@@ -69,9 +69,9 @@ def _weight_gradient(
 ) -> torch.Tensor:
     """(out, in, kernel, kernel) fp32 from channels-last bf16 maps of input and gradient.
 
-    Both are laid out as rows of one grid, the padded input's; the gradient is zero where that grid
-    has no output. Then the input as one tap sees it is the same rows, begun some rows later, and
-    each tap's gradient is one matrix product without a copy.
+    Both are laid out as rows of the padded input's pixel grid; the gradient is zero where that grid
+    has no output. For each tap the input is then a range of rows at an offset, and the tap's
+    gradient is one matrix product without a copy.
     """
     width = x.shape[-1] + 2 * padding
     rows = F.pad(x.permute(0, 2, 3, 1), (0, 0) + (padding,) * 4).view(-1, x.shape[1])
@@ -102,7 +102,7 @@ def bfloat16_conv2d(
 
 
 def cpu_has_bfloat16() -> bool:
-    """Whether this machine's CPU multiplies bf16 in hardware (Linux only, False elsewhere)."""
+    """Whether this x86 CPU multiplies bf16 in hardware (Linux only, False elsewhere)."""
     info = cpu_info()
     return "avx512_bf16" in info or "amx_bf16" in info
 
@@ -142,10 +142,10 @@ def _forward_library(conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
 
 
 def accelerate(model: nn.Module, own_backward: bool | None = None) -> int:
-    """Let the convolutions of a model compute in bf16 from now on; in place.
+    """Make the convolutions of a model compute in bf16; in place.
 
-    Parameters and state dict stay as they are. Grouped convolutions and those with few channels
-    are left alone; with `own_backward` also those with a stride or dilation.
+    Parameters and state dict do not change. Grouped convolutions and those with few channels stay
+    fp32; with `own_backward` also those with a stride or dilation.
 
     Args:
         model: the network, in channels-last for best speed.

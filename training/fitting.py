@@ -1,4 +1,4 @@
-"""What projection and reliability are fitted on: the network's keypoints in pairs of images."""
+"""Data for fitting projection and reliability: the network's keypoints in pairs of images."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ SEED = 5
 
 
 class SampledPairs:
-    """Pairs of images of one kind with the network's keypoints, whose descriptors are samples.
+    """Pairs of images of one kind with the network's keypoints, whose descriptors are raw samples.
 
-    Iterating gives the pair (see `datasets`; it has "H" or "F") and the features of both images,
-    with all samples that descriptors are made of, of unit norm together, as their descriptors.
-    They are extracted anew each time: all of them are too large to be kept.
+    Iterating yields the pair (see `datasets`; it has "H" or "F") and the features of both images.
+    Their descriptors are all samples that `Projection` combines, concatenated and of unit norm.
+    They are extracted again in each iteration: together they are too large to be kept in memory.
 
     Args:
-        name: of the kind.
+        name: of the kind, for the progress bar and errors.
         pairs: of images.
         extractor: see `sampled_pairs`.
     """
@@ -66,12 +66,12 @@ def sampled_pairs(
     """Both kinds of pairs, the same ones in every call.
 
     Args:
-        model: a trained network; it is left as it is. Its reliability plays no part.
+        model: a trained network; it is not changed. Its reliability is not used.
         scenes: posed scenes.
         pairs: homographies of the scenes' photos, and as many posed pairs.
         size: (width, height) of the views.
-        images: those that the pairs are made of; its `bad` has the ones that cannot be read.
-        skip_bad: go on without these.
+        images: source of the images; its `bad` lists unreadable ones.
+        skip_bad: continue without these.
     """
     images = images or ImageCache()
     wide = HomographyPairsConfig(
@@ -96,7 +96,7 @@ def sampled_pairs(
 
 
 def described(samples: Features, projection: Projection) -> Features:
-    """Features with descriptors in place of samples."""
+    """Features with descriptors computed from their samples."""
     values = torch.from_numpy(samples.descriptors) @ projection.matrix.T
     descriptors = torch.nn.functional.normalize(values, dim=1).numpy()
     return Features(samples.keypoints, samples.scores, descriptors, samples.image_size)

@@ -33,6 +33,11 @@ def transform_points(H: Array, points: Array) -> Array:
     return mapped[..., :2] / mapped[..., 2:]
 
 
+def intrinsic_matrix(fx: float, fy: float, cx: float, cy: float) -> np.ndarray:
+    """K (3, 3) float64 of a pinhole camera, pixels."""
+    return np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1.0]])
+
+
 def pixel_affinity(
     scale_x: float, scale_y: float, offset_x: float = 0, offset_y: float = 0
 ) -> np.ndarray:

@@ -1,29 +1,29 @@
 """Stage 2: the detector, by policy gradient on what its keypoints match (Sec. III-D 2).
 
-Descriptors and bridge are frozen. The score map is a policy: it says where a keypoint is drawn.
-Keypoints of two images are drawn, matched by the frozen descriptors, and every possible match is
-paid: a reward if the two points fit the known geometry, a penalty if not. The gradient of the
-expected pay raises the scores of places that match well and lowers the others.
+Descriptors and bridge are frozen. The score map is a policy: a distribution from which keypoints
+are sampled. Keypoints of two images are sampled and matched by the frozen descriptors, and every
+possible match is rewarded if the two points fit the known geometry, and penalized if not. The
+gradient of the expected reward raises the scores of places that match well and lowers the others.
 
-Where the paper's text cannot be right:
+Deviations, where the paper's text cannot be right:
 
 - Algorithm 1 draws two independent sets of eight indices, which pairs points that do not
   correspond; one set is drawn here, and all sets of a call differ.
 - A fundamental matrix has no scale: points are normalized, and unit-norm matrices of equal sign
   are compared (`geometry.eight_point`, `geometry.fundamental_error`).
-- P_m marks all pairs that fit the epipolar lines, which holds for many points on a line that do
-  not correspond. Resamples are drawn from those among them that are each other's most
-  probable match. (By `match_probability`, whose second softmax favours points with few others like
-  them: about a fifth are no mutual nearest neighbours, as which the features are matched later.)
+- P_m marks all pairs that fit the epipolar lines, which also holds for many points on a line that
+  do not correspond. Resamples are drawn from those among them that are each other's most
+  probable match. (By `match_probability`, whose second softmax favours distinctive points: about a
+  fifth of these pairs are not mutual nearest neighbours, by which features are matched later.)
 - Eq. 20 prints the second term as -tanh(L) (-P_m); it is the penalty for pairs that are no match,
-  -tanh(L) (not P_m). With good geometry it vanishes, and false matches would cost nothing; a floor
-  is kept (`false_match`), as DISK has it.
-- Eq. 21 is called a loss but is an objective to be maximized: positive pay times a
-  log-probability. `keypoint_loss` returns its negative. The regularization must make a keypoint
-  cost something: lambda_reg is negative in the objective. As the fundamental-matrix error goes to
-  zero so would that cost; a constant one is added, as DISK has it.
-- The sum of Eq. 21 runs over all pairs of points. A pair counts as far as it would be matched: it
-  is weighted by the match probability of the frozen descriptors.
+  -tanh(L) (not P_m). With good geometry it vanishes, and false matches would cost nothing; a lower
+  bound is kept (`false_match`), as in DISK.
+- Eq. 21 is called a loss but is an objective to be maximized: positive reward times a
+  log-probability. `keypoint_loss` returns its negative. The regularization must penalize
+  keypoints: lambda_reg is negative in the objective. This cost vanishes with the
+  fundamental-matrix error, so a constant one is added, as in DISK.
+- The sum of Eq. 21 runs over all pairs of points. Each pair is weighted by its match probability
+  under the frozen descriptors.
 """
 
 from __future__ import annotations
@@ -44,28 +44,29 @@ from scfeat_training.geometry import (
 
 @dataclass(frozen=True)
 class PolicyOptions:
-    """How keypoints are drawn and paid.
+    """How keypoints are sampled and rewarded.
 
     Attributes:
         cell: side of the cells of which each may give one keypoint, pixels (g_k).
-        draws: sets of keypoints that are drawn from the score maps of a pair, each with a loss of
-            its own; their mean leaves less to chance.
+        draws: number of sets of keypoints sampled from the score maps of a pair; the mean of their
+            losses has less variance.
         threshold: largest distance of a right match, pixels (epsilon of Eq. 18).
-        temperature: factor on the cosine similarity in the match probability.
+        temperature: factor on the cosine similarity in the match probability (an inverse
+            temperature).
         resamples: n_iter of Algorithm 1.
         fundamental_reward: use the fundamental-matrix error in the reward (Eq. 20); False leaves
             1 for right and -false_match for wrong pairs (Table III).
-        precision: share of a right match's reward that is lost, by the square of its error, when
-            the error reaches the threshold; 0 pays all right matches alike, as the paper does.
-        false_match: least penalty of a wrong match.
+        precision: share of a right match's reward that is lost, with the square of its error, at
+            an error equal to the threshold; 0 rewards all right matches equally, as in the paper.
+        false_match: smallest penalty of a wrong match.
         penalty_rise: steps over which the penalty of wrong matches and the cost of keypoints rise
-            from 0. Keypoints drawn by an untrained policy hardly ever match; fined at once, it
-            learns to draw none.
+            from 0. Keypoints of an untrained policy rarely match: penalized from the start, it
+            would learn to sample none.
         sharpness: factor on the scores in the softmax over a cell.
-        keypoint_cost: what each keypoint costs, whatever becomes of it (DISK): places that earn
-            less are given up.
-        regularization: -lambda_reg of Eq. 21: what a keypoint costs more for a bad geometry,
-            times the fundamental-matrix error.
+        keypoint_cost: constant cost of each keypoint (DISK): places with a smaller expected reward
+            are given up.
+        regularization: -lambda_reg of Eq. 21: additional cost of a keypoint per
+            fundamental-matrix error.
     """
 
     cell: int = 8
@@ -182,7 +183,7 @@ def homography_errors(
 def resample(count: int, resamples: int, generator: torch.Generator) -> torch.Tensor:
     """(n, 8) different sets of eight different indices below `count`, n = `resamples` or fewer.
 
-    Fewer come back only where there are hardly as many sets at all.
+    Fewer only if there are hardly that many different sets.
 
     Raises:
         ValueError: `count` is below 8.
@@ -248,7 +249,7 @@ def mutual_nearest(similarity: torch.Tensor) -> torch.Tensor:
 
 
 def rise(options: PolicyOptions, step: int | None) -> float:
-    """Share of penalty and cost that is due at a training step; all of it for None."""
+    """Share of penalty and cost that applies at a training step; 1 for None."""
     return 1.0 if step is None else min(1.0, step / max(1, options.penalty_rise))
 
 
@@ -294,11 +295,11 @@ def keypoint_loss(
     count = len(first.points) + len(second.points)
     if count == 0:
         return first.log_probability.sum() + second.log_probability.sum()
-    pay = probability * reward
+    expected = probability * reward
     cost = options.keypoint_cost * rise(options, step)
     if options.fundamental_reward:
         cost = cost + options.regularization * float(error)
-    objective = (first.log_probability * (pay.sum(1) - cost)).sum() + (
-        second.log_probability * (pay.sum(0) - cost)
+    objective = (first.log_probability * (expected.sum(1) - cost)).sum() + (
+        second.log_probability * (expected.sum(0) - cost)
     ).sum()
     return -objective / count

@@ -1,4 +1,4 @@
-"""Networks: at their start, and out of checkpoints and weights files."""
+"""Networks: initialized, or loaded from checkpoints and weights files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from scfeat_training.config import TrainConfig, make_config, options_of
 
 
 def make_model(config: TrainConfig) -> SCFeat:
-    """The network at its start: random weights, with the encoder's file where one is given.
+    """The initial network: random weights, and the encoder's from a file if one is given.
 
     Raises:
         InputError: no such network, or an encoder file that cannot be read or does not fit.
@@ -45,10 +45,10 @@ def make_model(config: TrainConfig) -> SCFeat:
 
 
 def load_weights(model: nn.Module, state: dict[str, torch.Tensor], where: str) -> None:
-    """Give a network its weights.
+    """Load a state dict into a network.
 
     Raises:
-        InputError: they are of another network; `where` names their source.
+        InputError: it is of another network; `where` names its source.
     """
     try:
         model.load_state_dict(state)
@@ -64,7 +64,7 @@ def load_trained(checkpoint: str | Path) -> tuple[SCFeat, dict[str, Any]]:
         InputError: see `load_checkpoint`.
     """
     state = load_checkpoint(checkpoint)
-    # of the settings those that make the network: others may have had other ranges once
+    # only the settings of the network: valid ranges of others may have changed
     settings = state["history"][-1]["config"]
     made_of = ("stage", "model", "network", "cross_norm")
     network = {key: settings[key] for key in made_of if key in settings}
@@ -74,7 +74,7 @@ def load_trained(checkpoint: str | Path) -> tuple[SCFeat, dict[str, Any]]:
 
 
 def load_network(run: str | Path) -> tuple[SCFeat, dict[str, Any]]:
-    """A network, in evaluation mode, and how it was made.
+    """A network, in evaluation mode, and its provenance.
 
     Args:
         run: an installed model's name, a .safetensors file, or a checkpoint or run's folder.

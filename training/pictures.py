@@ -24,7 +24,7 @@ def to_array(image: torch.Tensor) -> np.ndarray:
 
 
 def score_picture(image: torch.Tensor, scores: torch.Tensor, count: int = 300) -> np.ndarray:
-    """Image with keypoints beside its score map.
+    """Image with keypoints, next to its score map.
 
     Args:
         image: (3, H, W) uint8.

@@ -1,12 +1,11 @@
-"""First part of `scfeat train fit`: the linear map from samples about a keypoint to its descriptor.
+"""First part of `scfeat train fit`: the linear map from samples at a keypoint to its descriptor.
 
-A discriminant analysis of the samples at the network's own keypoints. Two samples of one place
-differ by chance (`within`), a place and those that look like it by what tells them apart
-(`between`): the projection's rows are the directions in which the second differences are largest
-against the first, in that order, and scaled so that the first are the same in all but for
-`EMPHASIS`. What is the same place is known
-from the homography between two views of a photo, and from camera poses: mutual nearest neighbours
-on each other's epipolar lines.
+A linear discriminant analysis of the samples at the network's own keypoints: `within` is the
+scatter of differences between samples of one place, `between` that of differences between a place
+and others that look like it. The projection's rows are the directions with the largest ratio of
+`between` to `within`, in this order, scaled to equal `within` but for `EMPHASIS`. Which samples
+show the same place is known from the homography between two views of a photo, and from camera
+poses: mutual nearest neighbours on each other's epipolar lines.
 """
 
 from __future__ import annotations
@@ -32,23 +31,23 @@ SAME_PLACE = 1.5
 ON_THE_LINE = 1.0
 """Largest distance of a match from both epipolar lines, pixels."""
 LOOK_ALIKES = 5
-"""Wrong places that a place is told apart from: the nearest by unfitted descriptors."""
+"""Number of similar but wrong places for each place: the nearest by unfitted descriptors."""
 APART = 8.0
-"""Least distance of a wrong place from the right one, pixels."""
+"""Smallest distance of a wrong place from the right one, pixels."""
 LENGTH = 128
-"""Values of a descriptor, as many as the paper's have."""
+"""Length of a descriptor, as in the paper."""
 EMPHASIS = 0.25
-"""Directions are scaled by the ratio of the two differences to this power: of the last ones, which
-hardly tell places apart, less goes into the descriptors' similarity."""
+"""Directions are scaled by the ratio of the two scatters to this power: the last ones, which
+discriminate little, contribute less to the descriptors' similarity."""
 REGULARIZATION = 0.1
-"""Share of the mean variance within a place that is added in every direction."""
+"""Share of the mean variance within a place that is added to every direction's."""
 COMMON = 0.7
-"""Share that is taken away of what all samples have in common. Left as it is, the descriptors'
-differences are lost in rounding to int8; taken away as a whole, fewer of the matches are right."""
+"""Share of the samples' mean direction that is subtracted. With 0, the descriptors' differences are
+lost in rounding to int8; with 1, fewer matches are right."""
 
 
 class Scatter:
-    """Sums over samples of one kind of pairs: how they spread within a place and between places."""
+    """Accumulates the scatter matrices within and between places over one kind of pairs."""
 
     def __init__(self) -> None:
         self.count = self.places = self.others = 0
@@ -57,12 +56,12 @@ class Scatter:
     def add(
         self, first: np.ndarray, second: np.ndarray, same: np.ndarray, alike: np.ndarray
     ) -> None:
-        """Take in a pair.
+        """Add a pair.
 
         Args:
             first, second: (N, S) and (M, S) samples of both images.
-            same: (K, 2) rows that show one place.
-            alike: (K, L) rows of `second` that look like row `same[:, 0]` of `first`, and are
+            same: (K, 2) rows that show the same place.
+            alike: (K, L) rows of `second` that look like row `same[:, 0]` of `first` but show
                 other places.
         """
         first, second = first.astype(np.float64), second.astype(np.float64)
@@ -113,11 +112,11 @@ def fit_projection(model: SCFeat, kinds: Sequence[SampledPairs]) -> Projection:
     """Fit a network's projection.
 
     Args:
-        model: a trained network; it is left as it is.
-        kinds: pairs to fit it on, whose kinds count alike.
+        model: a trained network; it is not changed.
+        kinds: pairs to fit it on; every kind has the same weight.
 
     Raises:
-        InputError: there are hardly any places that two images show.
+        InputError: too few places are visible in two images.
     """
     start = model.projection.unfitted()
     scatters = [_scatter(kind, start) for kind in kinds]
@@ -148,10 +147,10 @@ def _scatter(pairs: SampledPairs, start: Projection) -> Scatter:
 
 
 def _check_places(name: str, most: int, wanted: int) -> None:
-    """Raise InputError where pairs of that name cannot give more than `most` places, too few."""
+    """Raise InputError if pairs of a name can give `most` places at most, and that is too few."""
     if most < wanted:
         raise InputError(
-            f"{name}: at most {most} places that two images show, and {wanted} are wanted; "
+            f"{name}: at most {most} places are visible in two images, {wanted} are needed; "
             "give more pairs"
         )
 

@@ -1,9 +1,9 @@
-"""Second part of `scfeat train fit`: the factor on scores that tells where matches are right.
+"""Second part of `scfeat train fit`: the factor on scores that predicts where matches are right.
 
-Keypoints of pairs of images are matched by the final descriptors. Of those that found a match, a
-linear discriminant analysis of F_cn at the keypoint tells the right ones from the wrong ones. Its
-direction is the reliability's; how strong and how large the factor is, is set beside the detection
-scores at the same keypoints.
+Keypoints of pairs of images are matched by the final descriptors. A linear discriminant analysis of
+F_cn at the matched keypoints separates right from wrong matches. Its direction is that of the
+reliability; strength and mean of the factor are set relative to the detection scores at all
+keypoints.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ RIGHT = 3.0
 ON_THE_LINE = 1.5
 """Largest distance of a right match from both epipolar lines, pixels."""
 REGULARIZATION = 1.0
-"""Added to the variances of all values, which are 1. With less the direction is more of the
-training's images."""
+"""Added to the variances of all values, which are 1. With less the direction overfits to the
+training images."""
 SPREAD = 0.5
-"""Standard deviation of the factor's logarithm, against that of the detection score's. With more,
-fewer wrong matches are left, but the keypoints crowd together."""
+"""Standard deviation of the factor's logarithm, relative to that of the detection score's. With
+more, there are fewer wrong matches, but keypoints cluster."""
 MEAN = 0.75
-"""Geometric mean of the factor: it puts the paper's threshold of 1.0 on the scores where MMAScore
-hardly rises any more on held-out pairs."""
+"""Geometric mean of the factor: with it, the paper's score threshold of 1.0 is where MMAScore on
+held-out pairs saturates."""
 
 
 def fit_reliability(model: SCFeat, kinds: Sequence[SampledPairs]) -> Reliability:
     """Fit a network's reliability.
 
     Args:
-        model: a trained network with its fitted projection; it is left as it is.
+        model: a trained network with its fitted projection; it is not changed.
         kinds: pairs to fit it on.
 
     Raises:
-        InputError: hardly any keypoint is matched, or all of them right.
+        InputError: there are too few right or too few wrong matches.
     """
     places, scores, matched, right = [], [], [], []
     for kind in kinds:
@@ -68,20 +68,20 @@ def fit_reliability(model: SCFeat, kinds: Sequence[SampledPairs]) -> Reliability
 
 
 def discriminant(values: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """(D,) direction in which values of right matches are largest against wrong ones.
+    """(D,) direction that separates values of right matches from wrong ones.
 
     Args:
         values: (N, D) float.
         right: (N,) bool.
 
     Raises:
-        InputError: hardly any values, or all of one kind.
+        InputError: too few values of one kind.
     """
     fewest = min(right.sum(), (~right).sum())
     if fewest < 10 * values.shape[1]:
         raise InputError(
-            f"{right.sum()} right and {(~right).sum()} wrong matches are too few to tell them "
-            "apart; give more pairs"
+            f"{right.sum()} right and {(~right).sum()} wrong matches are too few to separate "
+            "them; give more pairs"
         )
     deviation = values.std(axis=0, dtype=np.float64)
     values = (values - values.mean(axis=0)) / deviation

@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 import cv2
 import numpy as np
 
+from scfeat_training.geometry import intrinsic_matrix
+
 NEAR = 0.05  # nothing nearer than this is drawn, in world units
 _STRIP = 64  # rows shaded at a time, so that the arrays stay in the cache
 
@@ -372,7 +374,7 @@ class World:
         distance = 20 * light.shadow_reach
         centre = np.asarray(light.shadow_centre, float)
         focal = pixels / 2 * distance / light.shadow_reach
-        K = np.array([[focal, 0, pixels / 2], [0, focal, pixels / 2], [0, 0, 1]])
+        K = intrinsic_matrix(focal, focal, pixels / 2, pixels / 2)
         camera = Camera.look_at(centre + distance * sun, centre, K, (pixels, pixels))
         # Unlit faces (the sky) cast no shadow.
         casting = self.faces.select(self.faces.lit)

@@ -1,4 +1,4 @@
-"""The sample camera bag: a drive through the street, as a robot's camera would record it."""
+"""Writes the sample camera bag: a drive through the street, as recorded by a robot's camera."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from scfeat_ros.errors import InputError, OutputExistsError
+from scfeat_training.geometry import intrinsic_matrix
 from scfeat_training.render import Camera, World
 from scfeat_training.street import Drive, drive, street
 
@@ -32,7 +33,7 @@ def intrinsics(size: tuple[int, int]) -> np.ndarray:
     """K (3, 3) of the sample camera: 75 degrees wide, centred, without distortion."""
     width, height = size
     focal = 420 / 640 * width
-    return np.array([[focal, 0, (width - 1) / 2], [0, focal, (height - 1) / 2], [0, 0, 1]])
+    return intrinsic_matrix(focal, focal, (width - 1) / 2, (height - 1) / 2)
 
 
 def write_sample_bag(
@@ -48,8 +49,12 @@ def write_sample_bag(
     """Render the drive and write it as a ROS 2 bag (mcap); returns the bag's folder.
 
     Topics: the camera's JPEG images, its CameraInfo, and the pose of its optical frame in the
-    world (geometry_msgs/PoseStamped), all of the same stamp. The bag is written beside `out`
-    and renamed when it is complete. Raises OutputExistsError, or InputError for a bad value.
+    world (geometry_msgs/PoseStamped), all of the same stamp. The bag is written under a
+    temporary name and renamed when it is complete.
+
+    Raises:
+        OutputExistsError: `out` exists, and `overwrite` is not set or it is no bag.
+        InputError: a bad value, or the bag cannot be written.
     """
     out = Path(out)
     if not (seconds > 0 and rate > 0 and seconds * rate >= 1):
@@ -59,7 +64,9 @@ def write_sample_bag(
     if out.exists() and not overwrite:
         raise OutputExistsError(f"{out} exists already; choose another name or give --overwrite")
     if out.exists() and not (out / "metadata.yaml").is_file():
-        raise OutputExistsError(f"{out} is no bag, so --overwrite leaves it; choose another name")
+        raise OutputExistsError(
+            f"{out} is not a bag, so --overwrite does not replace it; choose another name"
+        )
     trip = drive(seconds, rate)
     # The bag's name goes into the file names in it, so it is written under its own name.
     staging = out.with_name(f".{out.name}.scfeat-partial")

@@ -1,8 +1,7 @@
-"""Which samples a step takes, and randomness that belongs to a sample.
+"""Deterministic sample order and random numbers, independent of interruptions and processes.
 
-Sample i of step s has the number s * batch + i, whatever the number of processes and however
-often the run was interrupted; and random numbers come from (seed, number). So a resumed run, and
-a run on several processes, see the same data and the same noise.
+Sample i of step s has the number s * batch + i, and its random numbers depend on (seed, number)
+alone. So a resumed run, and a run on several processes, see the same data and the same noise.
 """
 
 from __future__ import annotations
@@ -43,15 +42,15 @@ class StepSampler(Sampler[list[int]]):
 
 
 class Numbered(Dataset):
-    """What the training loop gets of a dataset, in whichever process its samples are made.
+    """A dataset as the training loop reads it, in the main process or in data workers.
 
-    Samples have in addition index, the sample's number, and left_out, lines about files that
-    were found to be bad since the sample before. Instead of an error that a user can mend comes
-    the error itself, which would else arrive as the text of a traceback.
+    Samples have in addition index, the sample's number, and left_out, lines about files that were
+    found to be bad since the previous sample. A ScfeatError is returned instead of raised, as the
+    DataLoader would replace it by the text of a traceback.
 
     Args:
         pairs: of a stage.
-        images: those that the pairs are made of.
+        images: the pairs' source of images.
     """
 
     def __init__(self, pairs: Dataset, images: ImageCache) -> None:

@@ -25,7 +25,6 @@ import numpy as np
 
 from scfeat_ros.errors import InputError
 from scfeat_ros.signals import sigterm_kept
-from scfeat_ros.sources import IMAGE_SUFFIXES, image_files
 from scfeat_ros.text_files import read_text
 from scfeat_training.image_files import image_size
 
@@ -40,7 +39,7 @@ UNKNOWN_OVERLAP = 0.5  # of a listed pair whose covisibility is not known
 LEAST_SHARED = 15  # points that make a pair of a COLMAP model covisible
 HALF_PIXEL = 0.5
 
-# Training scenes that are never trained on: pairs of theirs choose between models.
+# Scenes of the training data that are held out: validation on them selects between models.
 VALIDATION_SCENES = ("strecha_castle", "fern", "scodive_cafe")
 VALIDATION_TAILS = {"kitti_seq1": 41}  # scene: first frame of its held-out tail
 HELD_OUT_FROM = 30  # images of another scene of which the last tenth is held out
@@ -111,18 +110,18 @@ class Scene:
 
 
 def check_camera(where: str, K: np.ndarray, R: np.ndarray, t: np.ndarray) -> str | None:
-    """What is wrong with a camera, as one line that names `where` and the remedy; None if right."""
+    """What is wrong with a camera, as one line with `where` and the remedy; None if it is valid."""
     if not (np.isfinite(K).all() and np.isfinite(R).all() and np.isfinite(t).all()):
         return f"{where}: K, R or t is not finite; remove the image from the scene"
     if K[0, 0] <= 0 or K[1, 1] <= 0 or abs(K[2] - (0, 0, 1)).max() > 1e-6 or abs(K[1, 0]) > 1e-6:
-        return f"{where}: K is no intrinsic matrix: want [[fx, s, cx], [0, fy, cy], [0, 0, 1]]"
+        return f"{where}: K is not an intrinsic matrix: want [[fx, s, cx], [0, fy, cy], [0, 0, 1]]"
     if abs(R @ R.T - np.eye(3)).max() > 1e-3 or np.linalg.det(R) < 0:
-        return f"{where}: R is no rotation: want R R^T = 1 and det R = 1, world to camera"
+        return f"{where}: R is not a rotation: want R R^T = 1 and det R = 1, world to camera"
     return None
 
 
 def check_file(path: Path, size_wh: np.ndarray) -> str | None:
-    """What is wrong with an image's file, as one line that names it and the remedy, or None.
+    """What is wrong with an image file, as one line with its name and the remedy, or None.
 
     size_wh: (width, height) of the image that K belongs to.
     """
@@ -151,7 +150,7 @@ def is_scene(folder: Path) -> bool:
 
 
 def read_scene_file(folder: Path, need_pairs: bool = False) -> Scene:
-    """Read scene.npz of a folder alone: no image is looked for, no camera checked, no point read.
+    """Read only scene.npz of a folder, without checking images and cameras or reading points.
 
     It holds names (N,), K (N, 3, 3), R (N, 3, 3), t (N, 3), size_wh (N, 2), pairs (M, 2) and
     overlap (M,); see `Scene`. Without `need_pairs` the last two may both be left out.
@@ -419,9 +418,9 @@ def _check_names(path: Path) -> None:
 
 
 def _check_whole(path: Path, end: Callable[[bytes, int], int]) -> None:
-    """Walk over the records of a binary model file; COLMAP's reader may hang on half a file.
+    """Check that a binary model file is complete; COLMAP's reader may hang on a truncated file.
 
-    end: the end of the record of the file's content that begins at an offset.
+    end: function of the file's content and a record's offset that returns the record's end.
     """
     content = path.read_bytes()
     try:
@@ -522,7 +521,7 @@ def read_caps(
             if len(numbers) != 18:
                 raise ValueError(f"{len(words)} columns instead of 19")
         except ValueError as error:
-            line = f"{listing}, line {number}: {error}; remove or mend the line"
+            line = f"{listing}, line {number}: {error}; remove or correct the line"
             if not skip_bad:
                 raise InputError(line) from None
             on_bad(line)
@@ -576,10 +575,10 @@ def _words(path: Path) -> list[tuple[int, list[str]]]:
 
 
 def split_scenes(scenes: Sequence[Scene]) -> tuple[list[Scene], list[Scene]]:
-    """Scenes for training and scenes held out for choosing; no image is in both.
+    """Training scenes and held-out scenes for validation; no image is in both.
 
-    `VALIDATION_SCENES` and `VALIDATION_TAILS` say which; where none of these is among the scenes,
-    the last tenth of the images of each scene of `HELD_OUT_FROM` or more is held out.
+    `VALIDATION_SCENES` and `VALIDATION_TAILS` are held out; if none of these is among the scenes,
+    the last tenth of the images of each scene of `HELD_OUT_FROM` or more is.
     """
     known = any(s.name in VALIDATION_SCENES or s.name in VALIDATION_TAILS for s in scenes)
     train, held_out = [], []
@@ -605,18 +604,6 @@ def has_pairs(scenes: Sequence[Scene]) -> bool:
 def photo_paths(scenes: Sequence[Scene]) -> list[Path]:
     """The image files of all scenes."""
     return [path for scene in scenes for path in scene.paths]
-
-
-def read_photos(folder: str | Path) -> list[Path]:
-    """The image files in a folder and those below it, in natural order.
-
-    Raises:
-        InputError: there is no such folder, or no image in it.
-    """
-    found = image_files(Path(folder).rglob("*"))
-    if not found:
-        raise InputError(f"{folder}: no photo in it ({', '.join(IMAGE_SUFFIXES)})")
-    return found
 
 
 def _read_npz(

@@ -1,10 +1,11 @@
-"""What differs between the stages of the training: data, trained parts, loss."""
+"""The training stages: data, trained parameters and loss of each."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch.utils.data import Dataset
 from scfeat_ros.errors import InputError
 from scfeat_ros.model.descriptors import Maps
 from scfeat_ros.model.scfeat import SCFeat, SCFeatConfig
+from scfeat_ros.sources import list_images
 from scfeat_training.adaptation import divergence, seen_from
 from scfeat_training.config import TrainConfig, options_of
 from scfeat_training.correspondences import CorrespondencePairs, GeometryPairs, MixedPairs
@@ -49,7 +51,7 @@ from scfeat_training.networks import load_weights
 from scfeat_training.photometric import Photometric
 from scfeat_training.pictures import pictures_of
 from scfeat_training.sampling_order import generator_of, uniform
-from scfeat_training.scenes import Scene, photo_paths, read_photos
+from scfeat_training.scenes import Scene, photo_paths
 from scfeat_training.synthetic import SyntheticPairs, SyntheticPairsConfig, WithSynthetic
 from scfeat_training.warmup_loss import WarmupOptions, warmup_loss
 
@@ -64,11 +66,11 @@ class Stage:
     """Base of the stages.
 
     Attributes:
-        network: the part of the model that this stage runs forward, as one module, so that
-            DistributedDataParallel and torch.compile can wrap it.
-        detects: whether the network is one with keypoints of its own, and descriptors that the
-            projection fits; else it is validated at corners.
-        needs_earlier: whether there is no training without a network to start from.
+        network: the forward pass of this stage as one module, which DistributedDataParallel and
+            torch.compile can wrap.
+        detects: whether the network has a trained detector, and descriptors that match the
+            projection; otherwise it is validated at corners.
+        needs_earlier: whether an earlier network is required.
     """
 
     network: nn.Module
@@ -80,18 +82,19 @@ class Stage:
         self.model = model
 
     def start(self, earlier: SCFeat, where: str) -> None:
-        """Begin from an earlier network, read from `where`: take over its weights.
+        """Initialize with the weights of an earlier network, read from `where`.
 
         Raises:
-            InputError: it is another network.
+            InputError: it has another architecture.
         """
         weights = earlier.state_dict()
         if not self.config.cross_norm:  # an ablation may start from a network that has the bridge
             weights = {k: v for k, v in weights.items() if not k.startswith("bridge.")}
         model = self.model
         load_weights(model, weights, where)
-        model.detector.reliability = model.detector.reliability.unfitted()  # fitted to it as it was
-        if not self.detects:  # and this to the descriptors
+        # what was fitted to the earlier network does not fit after this stage
+        model.detector.reliability = model.detector.reliability.unfitted()
+        if not self.detects:
             model.projection = model.projection.unfitted()
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -101,19 +104,24 @@ class Stage:
     def dataset(
         self, scenes: Sequence[Scene], skip_bad: bool, images: ImageCache | None = None
     ) -> Dataset:
-        """Pairs of the training scenes; `images` is for all of them."""
+        """Pairs of the training scenes; `images` is their common cache."""
         raise NotImplementedError
 
     def losses(self, network: Callable, batch: Batch) -> tuple[torch.Tensor, Terms]:
-        """Loss (B,) of each pair and mean terms for the log; `network` is `network`, wrapped."""
+        """Loss (B,) of each pair, and mean terms for the log.
+
+        Args:
+            network: the attribute `network`, possibly wrapped.
+            batch: samples of `dataset`.
+        """
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs beside the model."""
+        """What a checkpoint needs in addition to the model."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave."""
+        """Restore what `state_dict` returned."""
 
     def pictures(self, model: SCFeat, batch: Batch) -> dict[str, np.ndarray]:
         """Pictures (H, W, 3) uint8 for TensorBoard of the batch's first pair of each kind."""
@@ -148,7 +156,7 @@ class Describe(nn.Module):
 
 
 def description_groups(config: TrainConfig, model: SCFeat) -> list[dict[str, Any]]:
-    """Backbone and bridge trained, the detector frozen; the encoder at a rate of its own."""
+    """Train backbone and bridge, freeze the detector; the encoder has its own learning rate."""
     model.requires_grad_(False)
     encoder = model.backbone.encoder
     for part in (model.backbone, model.bridge):
@@ -168,7 +176,7 @@ def description_groups(config: TrainConfig, model: SCFeat) -> list[dict[str, Any
 
 
 def detector_groups(config: TrainConfig, model: SCFeat) -> list[dict[str, Any]]:
-    """The detector trained, all else frozen."""
+    """Train the detector, freeze everything else."""
     model.requires_grad_(False)
     model.detector.requires_grad_(True)
     return [{"params": list(model.detector.parameters()), "peak": config.lr}]
@@ -179,7 +187,7 @@ def size_of(config: TrainConfig) -> tuple[int, int]:
 
 
 def common_options(config: TrainConfig) -> dict[str, Any]:
-    """What all kinds of pairs share; the section of a kind may give another value."""
+    """Options common to all kinds of pairs; the section of a kind may override them."""
     photometric = options_of(Photometric(), config.photometric, "photometric")
     return {"size": list(config.size), "seed": config.seed, "photometric": photometric}
 
@@ -212,7 +220,9 @@ def homography_pairs(
     """Pairs of views of single photos as the configuration says."""
     values = {**common_options(config), **config.homography}
     options = options_of(HomographyPairsConfig(), values, "homography")
-    photos = photo_paths(scenes) + [p for folder in config.photos for p in read_photos(folder)]
+    photos = photo_paths(scenes)
+    for folder in config.photos:
+        photos += list_images(Path(folder), recursive=True)
     return HomographyPairs(photos, options, images, skip_bad)
 
 
@@ -350,8 +360,8 @@ class Detect(nn.Module):
 class DetectorStage(Stage):
     """Stage 2: the detector by policy gradient; backbone and bridge are frozen.
 
-    `posed_share` of the pairs have the epipolar reward of the paper; the others are homographies,
-    where the distance to the true place is known and pays instead of the one to the line.
+    `posed_share` of the pairs have the paper's epipolar reward; the others are homographies, where
+    the distance to the true position replaces the distance to the epipolar line.
     """
 
     detects = True
@@ -361,7 +371,7 @@ class DetectorStage(Stage):
         self.options = options_of(PolicyOptions(), config.loss, "loss")
         width, height = size_of(config)
         if width % self.options.cell or height % self.options.cell:
-            raise InputError(f"config: size {config.size} is no multiple of cell")
+            raise InputError(f"config: size {config.size} is not a multiple of cell")
         self.network = Detect(model)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -417,7 +427,7 @@ class DetectorStage(Stage):
         step: int,
         generator: torch.Generator,
     ) -> tuple[torch.Tensor, dict[str, float]]:
-        """Loss of keypoints drawn from both images, and figures for the log."""
+        """Loss of keypoints sampled from both images, and figures for the log."""
         options = self.options
         height, width = scores[0].shape
         drawn, descriptors = [], []
@@ -452,7 +462,7 @@ class DetectorStage(Stage):
         count = len(first.points) + len(second.points)
         figures = {
             "keypoints": count / 2,
-            "pay": float((probability * reward).sum()),
+            "expected_reward": float((probability * reward).sum()),
             f"precision/{'planar' if planar else 'posed'}": float(
                 (chosen & matches).sum() / chosen.sum().clamp_min(1)
             ),
@@ -463,7 +473,7 @@ class DetectorStage(Stage):
 
 
 class HomographyStage(Stage):
-    """Base of the stages that need views of single photos alone, and no poses."""
+    """Base of the stages that need homographies of single photos only, and no poses."""
 
     def __init__(self, config: TrainConfig, model: SCFeat) -> None:
         super().__init__(config, model)
@@ -479,7 +489,7 @@ class HomographyStage(Stage):
 
 
 class DetectTwice(nn.Module):
-    """Images -> score maps of the detector and of the one before; only the first is trained."""
+    """Images -> score maps of the detector and of its initial state; only the first is trained."""
 
     def __init__(self, model: SCFeat) -> None:
         super().__init__()
@@ -495,7 +505,7 @@ class DetectTwice(nn.Module):
 
 
 class AdaptationStage(HomographyStage):
-    """Stage 3: the detector, by what it found in other views; backbone and bridge are frozen."""
+    """Stage 3: the detector, by its scores in other views; backbone and bridge are frozen."""
 
     detects = True
 
@@ -532,9 +542,9 @@ class AdaptationStage(HomographyStage):
 
 
 class DistillationStage(HomographyStage):
-    """A smaller network learns from an earlier one, which is given as the one to start from.
+    """Distillation from an earlier network, the teacher.
 
-    The detector is trained where `scores` is not 0.
+    The detector is trained if `scores` is not 0.
     """
 
     detects = True
@@ -546,9 +556,9 @@ class DistillationStage(HomographyStage):
 
     def start(self, earlier: SCFeat, where: str) -> None:
         start_from(earlier, self.model)
-        self._learn_from(earlier)
+        self._set_teacher(earlier)
 
-    def _learn_from(self, teacher: SCFeat) -> None:
+    def _set_teacher(self, teacher: SCFeat) -> None:
         teacher = teacher.to(self.model.mean.device, memory_format=torch.channels_last)
         self.network = Distill(self.model, teacher, self.options.scores > 0)
 
@@ -583,7 +593,7 @@ class DistillationStage(HomographyStage):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         teacher = SCFeat(SCFeatConfig(**state["config"]))
         teacher.load_state_dict(state["weights"])
-        self._learn_from(teacher)
+        self._set_teacher(teacher)
 
 
 STAGE_CLASSES: dict[str, type[Stage]] = {

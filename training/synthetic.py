@@ -23,6 +23,7 @@ from scfeat_training import textures as tx
 from scfeat_training.datasets import ImageCache, PosedPairs, curriculum, two_view_sample
 from scfeat_training.geometry import (
     back_project,
+    intrinsic_matrix,
     pixel_affinity,
     project,
     relative_pose,
@@ -287,7 +288,7 @@ def random_cameras(
             at = target + rng.normal(0, 0.3, 3) * shift
             focal = config.size[0] * np.exp(rng.uniform(*np.log(config.focal)))
             centre = (np.array(config.size) - 1) / 2 + rng.normal(0, 4, 2)
-            K = np.array([[focal, 0, centre[0]], [0, focal, centre[1]], [0, 0, 1]])
+            K = intrinsic_matrix(focal, focal, *centre)
             roll = np.radians(rng.uniform(-config.roll, config.roll))
             cameras.append(Camera.look_at(eye, at, K, config.size, roll))
         first, second = cameras

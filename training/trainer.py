@@ -1,4 +1,4 @@
-"""The loop that all stages share: data, steps, checkpoints, logs, several processes."""
+"""The training loop of all stages: data, steps, checkpoints, logs, several processes."""
 
 from __future__ import annotations
 
@@ -47,35 +47,35 @@ LOG = "log.jsonl"
 STOP_SIGNALS = signal.SIGTERM, signal.SIGINT
 MAX_SKIPPED_IN_A_ROW = 50
 KEPT_MEMORY = 2**31 - 1
-"""Bytes of freed memory that a run on the CPU keeps for the next step."""
+"""Most bytes of freed memory that a run on the CPU keeps for the next step."""
 
 
 def hardware(device: torch.device) -> str:
-    """What the run computes on, in words."""
+    """Description of the hardware that the run uses."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{os.cpu_count()} cores of {cpu_name()}"
 
 
 def _start_worker(number: int) -> None:
-    os.setsid()  # what is sent to the trainer's group does not come here
+    os.setsid()  # do not receive signals sent to the trainer's process group
     for one in STOP_SIGNALS:
-        signal.signal(one, signal.SIG_IGN)  # drops what came meanwhile
+        signal.signal(one, signal.SIG_IGN)  # discards pending signals
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     for one in STOP_SIGNALS:
-        signal.signal(one, signal.SIG_DFL)  # by which PyTorch ends a worker that is stuck
+        signal.signal(one, signal.SIG_DFL)  # PyTorch terminates stuck workers by these
     cv2.setNumThreads(1)
     torch.set_num_threads(1)
 
 
 @contextmanager
-def _signals_held_back() -> Iterator[None]:
-    """The signals that end a run wait, and so they do in processes that are started meanwhile.
+def _signals_blocked() -> Iterator[None]:
+    """Block the signals that stop a run, also in processes that are started meanwhile.
 
-    A signal often goes to all processes of a group, and data are needed until the trainer ends: a
-    worker leaves the group before it lets signals through.
+    A signal is often sent to the whole process group, but the trainer needs its data workers until
+    it ends: a worker leaves the group before it unblocks signals.
     """
-    resource_tracker.ensure_running()  # whose start would let the signals through again
+    resource_tracker.ensure_running()  # starting it would unblock the signals
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
@@ -107,10 +107,10 @@ def only_writer(run: Path) -> Iterator[None]:
 
 
 class LeftOut:
-    """Inputs that were left out as bad: told once each, and counted.
+    """Collects messages about bad inputs that were left out, and prints each once.
 
     Args:
-        tell: print the lines; else they are only counted.
+        tell: whether to print them.
     """
 
     def __init__(self, tell: bool = True) -> None:
@@ -118,13 +118,13 @@ class LeftOut:
         self.lines: dict[str, None] = {}
 
     def __call__(self, line: str) -> None:
-        """Take in the line about an input."""
+        """Add the message about an input."""
         if self.tell and line not in self.lines:
             print(f"left out: {line}", file=sys.stderr)
         self.lines[line] = None
 
     def __str__(self) -> str:
-        """The end of a sentence about what was done."""
+        """Suffix for the final message; empty if nothing was left out."""
         return f", {len(self.lines)} bad inputs left out" if self.lines else ""
 
 
@@ -134,17 +134,16 @@ class Trainer:
     Args:
         config: the stage's settings.
         run: folder of checkpoint, log and TensorBoard files.
-        resume: go on from the run's checkpoint.
+        resume: continue from the run's checkpoint.
         init: checkpoint of an earlier stage whose averaged weights this one starts from (or, in
             the distillation, learns from), a file of exported weights, or an installed model.
-        skip_bad: go on without unreadable images and wrong cameras.
+        skip_bad: continue without unreadable images and wrong cameras.
         device: torch device; "auto" is CUDA where there is one.
         command: the command line, for the record.
 
     Attributes:
-        left_out: the bad inputs that were left out, by this process or, once the training has
-            ended, by all.
-        signal: number of the signal that ended the training, None where none did.
+        left_out: the bad inputs that were left out by this process; after training, by all.
+        signal: number of the signal that stopped the training, None if none did.
 
     With torchrun's environment variables set, the process joins the group and takes its share
     of each batch; the first process alone writes.
@@ -181,7 +180,7 @@ class Trainer:
         self.run.mkdir(parents=True, exist_ok=True)
         self.left_out = LeftOut(tell=self.rank == 0)
         self.train_scenes, self.held_out = _scenes(config, skip_bad, self.left_out)
-        self.left_out.tell = True  # of what one process finds the others do not know
+        self.left_out.tell = True  # from here on every process finds different inputs
         self.skip_bad = skip_bad
 
         self.model = make_model(config).eval()  # batch norm stays frozen; nothing else differs
@@ -288,15 +287,15 @@ class Trainer:
             collate_fn=collate,
             worker_init_fn=_start_worker,
             prefetch_factor=4 if config.workers else None,
-            # children of this very process: PyTorch ends them when their parent is gone
+            # children of this process itself: PyTorch workers exit when their parent does
             multiprocessing_context="spawn" if config.workers else None,
             pin_memory=self.device.type == "cuda",
         )
-        with _signals_held_back() if config.workers else nullcontext():
+        with _signals_blocked() if config.workers else nullcontext():
             return iter(loader)
 
     def _validation(self) -> Validation | None:
-        """Figures on what is held out; None, with a line that says so, where nothing is."""
+        """Validation on the held-out images; None, with a message, if there are none."""
         config = self.config
         if not config.validation_pairs:
             return None
@@ -380,7 +379,7 @@ class Trainer:
             for lines in self._of_all_processes(list(self.left_out.lines)):
                 self.left_out.lines |= dict.fromkeys(lines)
         finally:
-            batches = None  # the data workers end now, whatever an error still holds
+            batches = None  # ends the data workers now
             bar.close()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
@@ -389,7 +388,7 @@ class Trainer:
         return self.step
 
     def _usable(self, batch: dict[str, Any] | ScfeatError) -> dict[str, Any]:
-        """A batch of `Numbered`, without what it tells beside the pairs, or the error it is."""
+        """A batch of `Numbered` without its messages, which are collected; raises its error."""
         if isinstance(batch, ScfeatError):
             raise batch
         for line in "\n".join(filter(None, batch.pop("left_out"))).splitlines():
@@ -400,12 +399,12 @@ class Trainer:
         self.signal = number
 
     def _forward(self, *inputs: torch.Tensor) -> Any:
-        """The network's maps, on a GPU by convolutions in bf16; losses are of fp32 alone."""
+        """The network's output, on a GPU with bf16 convolutions; losses are computed in fp32."""
         with torch.autocast("cuda", torch.bfloat16, enabled=self._autocast):
             return self.network(*inputs)
 
     def _one_step(self, batch: dict[str, Any], log: _Log | None) -> dict[str, torch.Tensor]:
-        """One update; its terms for the log, none if loss or gradient were not finite."""
+        """One update; returns its terms for the log, none if loss or gradient are not finite."""
         config = self.config
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * self.rate(self.step)
@@ -436,7 +435,7 @@ class Trainer:
         return bool(flag)
 
     def _of_all_processes(self, value: Any) -> list[Any]:
-        """What each of the processes gives, in the order of their ranks."""
+        """The values of all processes, in the order of their ranks."""
         values = [value] * self.world
         if self.world > 1:
             dist.all_gather_object(values, value)
@@ -465,7 +464,7 @@ class Trainer:
 
 
 class _Means:
-    """Means of the terms of the steps since they were last taken."""
+    """Means of the terms over the steps since the last `take`."""
 
     def __init__(self) -> None:
         self.sums: dict[str, torch.Tensor] = {}
@@ -486,8 +485,8 @@ class _Log:
     """TensorBoard files and a file of JSON lines.
 
     Args:
-        run: their folder; what a run that was killed wrote there after step `step` is dropped,
-            since these steps come again.
+        run: their folder; entries of a killed run after step `step` are dropped, since these
+            steps will be repeated.
     """
 
     def __init__(self, run: Path, step: int) -> None:
@@ -520,14 +519,14 @@ class _Log:
 
 
 def _drop_later_rows(path: Path, step: int) -> None:
-    """Leave of the log's rows those up to a step."""
+    """Remove the log's rows after a step."""
     kept = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)
         except ValueError:  # the row that a killed run was writing
             continue
-        # the row about a skipped step has the number of those that came before
+        # a row about a skipped step has the number of steps before it
         if row["step"] + ("skipped" in row) <= step:
             kept.append(line + "\n")
     with staged_file(path, overwrite=True) as partial:

@@ -16,7 +16,7 @@ from scfeat_ros.model.sampling import sample
 
 @dataclass(frozen=True)
 class WarmupOptions:
-    """How the warm-up loss is made.
+    """Options of the warm-up loss.
 
     Attributes:
         temperature: of the softmax over cosine similarities.
@@ -107,8 +107,8 @@ def place_loss(
 ) -> torch.Tensor:
     """Distance of the expected place in a window to the true place.
 
-    The window's grid is shifted at random by up to half its half side, so that its middle tells
-    nothing; the softmax over cosine similarities is the one of stage 1.
+    The window's grid is shifted at random by up to half its half side, so that its centre is not
+    the true place; the softmax over cosine similarities is that of stage 1.
 
     Args:
         queries: (B, N, D) of unit norm.

@@ -1,1 +1,1 @@
-"""The SCFeat network, one idea of the paper per file."""
+"""The SCFeat network, one component of the paper per file."""

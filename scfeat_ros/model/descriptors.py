@@ -1,9 +1,9 @@
-"""Descriptors of keypoints out of feature maps: a place and its surroundings, projected.
+"""Descriptors of keypoints from feature maps: samples of the map and its surroundings, projected.
 
 The paper takes one bilinear sample of the map (Eq. 23). Here the map is sampled at the keypoint,
-and so are means of ever larger surroundings, of this map and of two of the encoder's; a linear map
-makes a descriptor of that. It is fitted after the training (`scfeat train fit`), and is part of
-the weights.
+and so are means over blocks of increasing size, of this map and of two of the encoder's; a linear
+projection of these samples is the descriptor. It is fitted after the training (`scfeat train fit`),
+and is part of the weights.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from torch import nn
 from scfeat_ros.model.sampling import block_means, sample_smooth
 
 BLOCKS = (4, 8, 16)
-"""Sides of the blocks of cells of F_cn whose means show a keypoint's surroundings."""
+"""Sides, in cells, of the blocks of F_cn whose means describe a keypoint's surroundings."""
 ENCODER_BLOCK = 8
 """The same for the encoder's layer2 and layer3."""
 START_BLOCK = 8
-"""Of the surroundings that a descriptor has before the projection is fitted."""
+"""Side of the blocks that an unfitted projection uses."""
 
 
 class Maps(NamedTuple):
-    """What descriptors of one image are made of."""
+    """The feature maps from which descriptors of one image are made."""
 
     bridged: torch.Tensor
     """(D, H/4, W/4): F_cn."""
@@ -38,17 +38,17 @@ class Maps(NamedTuple):
 class Projection(nn.Module):
     """Makes descriptors; its matrix is a buffer, which is not trained with the network.
 
-    At the start a descriptor is the map at the keypoint plus the mean of its surroundings. Fitted,
-    it may have another length; its first values tell most.
+    Unfitted, a descriptor is F_cn at the keypoint plus the mean of its surroundings. Fitted, it may
+    have another length; its first values are the most discriminative.
 
     Args:
-        dim: channels of F_cn, and length of a descriptor at the start.
+        dim: channels of F_cn, and length of an unfitted descriptor.
         layer2, layer3: channels of the encoder's maps.
 
     Attributes:
-        matrix: (D, S): from samples to descriptors. The samples are F_cn at the keypoint, its means
-            over `BLOCKS`, and those of layer2 and layer3 over blocks of `ENCODER_BLOCK` cells, each
-            of unit norm. A state dict may have one of another D.
+        matrix: (D, S) matrix from samples to descriptors. The samples are F_cn at the keypoint, its
+            means over `BLOCKS`, and those of layer2 and layer3 over blocks of `ENCODER_BLOCK`
+            cells, each of unit norm. A state dict may have another D.
     """
 
     matrix: torch.Tensor
@@ -68,7 +68,7 @@ class Projection(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def unfitted(self) -> Projection:
-        """One of the same sizes at the start, on the same device."""
+        """An unfitted projection of the same sizes, on the same device."""
         dim, *_, layer2, layer3 = self.channels
         with self.matrix.device:
             return Projection(dim, layer2, layer3)
@@ -88,7 +88,7 @@ class Projection(nn.Module):
         Args:
             maps: of the image.
             points: (N, 2) float32, pixels of the image.
-            length: how many of a descriptor's values are wanted, the first ones; 0 for all.
+            length: number of values of a descriptor, the first ones; 0 for all.
 
         Returns:
             (N, D) float32, or (N, length).
@@ -98,7 +98,7 @@ class Projection(nn.Module):
         near = F.normalize(sample_smooth(maps.bridged, points), dim=1)
         descriptors = F.linear(near, at_keypoint)
         for (means, stride), part in zip(_surroundings(maps), parts, strict=True):
-            # projected before they are sampled: there are fewer cells than keypoints
+            # projected before sampling: there are fewer cells than keypoints
             cells = F.linear(F.normalize(means.permute(1, 2, 0), dim=2), part)
             descriptors += sample_smooth(cells.permute(2, 0, 1), points, stride)
         return descriptors

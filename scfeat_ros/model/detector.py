@@ -11,7 +11,7 @@ from scfeat_ros.model.sampling import convolve_upsampled, upsample
 
 
 def mean_of_3x3(x: torch.Tensor) -> torch.Tensor:
-    """(B, C, H + 2, W + 2) -> (B, C, H, W): on the CPU faster than `avg_pool2d` of few channels."""
+    """(B, C, H + 2, W + 2) -> (B, C, H, W); faster on the CPU than `avg_pool2d` of few channels."""
     columns = x[..., :-2] + x[..., 1:-1]
     columns += x[..., 2:]
     mean = columns[..., :-2, :] + columns[..., 1:-1, :]
@@ -24,7 +24,7 @@ def peakiness(x: torch.Tensor) -> torch.Tensor:
 
     The maps are first divided by the image's largest magnitude, so that the score does not
     depend on their scale. (The magnitude, not the signed maximum: the normalized image of a dark
-    scene has no positive value, and a division by a number near zero would blow it up.)
+    scene has no positive value, and its maximum may be close to zero.)
 
     Args:
         x: (B, C, H, W) maps.
@@ -55,7 +55,7 @@ class ConvInstanceNorm(nn.Module):
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
-        # no bias: the normalization would take it away again
+        # no bias: the normalization would cancel it
         self.conv = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
         self.norm = instance_norm(outputs)
         self.activation = nn.PReLU()
@@ -87,7 +87,7 @@ class Detector(nn.Module):
         self.reliability = Reliability(bridged)
         self.layer0_left = ConvInstanceNorm(bridged + stem, left)
         self.layer0_right = ConvInstanceNorm(3, right)
-        # of both branches beside each other: the sum of a convolution of each
+        # a convolution of both branches, concatenated, is the sum of a convolution of each
         self.layer1_left = nn.Conv2d(
             left, hidden, upsampled_kernel, padding=upsampled_kernel // 2, bias=False
         )
@@ -95,7 +95,7 @@ class Detector(nn.Module):
         self.layer1_norm = instance_norm(hidden)
         self.layer1_activation = nn.PReLU()
         self.layer2 = nn.Conv2d(hidden, 1, 1, bias=False)
-        # of one channel, where both layouts are the same, and GroupNorm is slower
+        # for one channel, GroupNorm is slower
         self.layer2_norm = nn.InstanceNorm2d(1, affine=True)
 
     def forward(
@@ -114,7 +114,7 @@ class Detector(nn.Module):
         maps = torch.cat([bridged, stem], dim=1)
         left_peaks, right_peaks = peakiness(maps), peakiness(image)
         left = self.layer0_left(left_peaks * maps)
-        # at the image's resolution rounding moves keypoints, so these layers stay in fp32
+        # at full resolution rounding moves keypoints, so these layers stay in fp32
         with torch.autocast(image.device.type, enabled=False):
             right = self.layer0_right(right_peaks * image)
             hidden = convolve_upsampled(self.layer1_left, left.float(), 4)

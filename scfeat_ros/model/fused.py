@@ -1,31 +1,28 @@
-"""The network for inference: the same function as `SCFeat`, in less arithmetic and fewer passes.
+"""The network for inference: the same function as `SCFeat`, with less arithmetic and memory access.
 
-Built from a trained `SCFeat`, which stays the readable reference. What is done differently, all of
-it exact in real numbers:
+Built from a trained `SCFeat`, which remains the readable reference. The differences, all exact in
+real numbers:
 
 - batch normalization is folded into the convolution before it;
 - ReLU comes after max pooling, on a quarter of the values: the two commute; with compiled kernels
   the stem is one pass from the image to the pooled map (see `native/stem.cpp`);
 - a 3x3 convolution of a map upsampled by s runs as nine 1x1 convolutions on the small map, whose
-  results are upsampled, moved and added: 1/s^2 of the arithmetic (see `kernels.upsampled_sum`);
-- so does the head's Layer_1 over the upsampled branch: no upsampled map of the branch exists;
-- the side maps are written beside each other, and convolutions by minimal filtering (below) read
-  two maps: nothing is concatenated for them;
+  results are upsampled, shifted and added: 1/s^2 of the arithmetic (see `kernels.upsampled_sum`);
+- so does the head's Layer_1 over the upsampled branch, which is never upsampled itself;
+- the side maps are written into one map, and Winograd convolutions (below) read two maps, so that
+  nothing needs to be concatenated;
 - normalizations become a scale and a shift of each channel, from sums that are taken while the map
-  is written, and are applied together with the activation, into the place where the next layer
-  reads;
+  is written, and are applied together with the activation, into the next layer's input;
 - cross normalization's weights are folded into its convolutions and its scales;
-- with compiled kernels, 3x3 convolutions run by minimal filtering (Winograd), in a quarter of the
-  products, which are of fp32 or of integers of 16 bits (see `native/winograd.cpp`); the others as
-  matrix products (`native/direct.cpp`). In bf16 on CPUs with AMX, whose tiles are faster, PyTorch
-  convolves.
+- with compiled kernels, 3x3 convolutions use Winograd's minimal filtering, with a quarter of the
+  multiplications, in fp32 or of 16-bit integers (see `native/winograd.cpp`); the others are matrix
+  products (`native/direct.cpp`). In bf16 on CPUs with AMX, which is faster, PyTorch convolves.
 
-Where all of it is compiled kernels, `native/replay.py` runs a frame in one call.
+If everything is computed by compiled kernels, `native/replay.py` runs a frame in one call.
 
-Convolutions run in `dtype`; sums, normalizations, peakiness and scores in fp32. Maps at the image's
-resolution are of fp32, convolved in fp32 or by integers of 16 bits: keypoints are where one score
-is larger than the next, and half precision there moves three times as many of them as in all the
-rest of the network.
+Convolutions run in `dtype`; sums, normalizations, peakiness and scores in fp32. Maps at full
+resolution are fp32, convolved in fp32 or with 16-bit integers: keypoints are local maxima of the
+score, and half precision there moves three times as many of them as in the rest of the network.
 """
 
 from __future__ import annotations
@@ -58,18 +55,18 @@ _ONEDNN_HAS_HALF = {
 }
 
 KEPT = 6
-"""Sizes of images for which a convolution keeps its weights in oneDNN's order: the levels of an
-image come in turn."""
+"""Image sizes for which a convolution keeps its weights in oneDNN's order: the levels of a pyramid
+alternate."""
 
 
 def cpu_computes(dtype: torch.dtype) -> bool:
-    """Whether this CPU computes in a type; yes where PyTorch cannot tell."""
+    """Whether this CPU supports a type in convolutions; True if PyTorch cannot tell."""
     has_half = _ONEDNN_HAS_HALF.get(dtype)
     return has_half is None or has_half()
 
 
 class Conv(nn.Module):
-    """Convolution in `dtype`, with what may follow it: a sum with another map, and ReLU.
+    """Convolution in `dtype`, optionally fused with the addition of a map and ReLU.
 
     Args:
         weight: (C_out, C_in, k, k) in fp32.
@@ -96,18 +93,18 @@ class Conv(nn.Module):
         self._direct: DirectConv | None = None
         self._uses_onednn = _ONEDNN is not None and _ONEDNN_PACK is not None and cpu_computes(dtype)
 
-    def use_kernels(self, shorts: bool = False) -> None:
-        """Compute it by compiled kernels from now on, where there are any.
+    def use_kernels(self, int16: bool = False) -> None:
+        """Use compiled kernels from now on, if there are suitable ones.
 
-        Not in bf16 on CPUs with AMX, whose tiles are faster.
+        Not in bf16 on CPUs with AMX, where PyTorch is faster.
 
         Args:
-            shorts: where they filter, products of integers of 16 bits.
+            int16: multiply 16-bit integers in the Winograd convolutions.
         """
         if self.weight.dtype == torch.bfloat16 and matching.has_tiles():
             return
         if self.stride == 1 and WinogradConv.fits(self.weight):
-            self._winograd = WinogradConv.of(self.weight, self.bias, shorts)
+            self._winograd = WinogradConv.of(self.weight, self.bias, int16)
         if DirectConv.fits(self.weight):
             self._direct = DirectConv.of(self.weight, self.bias, self.stride)
 
@@ -116,13 +113,13 @@ class Conv(nn.Module):
         """(C_in, k, k, C_out) weights in fp32, for the kernels of few channels."""
         return self.weight.float().permute(1, 2, 3, 0).contiguous()
 
-    def _filters(self, height: int, width: int) -> bool:
-        """Whether a result of a height and width is computed in fewer products."""
+    def _uses_winograd(self, height: int, width: int) -> bool:
+        """Whether a result of a height and width is computed by the Winograd kernel."""
         return self._winograd is not None and self._winograd.pays(height, width)
 
     def products(self, height: int, width: int) -> int:
         """Multiplications for a result of a height and width."""
-        if self._filters(height, width):
+        if self._uses_winograd(height, width):
             return self._winograd.products(height, width)
         return self.weight.numel() * height * width
 
@@ -138,10 +135,10 @@ class Conv(nn.Module):
         Args:
             x: (B, C_in, h, w).
             relu: whether ReLU follows.
-            plus: (B, C_out, h, w), added before that.
-            beside: (B, C, h, w), the last C of the C_in channels, where `x` has only the others.
+            plus: (B, C_out, h, w), added before ReLU.
+            beside: (B, C, h, w), the last C of the C_in channels if `x` has only the others.
         """
-        if self._filters(*x.shape[2:]):
+        if self._uses_winograd(*x.shape[2:]):
             return self._winograd(x, relu, plus, beside)
         x = x if beside is None else torch.cat([x, beside], dim=1)
         if self._direct is not None:
@@ -154,7 +151,7 @@ class Conv(nn.Module):
         return y.relu_() if relu else y
 
     def _onednn(self, x: torch.Tensor, relu: bool, plus: torch.Tensor | None) -> torch.Tensor:
-        """Sum and ReLU inside the convolution, and weights in the order that it wants."""
+        """By oneDNN, with addition and ReLU fused, and with weights in its preferred order."""
         place = [self.padding] * 2, [self.stride] * 2, [1, 1], 1
         # the order depends on the size and the number of threads; those of the last few are kept
         key = x.shape, torch.get_num_threads()
@@ -162,7 +159,7 @@ class Conv(nn.Module):
         if weight is None:
             weight = _ONEDNN_PACK(self.weight, *place, list(x.shape))
             kept = list(self._packed.items())[1 - KEPT :]
-            self._packed = dict([*kept, (key, weight)])  # whole, since other threads may read it
+            self._packed = dict([*kept, (key, weight)])  # atomic: other threads may read it
         after = "relu" if relu else "none"
         if plus is None:
             return _ONEDNN(x, weight, self.bias, *place, after, [], "")
@@ -177,8 +174,8 @@ class Stem(Conv):
     Args:
         weight, bias: (64, 3, 7, 7) and (64,) in fp32.
         dtype: of the result.
-        compiled: compute it by the compiled kernel.
-        shorts: and that by products of integers of 16 bits.
+        compiled: use the compiled kernel.
+        int16: multiply 16-bit integers in it.
     """
 
     def __init__(
@@ -187,10 +184,10 @@ class Stem(Conv):
         bias: torch.Tensor,
         dtype: torch.dtype,
         compiled: bool,
-        shorts: bool = False,
+        int16: bool = False,
     ) -> None:
         super().__init__(weight, bias, 2, dtype)
-        self._filtered = WinogradStem.of(weight, bias, dtype, shorts) if compiled else None
+        self._filtered = WinogradStem.of(weight, bias, dtype, int16) if compiled else None
 
     def products(self, height: int, width: int) -> int:
         """Multiplications for a pooled map of a height and width."""
@@ -217,7 +214,7 @@ def _norm(norm: nn.GroupNorm | nn.InstanceNorm2d) -> Norm:
 
 
 def _bridge(bridge: CrossNorm) -> tuple[nn.Conv2d, Norm]:
-    """Both parts of the cross normalization, each times its weight."""
+    """The two parts of the cross normalization, each times its weight."""
     w_s, w_c = (bridge.weights / bridge.weights.sum()).detach()
     parts = (bridge.spatial_scale, bridge.spatial_shift)
     spatial = nn.Conv2d(1, 2, 7, padding=3).to(bridge.weights.device)
@@ -256,7 +253,7 @@ class FusedSCFeat(nn.Module):
         model: the network; its weights are copied.
         dtype: of the convolutions.
         compiled: use the C++ kernels (CPU only; float32 or bfloat16).
-        shorts: where these filter, multiply integers of 16 bits.
+        int16: multiply 16-bit integers in their Winograd convolutions.
 
     Raises:
         library.CompilerError: `compiled` was asked for and is not possible.
@@ -268,7 +265,7 @@ class FusedSCFeat(nn.Module):
         model: SCFeat,
         dtype: torch.dtype = torch.float32,
         compiled: bool = False,
-        shorts: bool = False,
+        int16: bool = False,
     ) -> None:
         super().__init__()
         if compiled:
@@ -284,7 +281,7 @@ class FusedSCFeat(nn.Module):
         self.register_buffer("mean", model.mean.detach().flatten().clone())
         self.register_buffer("deviation", model.deviation.detach().flatten().clone())
         stem = encoder.conv1
-        self.stem = Stem(stem.weight.detach(), stem.bias.detach(), dtype, compiled, shorts)
+        self.stem = Stem(stem.weight.detach(), stem.bias.detach(), dtype, compiled, int16)
         self.layers = nn.ModuleList(
             nn.Sequential(*(Block(block, dtype) for block in layer))
             for layer in (encoder.layer1, encoder.layer2, encoder.layer3)
@@ -323,7 +320,7 @@ class FusedSCFeat(nn.Module):
         if compiled:
             for module in self.modules():
                 if isinstance(module, Conv):
-                    module.use_kernels(shorts)
+                    module.use_kernels(int16)
         self.eval().requires_grad_(False)
 
     @torch.inference_mode()
@@ -351,14 +348,14 @@ class FusedSCFeat(nn.Module):
         layer3 = self.layers[2](layer2)
         dim = self.config.descriptor_dim
         eighth, quarter = self.config.decoder_channels
-        sides = _space(layer1, 3 * dim)
+        sides = _empty_like(layer1, 3 * dim)
 
-        up = _space(layer2, eighth)
+        up = _empty_like(layer2, eighth)
         self._up_conv("decoder_0.up", self.eighth_taps(layer3), 2, up)
         self._up_conv("side_0", self.side_0_taps(layer3), 4, sides[:, :dim])
         x = self._norm_elu("decoder_0.conv", self.eighth(up, beside=layer2))
 
-        up = _space(layer1, quarter)
+        up = _empty_like(layer1, quarter)
         self._up_conv("decoder_1.up", self.quarter_taps(x), 2, up)
         self._up_conv("side_1", self.side_1_taps(x), 2, sides[:, dim : 2 * dim])
         x = self._norm_elu("decoder_1.conv", self.quarter(up, beside=layer1))
@@ -366,7 +363,7 @@ class FusedSCFeat(nn.Module):
         return self.fuse(sides), layer2, layer3
 
     def _up_conv(self, name: str, z: torch.Tensor, factor: int, out: torch.Tensor) -> None:
-        """UP-CONV of Fig. 4 (b) from its nine taps, or one, written to `out`."""
+        """UP-CONV of Fig. 4 (b) from its nine taps (one for a 1x1 kernel), written to `out`."""
         self.kernels.up_conv(z, out.shape[1], factor, self.norms[name], out)
 
     def _norm_elu(
@@ -397,8 +394,8 @@ class FusedSCFeat(nn.Module):
         return k.score(value, totals, self.norms["layer2"], *peaks)
 
 
-def _space(like: torch.Tensor, channels: int) -> torch.Tensor:
-    """An empty map of the size and type of another, with a number of channels of its own."""
+def _empty_like(like: torch.Tensor, channels: int) -> torch.Tensor:
+    """An uninitialized map like another, but with a different number of channels."""
     batch, _, height, width = like.shape
     return torch.empty(
         (batch, channels, height, width),

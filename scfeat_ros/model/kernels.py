@@ -1,7 +1,7 @@
-"""What the fast network does between its convolutions, in PyTorch: any device, any batch.
+"""The fast network's operations between convolutions, in PyTorch: any device, any batch size.
 
-`native/kernels.py` does the same for one image on the CPU in fewer passes over memory; the
-functions there have the same names, arguments and results.
+`native/kernels.py` implements the same for one image on the CPU, with fewer passes over memory;
+the functions there have the same names, arguments and results.
 
 Statistics of a map are (B, 2, C) float64: the sums over the image of every channel and of its
 square.
@@ -32,7 +32,7 @@ class Norm(NamedTuple):
 
 
 class DetectorInput(NamedTuple):
-    """What the detector reads."""
+    """Input of the detector."""
 
     bridged: torch.Tensor
     """(B, D, h, w) fp32: F_cn."""
@@ -41,13 +41,13 @@ class DetectorInput(NamedTuple):
     reliability: torch.Tensor
     """(B, 1, h, w), see `Reliability`."""
     mean: torch.Tensor | None = None
-    """(h, w): mean over the channels of both, where the kernels want it."""
+    """(h, w): mean over the channels of both; only for the compiled kernels."""
     largest: torch.Tensor | None = None
-    """(1,): largest magnitude in both, where the kernels want it."""
+    """(1,): largest magnitude in both; only for the compiled kernels."""
 
     @property
     def values(self) -> torch.Tensor:
-        """(B, D + 64, h, w) fp32: both beside each other."""
+        """(B, D + 64, h, w) fp32: both, concatenated."""
         return torch.cat([self.bridged, self.stem.float()], dim=1)
 
 
@@ -57,7 +57,7 @@ class Image(NamedTuple):
     values: torch.Tensor
     """(B, 3, H, W) fp32."""
     largest: torch.Tensor | None = None
-    """(1,): largest magnitude, where the kernels want it."""
+    """(1,): largest magnitude; only for the compiled kernels."""
 
 
 def normalize_image(image: torch.Tensor, mean: torch.Tensor, deviation: torch.Tensor) -> Image:
@@ -99,14 +99,14 @@ def normalize_activate(
     slope: float | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Normalization, then ELU, or PReLU where a slope is given.
+    """Normalization, then ELU, or PReLU if a slope is given.
 
     Args:
         x: (B, C, h, w).
         totals: its statistics.
         norm: the normalization.
         slope: of the PReLU's negative side.
-        out: where to put the result: channels of a larger map.
+        out: where to write the result: channels of a larger map.
     """
     scale, shift = scale_and_shift(totals, norm, x.shape[2] * x.shape[3])
     y = x.float() * scale[:, :, None, None] + shift[:, :, None, None]
@@ -140,8 +140,8 @@ def _sum_of_nine(taps: torch.Tensor, factor: int) -> torch.Tensor:
     """(B, 9 * C, h, w) -> (B, C, h * factor, w * factor).
 
     Upsampling and a tap's 1x1 convolution commute, so every tap is computed on the small map,
-    upsampled, moved by its offset (zeros move in: the convolution pads after the upsampling) and
-    added. Bilinear upsampling is separable, so the sum is taken along x first.
+    upsampled, shifted by its offset (with zeros shifted in, as the convolution pads after the
+    upsampling) and added. Bilinear upsampling is separable, so the sum is taken along x first.
     """
     batch, channels, height, width = taps.shape
     channels //= 9
@@ -176,7 +176,7 @@ def up_conv(taps: torch.Tensor, channels: int, factor: int, norm: Norm, out: tor
     Args:
         taps, channels, factor: as for `upsampled_sum`.
         norm: the normalization.
-        out: (B, C, h * factor, w * factor), where to put the result: channels of a larger map.
+        out: (B, C, h * factor, w * factor), where to write the result: channels of a larger map.
     """
     x, totals = upsampled_sum(taps, channels, factor)
     normalize_activate(x, totals, norm, out=out)
@@ -195,7 +195,7 @@ def bridge(
         descriptors: (B, D, h, w) D_desc.
         stem: (B, 64, h, w).
         spatial: 7x7 convolution from the channel mean to scale and shift, times w_s.
-        channel: the instance normalization with its numbers times w_c.
+        channel: the instance normalization, its weight and bias times w_c.
         reliability: of F_cn.
     """
     descriptors = descriptors.float()
@@ -224,7 +224,7 @@ def image_branch(
     """The head's Layer_0 on the image, without its normalization; in fp32.
 
     Returns:
-        Peakiness (B, 1, H, W), the convolution of the image times it, and that one's statistics.
+        Peakiness (B, 1, H, W), the convolution of the image times it, and its statistics.
     """
     peaks = peakiness(image.values)
     weighted = (peaks * image.values).contiguous(memory_format=torch.channels_last)
@@ -240,12 +240,12 @@ def hidden(
     left: torch.Tensor,
     left_taps: Callable[[torch.Tensor], torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The head's Layer_1, without its normalization: the sum of its parts; in fp32.
+    """The head's Layer_1, without its normalization: the sum of both branches; in fp32.
 
     Args:
         right, totals: the image branch and its statistics, see `image_branch`.
         norm, slope: its normalization and PReLU.
-        conv: 3x3 convolution of what that gives.
+        conv: 3x3 convolution of the normalized and activated image branch.
         left: (B, C, h, w), the branch on the small maps, activated.
         left_taps: 1x1 convolution to the taps of its convolution, see `upsampled_sum`.
 
@@ -283,8 +283,10 @@ def score(
     reliability: torch.Tensor,
     right_peaks: torch.Tensor,
 ) -> torch.Tensor:
-    """Scores (Eq. 13) from the head's response, both peakiness maps, and the reliability that goes
-    with the left one; (B, 1, H, W) fp32."""
+    """Scores (Eq. 13) times reliability, (B, 1, H, W) fp32.
+
+    From the head's response, both peakiness maps, and the reliability at the left one's resolution.
+    """
     pixels = value.shape[2] * value.shape[3]
     scale, shift = scale_and_shift(totals, norm, pixels)
     value = F.softplus(value * scale[:, :, None, None] + shift[:, :, None, None])

@@ -1,9 +1,8 @@
-"""Reliability: where keypoints are matched right, told from the descriptor map.
+"""Reliability: predicts from the descriptor map where keypoints are matched correctly.
 
-Not in the paper. The detector is trained on what its keypoints match, but sees the map of
-descriptors through a few channels of a small head. What the map itself tells about matches is a
-factor on the score. It is fitted after the training (`scfeat train fit`), and is part of the
-weights.
+Not in the paper. The detector is rewarded for correct matches, but sees the descriptor map only
+through a few channels of a small head. The reliability is a factor on the score, predicted from
+the map itself. It is fitted after the training (`scfeat train fit`), and is part of the weights.
 """
 
 from __future__ import annotations
@@ -13,17 +12,18 @@ from torch import nn
 
 
 class Reliability(nn.Module):
-    """A factor on keypoint scores out of F_cn; its numbers are buffers, which are not trained.
+    """A factor on keypoint scores, log-linear in the normalized F_cn.
 
-    At the start it is 1 everywhere.
+    Its weight and bias are buffers, which are not trained with the network. Unfitted, the factor is
+    1 everywhere.
 
     Args:
         dim: channels of F_cn.
 
     Attributes:
-        weight: (D,): the direction of F_cn in which matches are more often right, as long as the
-            factor is strong.
-        bias: (): of the factor's logarithm.
+        weight: (D,): the direction of F_cn in which matches are more often right; its length is the
+            strength of the factor.
+        bias: (): added to the factor's logarithm.
     """
 
     weight: torch.Tensor
@@ -35,7 +35,7 @@ class Reliability(nn.Module):
         self.register_buffer("bias", torch.zeros(()))
 
     def unfitted(self) -> Reliability:
-        """One of the same size at the start, on the same device."""
+        """An unfitted reliability of the same size, on the same device."""
         return Reliability(len(self.weight)).to(self.weight.device)
 
     def forward(self, bridged: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ WIDTHS = (64, 128, 256)
 
 
 class Layout(NamedTuple):
-    """What tells one ResNet from another."""
+    """The architecture of a ResNet."""
 
     block: str
     """"basic" or "bottleneck"."""
@@ -39,7 +39,7 @@ def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Conv2d:
 
 
 def _projection(inputs: int, outputs: int, stride: int) -> nn.Sequential | None:
-    """The shortcut's 1x1 convolution, None where the identity fits."""
+    """The shortcut's 1x1 convolution; None if it is the identity."""
     if stride == 1 and inputs == outputs:
         return None
     return nn.Sequential(_conv(inputs, outputs, 1, stride), nn.BatchNorm2d(outputs))
@@ -138,13 +138,13 @@ class ResNetEncoder(nn.Module):
         return EncoderFeatures(stem, layer1, layer2, self.layer3(layer2))
 
     def load_torchvision(self, state: dict[str, torch.Tensor]) -> None:
-        """Take over weights under torchvision's names; deeper layers of the file are ignored.
+        """Load weights with torchvision's names; other layers are ignored.
 
-        A file with more blocks than this encoder (ResNet-18 into `resnet10`) gives its first
-        ones.
+        Of a ResNet with more blocks than this encoder (ResNet-18 into `resnet10`) the first ones
+        are used.
 
         Raises:
-            ValueError: a weight of this encoder is missing in the file or has another shape.
+            ValueError: a weight of this encoder is missing or has another shape.
         """
         own = self.state_dict()
         for key, value in own.items():

@@ -1,4 +1,4 @@
-"""Between image pixels and feature maps: one coordinate convention for the whole project.
+"""Sampling and upsampling of feature maps, with one coordinate convention for the whole project.
 
 The centre of the top-left pixel of an image is (0, 0). A map at stride s covers the image with
 cells of s x s pixels, so image position x lies at (x + 0.5) / s - 0.5 on the map: PyTorch's
@@ -25,7 +25,7 @@ def sample(feature_map: torch.Tensor, points: torch.Tensor, stride: int = 4) -> 
         (B, N, C)
     """
     height, width = feature_map.shape[-2:]
-    # filled where it is, so that nothing is copied to a device
+    # created on the device, so that nothing is copied to it
     size = torch.cat([points.new_full((1,), side * stride) for side in (width, height)])
     grid = ((2 * points + 1) / size - 1).to(feature_map.dtype)
     samples = F.grid_sample(
@@ -40,7 +40,7 @@ def sample_one(feature_map: torch.Tensor, points: torch.Tensor, stride: int = 4)
 
 
 def sample_smooth(feature_map: torch.Tensor, points: torch.Tensor, stride: int = 4) -> torch.Tensor:
-    """As `sample_one`, with a cubic B-spline's weights of the 4x4 cells about.
+    """As `sample_one`, weighting the surrounding 4x4 cells by a cubic B-spline.
 
     Args:
         feature_map: (C, h, w) in any precision.
@@ -61,7 +61,7 @@ def sample_smooth(feature_map: torch.Tensor, points: torch.Tensor, stride: int =
 
 
 def _cells(position: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(N, 4) cells about each position along an axis, and their weights; the border repeats."""
+    """(N, 4) cells around each position along an axis, and their weights; the border repeats."""
     cells = position.floor()[:, None] + torch.arange(-1, 3, device=position.device)
     distance = (cells - position[:, None]).abs()
     outer = (2 - distance).clamp_min(0)
@@ -74,7 +74,7 @@ def block_means(feature_map: torch.Tensor, side: int) -> torch.Tensor:
     """(C, h, w) -> fp32 means of blocks of `side` x `side` cells; those at the edge are smaller."""
     _, height, width = feature_map.shape
     cells = F.pad(feature_map.permute(1, 2, 0).float(), (0, 0, 0, -width % side, 0, -height % side))
-    # one sum after the other: avg_pool2d takes four times as long on channels-last maps
+    # summed along each axis: avg_pool2d takes four times as long on channels-last maps
     sums = cells.unflatten(1, (-1, side)).sum(dim=2).unflatten(0, (-1, side)).sum(dim=1)
     rows, columns = (
         (size - torch.arange(0, size, side, device=sums.device)).clamp_max(side)
@@ -84,14 +84,14 @@ def block_means(feature_map: torch.Tensor, side: int) -> torch.Tensor:
 
 
 def upsample(x: torch.Tensor, factor: int) -> torch.Tensor:
-    """Bilinear upsampling of a (B, C, h, w) map by a whole factor."""
+    """Bilinear upsampling of a (B, C, h, w) map by an integer factor."""
     if factor == 1:
         return x
     return F.interpolate(x, scale_factor=factor, mode="bilinear", align_corners=False)
 
 
 def convolve_upsampled(conv: nn.Conv2d, x: torch.Tensor, factor: int) -> torch.Tensor:
-    """Convolution of a (B, C, h, w) map that is upsampled by a whole factor."""
-    if conv.kernel_size == (1, 1):  # commutes, and is cheaper before
+    """Convolution of a (B, C, h, w) map after upsampling it by an integer factor."""
+    if conv.kernel_size == (1, 1):  # they commute, and this order is cheaper
         return upsample(conv(x), factor)
     return conv(upsample(x, factor))

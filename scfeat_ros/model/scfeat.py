@@ -1,4 +1,4 @@
-"""SCFeat: backbone, bridge and detector together; configurations; save and load."""
+"""SCFeat: the whole network; its configurations; saving and loading weights."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ DESCRIPTOR_STRIDE = 4
 """Image pixels per cell of the descriptor map."""
 
 FITTED = ("projection.", "detector.reliability.")
-"""Of the weights: what is fitted after the training. Older files are without it."""
+"""Prefixes of weights that are fitted after the training; older files lack them."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class SCFeatConfig:
     """Sizes of the network.
 
     Attributes:
-        name: what the size is called.
+        name: of the configuration.
         encoder: a key of `resnet.RESNETS`.
         decoder_channels: channels of the decoders at 1/8 and at 1/4.
         descriptor_dim: channels of D_desc and F_cn; length of the paper's descriptors, and of
@@ -72,23 +72,24 @@ CONFIGS = {
         "scfeat-s", "resnet16-narrow", (64, 32), 64, (16, 8, 8), upsampled_kernel=1
     ),
 }
-"""The paper's network, a smaller one for robots, and the default, which learned from that."""
+"""scfeat: the paper's network. scfeat-m: a smaller one for robots. scfeat-s: the default, distilled
+from scfeat-m."""
 
 
 class Description(NamedTuple):
-    """What the description network knows of an image."""
+    """Output of backbone and bridge for an image."""
 
     descriptors: torch.Tensor
     """(B, D, H/4, W/4): D_desc, not normalized; the paper samples descriptors here."""
     bridged: torch.Tensor
-    """(B, D, H/4, W/4): F_cn, after the bridge; what the training loss and the detector read, and
-    where descriptors for use are sampled."""
+    """(B, D, H/4, W/4): F_cn, after the bridge; the input of training loss and detector, and where
+    descriptors are sampled by default."""
     encoded: EncoderFeatures
     """The encoder's maps; its stem is F_0."""
 
     @property
     def maps(self) -> Maps:
-        """What descriptors for use are made of, of all images."""
+        """The maps from which descriptors are made by default, of the whole batch."""
         return Maps(self.bridged, self.encoded.layer2, self.encoded.layer3)
 
 
@@ -100,7 +101,7 @@ class SCFeatOutput(NamedTuple):
     scores: torch.Tensor
     """(B, 1, H, W) keypoint scores."""
     layer2: torch.Tensor
-    """(B, C2, H/8, W/8): of the encoder; descriptors for use have its surroundings in them."""
+    """(B, C2, H/8, W/8): of the encoder, for the surroundings in descriptors, see `Projection`."""
     layer3: torch.Tensor
     """(B, C3, H/16, W/16)"""
 
@@ -111,7 +112,7 @@ def unit_range(image: torch.Tensor) -> torch.Tensor:
 
 
 class SCFeat(nn.Module):
-    """The whole network (Fig. 3), and what makes descriptors of its map.
+    """The whole network (Fig. 3), and the projection that makes descriptors from its maps.
 
     Images are (B, 3, H, W) RGB, float in [0, 1] or uint8, with H and W multiples of `STRIDE`; they
     are normalized with ImageNet's mean and deviation inside.
@@ -163,7 +164,7 @@ class SCFeat(nn.Module):
 
 
 def fold_batch_norms(model: SCFeat) -> SCFeat:
-    """A copy for inference with the batch normalizations inside the convolutions."""
+    """A copy for inference with the batch normalizations folded into the convolutions."""
     model = copy.deepcopy(model).eval()
     for module in model.modules():
         if isinstance(module, (BasicBlock, Bottleneck, ResNetEncoder)):
@@ -183,8 +184,8 @@ def save_model(model: SCFeat, path: str | os.PathLike, provenance: dict) -> None
 
     Args:
         model: the network.
-        path: a .safetensors file; one that is there is replaced once the new one is complete.
-        provenance: how the weights were made; anything that JSON can hold.
+        path: a .safetensors file; an existing one is replaced when the new one is complete.
+        provenance: how the weights were made; any JSON value.
 
     Raises:
         InputError: see `staging.staged_file`.
@@ -223,10 +224,10 @@ def available_models() -> list[str]:
 
 
 def find_weights(name_or_path: str | os.PathLike) -> Path:
-    """The file of an installed model's name, or the path itself.
+    """The file of an installed model, or the path itself.
 
     Raises:
-        ModelError: neither is there.
+        ModelError: neither exists.
     """
     if str(name_or_path) in available_models():
         return Path(str(resources.files("scfeat_ros") / "weights" / f"{name_or_path}.safetensors"))
@@ -244,7 +245,7 @@ def read_metadata(path: str | os.PathLike) -> dict:
     """Configuration, version and provenance of a weights file.
 
     Raises:
-        ModelError: the file cannot be read or is none of ours.
+        ModelError: the file cannot be read or is no SCFeat model.
     """
     try:
         with safetensors.safe_open(path, framework="pt") as file:
@@ -254,7 +255,9 @@ def read_metadata(path: str | os.PathLike) -> dict:
             f"{path}: not a readable safetensors file, it may be truncated ({error})"
         ) from error
     if metadata.get("format") != "scfeat" or "config" not in metadata:
-        raise ModelError(f"{path}: the metadata has no SCFeat 'config', so this is no SCFeat model")
+        raise ModelError(
+            f"{path}: the metadata has no SCFeat 'config', so this is not an SCFeat model"
+        )
     try:
         config = json.loads(metadata["config"])
         provenance = json.loads(metadata.get("provenance", "{}"))
@@ -264,13 +267,13 @@ def read_metadata(path: str | os.PathLike) -> dict:
 
 
 def config_of(values: object, path: Path) -> SCFeatConfig:
-    """A configuration from what a file's metadata say.
+    """A configuration from a file's metadata.
 
     Raises:
-        ModelError: it is none; the message names the file and the first field that is wrong.
+        ModelError: it is invalid; the message names the file and the first wrong field.
     """
     if not isinstance(values, dict):
-        raise ModelError(f"{path}: the metadata's config is no table of fields but {values!r}")
+        raise ModelError(f"{path}: the metadata's config is not a table of fields but {values!r}")
     for field in fields(SCFeatConfig):
         if field.name not in values and field.default is MISSING:
             raise ModelError(f"{path}: config field '{field.name}' is missing")
@@ -304,7 +307,7 @@ def load_model(name_or_path: str | os.PathLike) -> SCFeat:
     tensors = load_file(path)
     for key, value in model.state_dict().items():
         if key not in tensors and key.startswith(FITTED):
-            tensors[key] = value  # written before there was one
+            tensors[key] = value  # unfitted, as in files that were written before it existed
         if key not in tensors:
             raise ModelError(f"{path}: weight '{key}' is missing")
         given, needed = tensors[key].shape, value.shape

@@ -1,4 +1,4 @@
-"""Keeping cores awake while a frame is being worked on."""
+"""Keeps CPU cores awake while a frame is processed."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ CPU = torch.device("cpu")
 
 @contextlib.contextmanager
 def cores_awake(device: torch.device = CPU) -> Iterator[None]:
-    """Keep the cores of PyTorch's threads from falling asleep between two operations.
+    """Keep the cores of PyTorch's threads from entering idle states between two operations.
 
     A virtual machine's cores, and those of small computers with deep idle states, take as long to
-    wake as a small layer takes to compute. While the context is open, threads of the scheduler's
-    idle class spin on these cores; any other work goes before them at once. See `awake.cpp`.
+    wake up as a small layer takes to compute. While the context is open, threads of the scheduler's
+    idle class spin on these cores; any other thread preempts them. See `awake.cpp`.
 
     Args:
-        device: that computes; nothing is done for another one than the CPU.
+        device: the device that computes; only the CPU needs this.
     """
     if device.type != "cpu" or not keeps_cores_awake():
         yield
@@ -39,10 +39,10 @@ def cores_awake(device: torch.device = CPU) -> Iterator[None]:
 
 
 def keeps_cores_awake() -> bool:
-    """Whether `cores_awake` does anything.
+    """Whether `cores_awake` has an effect.
 
-    It does not where there are one thread or threads for less than half of the cores, a limit on
-    CPU time (which spinning would use up), no compiler, or another system than Linux.
+    It has none with a single thread or threads for less than half of the cores, with a quota of CPU
+    time (which spinning would use up), without a compiler, and on other systems than Linux.
     """
     if sys.platform != "linux" or has_cpu_quota():
         return False
@@ -54,7 +54,7 @@ def keeps_cores_awake() -> bool:
 def has_cpu_quota(
     groups: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")
 ) -> bool:
-    """Whether a control group, as a container's or a service's, limits this process's CPU time."""
+    """Whether a control group, such as a container's or a service's, limits the CPU time."""
     files = [groups / "cpu.max", groups / "cpu/cpu.cfs_quota_us"]
     for line in membership.read_text().splitlines() if membership.is_file() else []:
         number, _, path = line.split(":", 2)

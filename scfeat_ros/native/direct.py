@@ -1,4 +1,4 @@
-"""Convolutions as matrix products, in C++: those that minimal filtering does not compute."""
+"""Convolutions as matrix products, in C++: those that do not use Winograd's algorithm."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from typing import NamedTuple
 
 import torch
 
-from scfeat_ros.native.library import SUFFIX, ask, call, channels_last, empty_map
+from scfeat_ros.native.library import SUFFIX, call, channels_last, empty_map, query
 
 
 class DirectConv(NamedTuple):
     """A 1x1 or 3x3 convolution, padded by half of that: see `direct.cpp`."""
 
     weights: torch.Tensor
-    """In the order that the kernel reads; of the maps' type."""
+    """In the kernel's order; of the maps' type."""
     bias: torch.Tensor | None
     """(C_out,) in fp32."""
     side: int
@@ -26,17 +26,17 @@ class DirectConv(NamedTuple):
     def fits(cls, weight: torch.Tensor) -> bool:
         """Whether there is a kernel for (C_out, C_in, k, k)."""
         outputs, inputs, side, _ = weight.shape
-        return side in (1, 3) and inputs % 2 == 0 and outputs % ask("lanes") == 0
+        return side in (1, 3) and inputs % 2 == 0 and outputs % query("lanes") == 0
 
     @classmethod
     def of(cls, weight: torch.Tensor, bias: torch.Tensor | None, stride: int) -> DirectConv:
         """From (C_out, C_in, k, k) and (C_out,), for maps of their type."""
         outputs, _, side, _ = weight.shape
-        pair = ask(f"direct_pair_{SUFFIX[weight.dtype]}")
+        pair = query(f"direct_pair_{SUFFIX[weight.dtype]}")
         by_depth = weight.permute(2, 3, 1, 0).flatten(0, 2)
         panels, channel = [], 0
         while channel < outputs:
-            columns = ask("direct_columns", channel, outputs)
+            columns = query("direct_columns", channel, outputs)
             panel = by_depth[:, channel : channel + columns]
             panels.append(panel.unflatten(0, (-1, pair)).transpose(1, 2).flatten())
             channel += columns

@@ -7,14 +7,14 @@
 
 // Of CPUs with vectors of 512 bits only those with AVX512-VNNI gain by it.
 #if defined(__AVX512VNNI__) || (defined(__AVX2__) && !defined(__AVX512F__))
-#define HAS_SHORTS
+#define HAS_INT16
 #include <immintrin.h>
 #endif
 
 #if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
-#define HAS_BYTES
+#define HAS_INT8
 #elif defined(__ARM_FEATURE_DOTPROD)
-#define HAS_BYTES
+#define HAS_INT8
 #include <arm_neon.h>
 #endif
 
@@ -35,8 +35,8 @@ Integers add_products(Integers sum, Integers one, Integers other);
 template <typename Number>
 constexpr int OFFSET = 0;
 
-#if defined(HAS_SHORTS)
-typedef int16_t ShortLanes __attribute__((vector_size(LANES * sizeof(int16_t))));
+#if defined(HAS_INT16)
+typedef int16_t Int16Lanes __attribute__((vector_size(LANES * sizeof(int16_t))));
 
 // As many as fill a register.
 typedef int16_t PairLanes __attribute__((vector_size(2 * LANES * sizeof(int16_t))));
@@ -53,7 +53,7 @@ inline Integers add_products<int16_t>(Integers sum, Integers one, Integers other
 }
 #endif
 
-#if defined(HAS_BYTES)
+#if defined(HAS_INT8)
 #if !defined(__ARM_FEATURE_DOTPROD)
 template <>
 constexpr int OFFSET<int8_t> = 128;

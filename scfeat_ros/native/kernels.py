@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from scfeat_ros.model.reliability import Reliability
 
 FEW = 8
-"""Channels at the image's resolution for which there are kernels of their own, as in kernels.cpp.
+"""Channels at full resolution for which there are special kernels, as in kernels.cpp.
 
-Such maps are (1, FEW, height, width) with a line of each channel in every row, see `_lines`.
+Such maps are (1, FEW, height, width) with memory order (height, FEW, width), see `_lines`.
 """
 FACTOR = 4
 """Between the detector's two resolutions, as in kernels.cpp."""

@@ -1,4 +1,4 @@
-"""Keypoints out of a score map, in C++."""
+"""Selection of keypoints from a score map, in C++."""
 
 from __future__ import annotations
 

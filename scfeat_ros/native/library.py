@@ -1,8 +1,8 @@
-"""The C++ sources beside this file, compiled on first use for the CPU that they run on, and called.
+"""Compiles the C++ kernels of this folder on first use, for the CPU they run on, and calls them.
 
-Compiling them takes about fifteen seconds of one core, or eight of two, once: the library is kept
-under `$XDG_CACHE_HOME/scfeat_ros` (by default ~/.cache/scfeat_ros), named after the source, the
-compiler, its flags and the CPU. Without a compiler, `load` says so and the caller uses PyTorch's
+Compiling takes about fifteen seconds of one core, or eight of two, once: the library is cached in
+`$XDG_CACHE_HOME/scfeat_ros` (by default ~/.cache/scfeat_ros), under a hash of the sources, the
+compiler, its flags and the CPU. Without a compiler `load` raises, and the caller uses PyTorch's
 operators.
 """
 
@@ -31,14 +31,14 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 
-from scfeat_ros import programs
+from scfeat_ros import subprocesses
 from scfeat_ros.cpu import cpu_info
 
 LOG = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent
 SOURCES = [
-    FOLDER / f"{name}.cpp"  # by name: an installation over an earlier one may keep older files
+    FOLDER / f"{name}.cpp"  # listed: upgrading an installation may leave old files behind
     for name in (
         "awake",
         "descriptors",
@@ -58,9 +58,9 @@ FLAGS = (
     "-fno-math-errno -fno-trapping-math -fno-signed-zeros -ffinite-math-only -ffp-contract=fast"
 )
 if platform.machine() == "x86_64":
-    FLAGS += " -mprefer-vector-width=512"  # else compilers leave half of AVX-512 idle
+    FLAGS += " -mprefer-vector-width=512"  # by default compilers prefer 256 bits
 COMPILE_TIMEOUT = 120
-"""Seconds, of a source."""
+"""Seconds, for one source file."""
 
 
 class CompilerError(RuntimeError):
@@ -68,7 +68,7 @@ class CompilerError(RuntimeError):
 
 
 def cache_folder() -> Path:
-    """Where compiled kernels are kept between runs.
+    """Where compiled kernels are cached.
 
     Raises:
         CompilerError: there is no home folder.
@@ -82,9 +82,9 @@ def cache_folder() -> Path:
 
 
 def load() -> ctypes.CDLL:
-    """Compile the kernels, or take them from the cache, and load them.
+    """Compile the kernels, or find them in the cache, and load them.
 
-    The compiler is $CXX, else g++, else clang++, else c++. It is tried once in a process.
+    The compiler is $CXX, else g++, else clang++, else c++. It is tried once per process.
 
     Raises:
         CompilerError: there is no compiler, or it fails.
@@ -130,18 +130,18 @@ def _load() -> ctypes.CDLL:
 
 
 def _cpu() -> str:
-    """What decides which instructions the compiler may use."""
+    """The CPU's model and features, which decide what instructions the compiler may use."""
     lines = cpu_info().split("\n\n")[0].splitlines()
     kept = ("flags", "features", "model name", "cpu part")
-    told = "\n".join(line for line in lines if line.lower().startswith(kept))
-    return told or platform.processor() + platform.machine()
+    described = "\n".join(line for line in lines if line.lower().startswith(kept))
+    return described or platform.processor() + platform.machine()
 
 
 def _compile(command: list[str], library: Path) -> None:
     started = time.perf_counter()
     try:
         library.parent.mkdir(parents=True, exist_ok=True)
-        # beside the final name and renamed: two processes may be compiling at once
+        # in the same folder, to be renamed: several processes may compile concurrently
         scratch = tempfile.TemporaryDirectory(dir=library.parent, suffix=".partial")
     except OSError as error:
         raise CompilerError(
@@ -157,12 +157,12 @@ def _compile(command: list[str], library: Path) -> None:
             try:
                 list(pool.map(_run, steps))
             except BaseException:  # KeyboardInterrupt, too: the pool would wait for the others
-                programs.end_all()
+                subprocesses.kill_all()
                 raise
         _run([*command, *objects, "-o", f"{folder}/{library.name}"])
         try:
             with open(f"{folder}/{library.name}", "rb") as built:
-                os.fsync(built)  # a part of it, left by a power cut, would crash what loads it
+                os.fsync(built)  # loading a file truncated by a power failure would crash
             os.replace(built.name, library)
         except OSError as error:
             raise CompilerError(f"{library} cannot be written: {error}") from error
@@ -170,22 +170,22 @@ def _compile(command: list[str], library: Path) -> None:
 
 
 def _remove_abandoned(folder: Path) -> None:
-    """Remove what processes that were killed while they compiled have left."""
+    """Remove temporary folders of processes that were killed while compiling."""
     for scratch in folder.glob("*.partial"):
         with contextlib.suppress(OSError):
-            # every compiler that ends leaves its object there
+            # a folder in use changes whenever a compiler finishes an object file
             if time.time() - scratch.stat().st_mtime > COMPILE_TIMEOUT:
                 shutil.rmtree(scratch)
 
 
 def _run(command: list[str]) -> str:
-    """Run the compiler, and return what it prints.
+    """Run the compiler and return its output.
 
     Raises:
-        CompilerError: it fails, or takes too long.
+        CompilerError: it fails or times out.
     """
     try:
-        result = programs.run(command, COMPILE_TIMEOUT)
+        result = subprocesses.run(command, COMPILE_TIMEOUT)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise CompilerError(f"{command[0]} failed: {error}") from error
     if result.returncode != 0:
@@ -197,7 +197,7 @@ def _run(command: list[str]) -> str:
 
 @functools.cache
 def is_compiled() -> bool:
-    """Whether there are kernels; they are compiled if need be."""
+    """Whether the kernels are available; they are compiled if necessary."""
     try:
         load()
     except CompilerError:
@@ -226,15 +226,15 @@ ARGUMENTS = {
     "select": "pnnpnpnfnnnppp",
     "describe": "pnnnpnnnpnnnpnpnp",
     "l2_normalize": "pnn",
-    **dict.fromkeys(("stem", "stem_shorts"), "pnnppfpnp"),
-    **dict.fromkeys(("winograd", "winograd_shorts"), "ppnnnnppfnppnp"),
+    **dict.fromkeys(("stem", "stem_int16"), "pnnppfpnp"),
+    **dict.fromkeys(("winograd", "winograd_int16"), "ppnnnnppfnppnp"),
     "direct": "pnnnpnnnppnp",
     **dict.fromkeys(("nearest", "nearest_by_tiles", "nearest_by_integers"), "pnpnnppppp"),
 }
-"""Of the kernels: pointers, whole numbers, floats; the number of threads comes after them."""
+"""Signatures of the kernels: p pointer, n integer, f float; the number of threads comes last."""
 
 WORDS = {"p": "Q", "n": "q", "f": "f4x"}
-"""Eight bytes for each, as in call.h."""
+"""struct formats of these, eight bytes each, as in call.h."""
 SUFFIX = {torch.float32: "float", torch.bfloat16: "bfloat16"}
 
 Argument = torch.Tensor | np.ndarray | float | None
@@ -245,12 +245,12 @@ class Kernel(NamedTuple):
 
     function: ctypes._CFuncPtr
     words: struct.Struct
-    """Its arguments in memory."""
+    """Layout of its arguments."""
 
 
 @functools.cache
 def kernel(name: str, dtype: torch.dtype | None) -> Kernel:
-    """A kernel for maps of a type, None for those of no type."""
+    """A kernel, for maps of a type; None if it is not templated by type."""
     symbol = name if dtype is None else f"{name}_{SUFFIX[dtype]}"
     function = getattr(load(), f"scfeat_{symbol}")
     function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_int
@@ -259,7 +259,7 @@ def kernel(name: str, dtype: torch.dtype | None) -> Kernel:
 
 
 def _word(argument: Argument) -> float:
-    """What a kernel is given: the address of an array."""
+    """An argument as a number: the address of an array, 0 for None."""
     if isinstance(argument, torch.Tensor):
         return argument.data_ptr()
     if isinstance(argument, np.ndarray):
@@ -275,14 +275,14 @@ _watching = _Watching()
 
 
 class Recorder(Protocol):
-    """Is told of what is called by the thread that it watches."""
+    """Is notified of the kernels that a thread calls."""
 
     def called(self, kernel: Kernel, words: bytes, arguments: tuple[Argument, ...]) -> None: ...
 
 
 @contextlib.contextmanager
 def recorded(recorder: Recorder) -> Iterator[None]:
-    """Have a recorder watch this thread."""
+    """Notify a recorder of the kernels that this thread calls."""
     _watching.recorder = recorder
     try:
         yield
@@ -291,12 +291,12 @@ def recorded(recorder: Recorder) -> Iterator[None]:
 
 
 def call(name: str, dtype: torch.dtype | None, *arguments: Argument) -> None:
-    """Call a kernel for maps of a type, None for those of no type; with as many threads as PyTorch.
+    """Call a kernel with PyTorch's number of threads; see `kernel`.
 
-    Arrays must be contiguous in the order that the kernel wants.
+    Arrays must be contiguous in the kernel's order.
 
     Raises:
-        MemoryError: there is not enough.
+        MemoryError: there is not enough memory.
     """
     chosen = kernel(name, dtype)
     words = chosen.words.pack(*map(_word, arguments), torch.get_num_threads())
@@ -306,23 +306,23 @@ def call(name: str, dtype: torch.dtype | None, *arguments: Argument) -> None:
         _watching.recorder.called(chosen, words, arguments)
 
 
-def ask(name: str, *arguments: int) -> int:
-    """A whole number that the library knows, such as the length of a vector."""
+def query(name: str, *arguments: int) -> int:
+    """An integer constant of the library, such as the number of floats in a vector register."""
     return getattr(load(), name)(*arguments)
 
 
 def channels_last(x: torch.Tensor) -> torch.Tensor:
-    """A map as the kernels read it."""
+    """A map in the kernels' memory order."""
     return x.contiguous(memory_format=torch.channels_last)
 
 
 def floats(*shape: int) -> torch.Tensor:
-    """fp32 in main memory for a kernel to write, whatever types and devices PyTorch prefers."""
+    """Uninitialized fp32 on the CPU, whatever PyTorch's default dtype and device are."""
     return torch.empty(shape, dtype=torch.float32, device="cpu")
 
 
 def empty_map(channels: int, height: int, width: int, dtype: torch.dtype) -> torch.Tensor:
-    """A (1, channels, height, width) map for a kernel to write."""
+    """An uninitialized (1, channels, height, width) map on the CPU."""
     return torch.empty(
         (1, channels, height, width),
         dtype=dtype,

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from scfeat_ros.native.library import ask, call
+from scfeat_ros.native.library import call, query
 
 KERNELS = {
     "bf16, in two parts": "nearest_by_tiles",
@@ -14,18 +14,18 @@ KERNELS = {
     "int16": "nearest_by_integers",
     "fp32": "nearest",
 }
-"""By how they multiply."""
+"""By their arithmetic."""
 
 
 class Nearest(NamedTuple):
-    """Nearest neighbours both ways between (N, D) and (M, D); of equally near ones the first."""
+    """Nearest neighbours both ways between (N, D) and (M, D); the first of equally near ones."""
 
     of_row: np.ndarray
     """(N,) int64"""
     similarity: np.ndarray
     """(N,) float32, of the nearest."""
     second: np.ndarray | None
-    """(N,) float32, the second largest similarity; hugely negative where there is none."""
+    """(N,) float32, the second largest similarity; hugely negative if there is none."""
     of_column: np.ndarray
     """(M,) int64"""
     second_of_column: np.ndarray | None
@@ -33,15 +33,15 @@ class Nearest(NamedTuple):
 
 
 def has_tiles() -> bool:
-    """Whether the CPU multiplies by AMX's tiles of bf16."""
-    return bool(ask("has_tiles"))
+    """Whether the CPU has AMX for bf16."""
+    return bool(query("has_tiles"))
 
 
-def way() -> str:
-    """How `nearest` multiplies where it need not be exact: bf16, int8, int16 or fp32."""
+def arithmetic() -> str:
+    """How `nearest` multiplies if it need not be exact: bf16 in two parts, int8, int16 or fp32."""
     if has_tiles():
         return "bf16, in two parts"
-    bits = ask("integer_bits")
+    bits = query("integer_bits")
     return f"int{bits}" if bits else "fp32"
 
 
@@ -50,14 +50,14 @@ def nearest(a: np.ndarray, b: np.ndarray, seconds: bool = True, exact: bool = Fa
 
     Args:
         a, b: the vectors.
-        seconds: whether the second largest similarities are wanted, which takes a little longer.
-        exact: multiply in fp32 everywhere. Else neighbours are sought by what the CPU multiplies
-            fastest. With integers of 8 or 16 bits, of candidates that are near each other the
-            products in fp32 decide, and all similarities are such; now and then (a place in some
-            10,000, of the second nearest one in 1,000) the right one is not a candidate, and one
-            almost as near is found. With AMX's tiles every factor is the sum of two numbers of
-            bf16: inner products of unit vectors are within 2e-5, and so near ones may change
-            places; `similarity` is computed in fp32.
+        seconds: whether to find the second largest similarities, which takes a little longer.
+        exact: multiply in fp32. Otherwise the CPU's fastest arithmetic finds candidates. With 8- or
+            16-bit integers, fp32 products decide between close candidates, and all similarities are
+            fp32; rarely (one neighbour in 10,000, one second neighbour in 1,000) the true one is
+            not a candidate, and another, almost as near, is returned. With AMX every factor is the
+            sum of two bf16 numbers: inner products of unit vectors are accurate to 2e-5, so one of
+            two neighbours that are closer than that may be taken for the other; `similarity` is
+            computed in fp32.
     """
     a, b = np.ascontiguousarray(a, np.float32), np.ascontiguousarray(b, np.float32)
     found = Nearest(
@@ -67,6 +67,6 @@ def nearest(a: np.ndarray, b: np.ndarray, seconds: bool = True, exact: bool = Fa
         np.empty(len(b), np.int64),
         np.empty(len(b), np.float32) if seconds else None,
     )
-    kernel = KERNELS["fp32" if exact else way()]
+    kernel = KERNELS["fp32" if exact else arithmetic()]
     call(kernel, None, a, len(a), b, len(b), a.shape[1], *found)
     return found

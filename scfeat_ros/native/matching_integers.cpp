@@ -16,12 +16,12 @@
 #include "lanes.h"
 #include "matching.h"
 
-#if defined(HAS_BYTES) || defined(HAS_SHORTS)
+#if defined(HAS_INT8) || defined(HAS_INT16)
 #define HAS_INTEGERS
 
 namespace {
 
-#if defined(HAS_BYTES)
+#if defined(HAS_INT8)
 typedef int8_t Number;
 #else
 typedef int16_t Number;

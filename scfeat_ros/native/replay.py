@@ -1,8 +1,8 @@
-"""A network of kernels, recorded once for a size of images and run again in one call.
+"""Records a network's kernel calls once for an image size, and replays them in one call.
 
-Between two kernels Python prepares the next one; meanwhile other cores wait, and so does whoever
-wants Python's lock. A recording has the kernels' arguments ready, and the memory between them laid
-out: a frame is one call of C++.
+Between two kernels Python prepares the next one, while other cores are idle and the GIL is held. A
+recording holds the kernels' arguments, and a memory plan for intermediate maps: a frame is a single
+call of C++.
 """
 
 from __future__ import annotations
@@ -26,39 +26,39 @@ from scfeat_ros.native.library import Argument, Kernel, load, recorded
 LOG = logging.getLogger(__name__)
 
 KEPT_BYTES = 256 << 20
-"""Memory of all recordings, at most."""
+"""Most memory of all recordings."""
 KEPT_SIZES = 16
-"""Of images, with or without a recording."""
+"""Most image sizes to keep track of, with or without a recording."""
 UNUSED = 100
-"""Images without one of a size, after which its recordings make room for others."""
+"""A size that was not used for this many images may be evicted for another."""
 ALIGNMENT = 64
-"""Bytes, of what lies in a recording's memory."""
+"""Of maps in a recording's memory, bytes."""
 
 Network = Callable[[torch.Tensor], SCFeatOutput]
 
 
 @dataclass
 class _Kept:
-    """Of a size of images."""
+    """The recordings of one image size."""
 
     idle: list[_Replay] = field(default_factory=list)
-    """Recordings that no thread runs now."""
+    """Recordings that are not in use by a thread."""
     bytes: int = 0
     """Of all recordings."""
     used: int = 0
     """Number of the last image."""
     records_from: float = 0
-    """Number of the image from which on another recording may be made."""
+    """Number of the image from which another recording may be made."""
 
 
 class Replays:
     """Calls a network by replaying the kernels that it called for an image of the same size.
 
-    The first image of a size runs as ever, the second is recorded. May be called from several
-    threads; each runs a recording of its own, as far as `KEPT_BYTES` go.
+    The first image of a size runs normally, the second is recorded. Thread-safe; each thread uses a
+    recording of its own, within the limit of `KEPT_BYTES`.
 
     Args:
-        network: takes an image on the CPU. Where it computes by anything but the kernels of
+        network: takes an image on the CPU. If it computes by anything but the kernels of
             `library.call`, nothing is replayed.
     """
 
@@ -69,7 +69,7 @@ class Replays:
         self._lock = threading.Lock()
 
     def clear(self) -> None:
-        """Forget all recordings and free their memory."""
+        """Delete all recordings and free their memory."""
         with self._lock:
             self._kept.clear()
 
@@ -89,7 +89,7 @@ class Replays:
             return self._record(kept, image)
         try:
             return replay(image)
-        finally:  # also where there was no memory for the output
+        finally:  # also if there was no memory for the output
             with self._lock:
                 kept.idle.append(replay)
 
@@ -117,7 +117,7 @@ class Replays:
         return output
 
     def _has_room(self, size: int) -> bool:
-        """Whether another recording may be kept; what has not been used for long goes."""
+        """Whether another recording may be kept; evicts sizes that are no longer used."""
         if size > KEPT_BYTES:
             return False
         while sum(kept.bytes for kept in self._kept.values()) + size > KEPT_BYTES:
@@ -129,12 +129,12 @@ class Replays:
 
 
 class _Recorder(TorchDispatchMode):
-    """Notes what a network does: calls of kernels, memory, and all that is neither."""
+    """Records a network's kernel calls, memory allocations, and all other operations."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[tuple[Kernel, bytes, tuple[Argument, ...]]] = []
-        self.memory: list[torch.Tensor] = []  # held, so that no address comes twice
+        self.memory: list[torch.Tensor] = []  # kept alive, so that addresses are unique
         self.computed: dict[str, None] = {}
 
     def called(self, kernel: Kernel, words: bytes, arguments: tuple[Argument, ...]) -> None:
@@ -155,29 +155,29 @@ class _Use(NamedTuple):
     """An argument that is an address in a piece of memory."""
 
     word: int
-    """Its place among the arguments of all calls."""
+    """Its index among the arguments of all calls."""
     memory: int
-    """Which piece: the image, an output, or what lies between."""
+    """Which piece: the image, an output, or an intermediate map."""
     offset: int
 
 
 class _Plan(NamedTuple):
-    """Calls of kernels, and where in memory they read and write."""
+    """Kernel calls, and the memory that they read and write."""
 
     calls: list[tuple[Kernel, bytes]]
     """With their arguments."""
     weights: list[torch.Tensor]
-    """Held, since the calls have their addresses."""
+    """Kept alive, since the calls contain their addresses."""
     given: list[_Use]
-    """Of what is another one each time: memory 0 is the image, the others are the outputs."""
+    """Uses of tensors that differ in every call: memory 0 is the image, the others are outputs."""
     between: list[_Use]
-    """Of a recording's own memory; offsets are from its start."""
+    """Uses of a recording's own memory; offsets are from its start."""
     bytes: int
     """Of a recording's own memory."""
 
     @classmethod
     def of(cls, recorder: _Recorder, image: torch.Tensor, output: SCFeatOutput) -> _Plan:
-        """From what was recorded while a network made its output of an image."""
+        """The plan of what was recorded while a network processed an image."""
         pieces = sorted([image, *recorder.memory], key=torch.Tensor.data_ptr)
         starts = [piece.data_ptr() for piece in pieces]
         slots = {tensor.data_ptr(): i for i, tensor in enumerate((image, *output))}
@@ -209,17 +209,17 @@ class _Plan(NamedTuple):
 def _laid_out(
     sizes: dict[int, int], first: dict[int, int], last: dict[int, int]
 ) -> tuple[dict[int, int], int]:
-    """Places of pieces of memory, so that none overlap that are in use at the same time.
+    """Offsets of pieces of memory, such that pieces in use at the same time do not overlap.
 
     Args:
         sizes: of the pieces, bytes.
         first, last: the steps between which they are in use.
 
     Returns:
-        Where each begins, and where the last of them ends.
+        The offset of each, and the total size.
     """
     offsets: dict[int, int] = {}
-    for piece in sorted(sizes, key=lambda piece: -sizes[piece]):  # large ones leave no gaps
+    for piece in sorted(sizes, key=lambda piece: -sizes[piece]):  # largest first
         others = sorted(
             (offsets[other], offsets[other] + sizes[other])
             for other in offsets
@@ -235,7 +235,7 @@ def _laid_out(
 
 
 class _Replay:
-    """A plan with memory of its own. For one thread at a time."""
+    """A plan with memory of its own; for one thread at a time."""
 
     def __init__(self, plan: _Plan, like: SCFeatOutput) -> None:
         self._weights = plan.weights

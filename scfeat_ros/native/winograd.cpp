@@ -136,8 +136,8 @@ extern "C" {
 int winograd_columns(int outputs) { return panel_columns(outputs); }
 
 // Whether it is faster with products of integers of 16 bits than with those of floats.
-int has_shorts() {
-#if defined(HAS_SHORTS)
+int has_int16() {
+#if defined(HAS_INT16)
   return 1;
 #else
   return 0;

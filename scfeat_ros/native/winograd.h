@@ -66,10 +66,10 @@ struct Floats {
   static Lanes finish(Sum sum, const float *) { return sum; }
 };
 
-#if defined(HAS_SHORTS)
+#if defined(HAS_INT16)
 // Integers of 16 bits. The largest magnitude in a patch tells how large its transform can be at each
 // place, and that is brought to `Weights::largest`, so that no sum overflows 32 bits.
-struct Shorts {
+struct Int16 {
   typedef int16_t Number;
   typedef Integers Sum;
   static constexpr int PAIR = 2;
@@ -103,7 +103,7 @@ struct Shorts {
   static void put(Number *to, Lanes value, float factor, int i, int j) {
     // by what the rows of B^T come to at most
     constexpr float share[PATCH] = {1.0f / 10, 1.0f / 10, 1.0f / 10, 1.0f / 6, 1.0f / 6, 1.0f / 10};
-    store(to, round_to<ShortLanes>(value * (share[i] * share[j] * factor)));
+    store(to, round_to<Int16Lanes>(value * (share[i] * share[j] * factor)));
   }
 
   static Sum repeat(const Number *from) { return Integers{} + load<int32_t>(from); }
@@ -114,13 +114,13 @@ struct Shorts {
 };
 #endif
 
-// A template for maps of both types, by all products; those of integers are name_shorts.
-#if defined(HAS_SHORTS)
-#define EXPORT_KINDS(name)                               \
-  EXPORT(name##_float, name<float, Floats>)              \
-  EXPORT(name##_bfloat16, name<bfloat16, Floats>)        \
-  EXPORT(name##_shorts_float, name<float, Shorts>)       \
-  EXPORT(name##_shorts_bfloat16, name<bfloat16, Shorts>)
+// A template for maps of both types, by all products; those of integers are name_int16.
+#if defined(HAS_INT16)
+#define EXPORT_KINDS(name)                        \
+  EXPORT(name##_float, name<float, Floats>)       \
+  EXPORT(name##_bfloat16, name<bfloat16, Floats>) \
+  EXPORT(name##_int16_float, name<float, Int16>)  \
+  EXPORT(name##_int16_bfloat16, name<bfloat16, Int16>)
 #else
 #define EXPORT_KINDS(name)                  \
   EXPORT(name##_float, name<float, Floats>) \

@@ -197,7 +197,7 @@ def damaged_weights(kind, weights, folder):
     [
         ("missing", "no such file"),
         ("truncated", "may be truncated"),
-        ("another architecture", "no SCFeat model"),
+        ("another architecture", "not an SCFeat model"),
     ],
 )
 def test_weights_that_cannot_be_used_leave_a_node_that_can_be_mended(

@@ -21,7 +21,7 @@ TASKS = {
     "reconstruction": "structure from motion on an image folder (ETH benchmark's protocol)",
     "localization": "poses of query images in a reference model (Aachen, hloc's layout)",
 }
-"""Each is a module of this package with `add_arguments`, `DEFAULTS`, `check_data` and `run`."""
+"""Each is a module here with `MAX_KEYPOINTS`, `add_arguments`, `check_data` and `run`."""
 
 
 def build_parser(task: str | None) -> argparse.ArgumentParser:
@@ -51,13 +51,13 @@ def build_parser(task: str | None) -> argparse.ArgumentParser:
         sub.add_argument(
             "--max-keypoints",
             type=int,
-            default=module.DEFAULTS["max_keypoints"],
+            default=module.MAX_KEYPOINTS,
             help="most features per image, all methods (default: %(default)s)",
         )
         sub.add_argument(
             "--max-size",
             type=int,
-            default=module.DEFAULTS.get("max_size", 0),
+            default=0,
             help="shrink images to this longer side for all methods, pixels; 0 never "
             "(default: %(default)s)",
         )
@@ -70,7 +70,7 @@ def build_parser(task: str | None) -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one task. Returns the exit status; errors a user can mend are printed as one line."""
+    """Run one task. Returns the exit status; errors that a user can fix are printed as one line."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         return _main(arguments)
@@ -116,11 +116,15 @@ def _main(argv: list[str]) -> int:
     for path in (args.output / "result.json", cache.folder / "features"):
         make_parent(path)  # else the first pairs would be said to be at fault
     report = module.run(args, methods, cache)
+    notes = []
+    if report.skipped:
+        notes.append(f"{len(report.skipped)} left out, see the list.")
     if cache.failures:
-        report.skipped += cache.failures.values()
         count = len(cache.failures)
         note = f"A method failed on an image {count} times: it counts as one without features."
-        report.tables[0].note = " ".join(filter(None, [report.tables[0].note, note]))
+        notes.append(note)
+        report.skipped += cache.failures.values()
+    report.tables[0].note = " ".join(notes)
     report.protocol += [f"{m.label}: {m.remark()}." for m in methods if m.remark()]
     write_report(report, args.output, ["scfeat", "evaluate", *argv])
     return 0

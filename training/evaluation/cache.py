@@ -1,7 +1,7 @@
 """Features and results that outlive a run, keyed by image content and method options.
 
-A second run is quick and an interrupted one resumes: an entry is written whole (beside its name,
-then renamed) and never looked at again by date or path.
+A second run is quick and an interrupted one resumes: entries are written atomically, and found by
+content, never by date or path.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Extracted(NamedTuple):
     """Features of one image file."""
 
     features: Features
-    """Keypoints in pixels of the stored image, whatever size it was processed at."""
+    """Keypoints in pixels of the stored image, not of the size at which it was processed."""
     seconds: float
     """How long the extraction took when it was done; NaN where it failed."""
     digest: str
@@ -68,7 +68,7 @@ def shrink(image: np.ndarray, max_size: int) -> np.ndarray:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON beside the final name and rename."""
+    """Write JSON atomically."""
     with staged_file(path, overwrite=True) as partial:
         partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
@@ -93,6 +93,10 @@ class Cache:
         """Images on which a method failed, one sentence by label and path."""
         self._failed = 0
 
+    def size_limit(self) -> str:
+        """At what size methods see the images, for a report's protocol."""
+        return f"longer side at most {self.max_size} px" if self.max_size else "full size"
+
     def digest(self, path: Path) -> str:
         """SHA-256 of a file, read once per run."""
         key = str(path)
@@ -106,8 +110,8 @@ class Cache:
     def extract(self, method: Method, path: Path) -> Extracted:
         """Features of an image file, from the cache or by the method.
 
-        Where the method fails, whatever it raises, the image counts as one without features and
-        is named in `failures`. That is not kept: the next run tries again.
+        If the method raises anything, the image counts as one without features and is listed in
+        `failures`. This is not cached: the next run tries again.
 
         Raises:
             CorruptImageError: missing or undecodable.
@@ -124,8 +128,7 @@ class Cache:
 
     def _load_or_extract(self, method: Method, path: Path) -> Extracted:
         digest = self.digest(path)
-        name = "".join(c if c.isalnum() or c in "-_" else "_" for c in method.label)
-        folder = self.folder / "features" / f"{name[:60]}-{method.fingerprint()}"
+        folder = self.folder / "features" / f"{method.file_name[:60]}-{method.fingerprint()}"
         file = folder / f"{digest[:32]}-{self.max_size}.npz"
         if file.is_file():
             try:

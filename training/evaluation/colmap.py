@@ -247,7 +247,7 @@ def read_pairs(file: Path) -> list[tuple[str, str]]:
 
 
 def write_text(path: Path, lines: Iterable[str]) -> None:
-    """Write lines beside the final name and rename."""
+    """Write lines atomically."""
     with staged_file(path, overwrite=True) as partial:
         partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 

@@ -111,7 +111,7 @@ def parse_pairs_file(file: Path, images: Path) -> tuple[list[PosedPair], list[st
         try:
             values = np.array([float(v) for v in fields[2:]])
         except ValueError:
-            problems.append(f"{file.name}, line {number}: a field is no number")
+            problems.append(f"{file.name}, line {number}: a field is not a number")
             continue
         if values[:2].any():
             problems.append(f"{file.name}, line {number}: rotated images are not supported")

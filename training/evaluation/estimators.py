@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 
 from scfeat_ros.errors import InputError
+from scfeat_training.geometry import transform_points
 
 CONFIDENCE = 0.99999
 MAX_ITERATIONS = 10_000
@@ -52,8 +53,7 @@ def estimate_homography(
 
 def normalize_points(K: np.ndarray, points: np.ndarray) -> np.ndarray:
     """(M, 2) pixels -> image plane at z = 1."""
-    homogeneous = np.concatenate([points.astype(np.float64), np.ones((len(points), 1))], axis=1)
-    return (homogeneous @ np.linalg.inv(K).T)[:, :2]
+    return transform_points(np.linalg.inv(K), points.astype(np.float64))
 
 
 def estimate_pose_magsac(

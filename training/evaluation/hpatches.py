@@ -42,7 +42,7 @@ from scfeat_training.evaluation.report import (
     progress_bar,
 )
 
-DEFAULTS = {"max_keypoints": 8000}
+MAX_KEYPOINTS = 8000
 COMPLETE = {"illumination": 52, "viewpoint": 56}
 """Sequences of the paper's protocol, with five pairs each."""
 
@@ -217,7 +217,8 @@ def _report(
             mma = np.mean([v["accuracy"] for v in chosen], axis=0)
             curves[method.label, group] = mma
             homography = np.mean([v["homography"] for v in chosen], axis=0)
-            features, seconds = (_by_image(results[method.label], group, k) for k in KEYS)
+            features = _by_image(results[method.label], group, "features")
+            seconds = _by_image(results[method.label], group, "seconds")
             rows.append(
                 [
                     method.label,
@@ -242,16 +243,14 @@ def _report(
         tables.append(_by_sequence(methods, results))
     if {"illumination", "viewpoint"} & set(groups):
         tables.append(_published_table())
-    if skipped:
-        tables[0].note = f"{len(skipped)} left out, see the list."
     differences = _differences(args, results, bool(skipped or cache.failures))
-    limit = f"longer side at most {cache.max_size} px" if cache.max_size else "full size"
     return Report(
         task="hpatches",
         title=f"Matching accuracy: {args.data.resolve().name}",
         protocol=[
             f"{len(names)} sequences, image 1 against each other one; at most "
-            f"{args.max_keypoints} features per image, {limit}; mutual nearest neighbours.",
+            f"{args.max_keypoints} features per image, {cache.size_limit()}; mutual nearest "
+            "neighbours.",
             "SCFeat with NMS radius 1 and score threshold 1.0, as in the paper (Sec. IV-B)."
             if args.paper_options
             else "SCFeat with the options given, not the paper's.",
@@ -279,10 +278,6 @@ def _report(
     )
 
 
-KEYS = ("features", "seconds")
-"""What a pair has two of, one for each image."""
-
-
 def _by_image(values: list[tuple[str, str, dict]], group: str, key: str) -> list[float]:
     """One value for each image of a group's sequences; image 1 is in all pairs of its sequence."""
     found = {}
@@ -308,8 +303,8 @@ def _differences(
         found.append("some images or pairs are left out")
     if args.max_size:
         found.append(f"images of at most {args.max_size} px")
-    if args.max_keypoints != DEFAULTS["max_keypoints"]:
-        found.append(f"{args.max_keypoints} keypoints in place of {DEFAULTS['max_keypoints']}")
+    if args.max_keypoints != MAX_KEYPOINTS:
+        found.append(f"{args.max_keypoints} keypoints in place of {MAX_KEYPOINTS}")
     if not args.paper_options:
         found.append("SCFeat without the paper's options")
     return found

@@ -3,7 +3,7 @@
 --data is a folder with
   images/              reference and query images (or --images)
   sfm/                 COLMAP model with the poses of the reference images (or --model); its points
-                       are not used, they are triangulated anew with every method's features
+                       are not used: they are triangulated from every method's features
   queries.txt          name MODEL width height parameters..., a query a line (or --queries)
   pairs-db.txt         pairs of reference images to triangulate from (or --db-pairs)
   pairs-query.txt      pairs of a query and a reference image (or --query-pairs)
@@ -46,7 +46,7 @@ from scfeat_training.evaluation.report import (
 from scfeat_training.evaluation.sequences import quaternion_pose, read_rows
 from scfeat_training.scenes import check_camera, is_scene, open_colmap_model
 
-DEFAULTS = {"max_keypoints": 20_000}
+MAX_KEYPOINTS = 20_000
 THRESHOLDS = ((0.25, 2.0), (0.5, 5.0), (5.0, 10.0))
 """Metres and degrees: the benchmark's high, medium and coarse precision."""
 RESULT_VERSION = 2
@@ -593,10 +593,9 @@ def run(args: argparse.Namespace, methods: list[Method], cache: Cache) -> Report
                 ),
             )
             progress.update((number + 1) * steps - progress.n)
-            slug = "".join(c if c.isalnum() or c in "-_" else "_" for c in method.label)
-            files[method.label] = args.output / f"poses-{slug}.txt"
+            files[method.label] = args.output / f"poses-{method.file_name}.txt"
             if list(files.values()).count(files[method.label]) > 1:  # of labels like a/b and a_b
-                files[method.label] = args.output / f"poses-{slug}-{number + 1}.txt"
+                files[method.label] = args.output / f"poses-{method.file_name}-{number + 1}.txt"
             colmap.write_text(
                 files[method.label],
                 [
@@ -669,18 +668,12 @@ def _report(
             f"Made from a scene: every {args.every}th image is a query, and its reference images "
             f"are the {QUERY_PAIRS} with the largest overlap; retrieval is not part of the test.",
         )
-    table = Table(
-        f"Localization: {args.data.resolve().name}",
-        columns,
-        rows,
-        f"{len(skipped)} left out, see the list." if skipped else "",
-    )
     figures = [_figure(methods, problem, results, queries)] if known else []
     return Report(
         task="localization",
         title=f"Localization: {args.data.resolve().name}",
         protocol=protocol,
-        tables=[table],
+        tables=[Table(f"Localization: {args.data.resolve().name}", columns, rows)],
         figures=figures,
         skipped=skipped,
         details={

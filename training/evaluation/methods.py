@@ -84,6 +84,11 @@ class Method(ABC):
         if self.options:
             raise InputError(f"method '{self.label}': unknown option '{next(iter(self.options))}'")
 
+    @property
+    def file_name(self) -> str:
+        """The label with `_` in place of characters that a file's name should not have."""
+        return "".join(c if c.isalnum() or c in "-_" else "_" for c in self.label)
+
     @abstractmethod
     def extract(self, image: np.ndarray) -> Features:
         """Features of an (H, W, 3) uint8 RGB image, best `max_keypoints` first."""
@@ -456,7 +461,7 @@ def _create(specification: str, label: str, max_keypoints: int, device: str) -> 
         key, separator, value = assignment.partition("=")
         if not separator:
             raise InputError(
-                f"method '{specification}': '{assignment}' is no option=value; "
+                f"method '{specification}': '{assignment}' is not of the form option=value; "
                 "for example scfeat-s:nms_radius=2"
             )
         key = key.strip().replace("-", "_")
@@ -467,7 +472,7 @@ def _create(specification: str, label: str, max_keypoints: int, device: str) -> 
         try:
             options[key] = value.strip() if word else yaml.safe_load(value)
         except yaml.YAMLError as error:
-            raise InputError(f"method '{specification}': '{value}' is no value") from error
+            raise InputError(f"method '{specification}': '{value}' is not a valid value") from error
     if name in REGISTRY:
         try:
             method = REGISTRY[name](label, max_keypoints, device, **options)

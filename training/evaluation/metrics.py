@@ -15,6 +15,7 @@ from scfeat_training.geometry import (
     fundamental_from_pose,
     rotation_angle,
     symmetric_epipolar_distance,
+    transform_points,
 )
 
 MMA_THRESHOLDS = tuple(range(1, 11))
@@ -23,11 +24,9 @@ MMA_THRESHOLDS = tuple(range(1, 11))
 
 def project_homography(H: np.ndarray, points: np.ndarray) -> np.ndarray:
     """Map (N, 2) points by a (3, 3) homography; points at infinity become inf."""
-    points = np.asarray(points, np.float64)
-    mapped = np.concatenate([points, np.ones((len(points), 1))], axis=1) @ H.T
     with np.errstate(divide="ignore", invalid="ignore"):
-        result = mapped[:, :2] / mapped[:, 2:]
-    return np.where(np.isfinite(result), result, np.inf)
+        mapped = transform_points(H, np.asarray(points, np.float64))
+    return np.where(np.isfinite(mapped), mapped, np.inf)
 
 
 def homography_errors(H: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:

@@ -43,7 +43,7 @@ from scfeat_training.evaluation.report import (
 )
 from scfeat_training.evaluation.sequences import Sequence, load_sequence
 
-DEFAULTS = {"max_keypoints": 1000}
+MAX_KEYPOINTS = 1000
 RESULT_VERSION = 3
 SCORES = ("ate", "rpe_translation", "rpe_rotation")
 
@@ -82,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--runs",
         type=int,
         default=1,
-        help="estimate every motion so many times, from matches in another order each time: ATE "
+        help="estimate every motion this many times, from matches in a different order: ATE "
         "and RPE are medians, and how far chance moves them is shown (default: %(default)s)",
     )
     parser.add_argument(
@@ -340,7 +340,6 @@ def _report(
                 "ms / image",
             ],
             rows,
-            f"{len(skipped)} left out, see the list." if skipped else "",
         )
     ]
     figures = []

@@ -48,7 +48,7 @@ from scfeat_training.evaluation.report import (
 from scfeat_training.geometry import relative_pose
 from scfeat_training.scenes import Scene
 
-DEFAULTS = {"max_keypoints": 2048}
+MAX_KEYPOINTS = 2048
 AUC_THRESHOLDS = (5, 10, 20)
 RESULT_VERSION = 3
 LAYOUT = (
@@ -90,7 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--runs",
         type=int,
         default=1,
-        help="estimate every pose so many times, from matches in another order each time: AUC is "
+        help="estimate every pose this many times, from matches in a different order: AUC is "
         "the mean, and how far chance moves it is shown (default: %(default)s)",
     )
     parser.add_argument(
@@ -286,14 +286,12 @@ def _report(
                 columns.append(f"{name} std@{AUC_THRESHOLDS[1]}")
         columns += ["precision", "match. score", "matches", "features", "ms / image"]
         tables.append(Table(f"Relative pose: {group}", columns, rows))
-    if skipped:
-        tables[0].note = f"{len(skipped)} left out, see the list."
-    limit = f"longer side at most {cache.max_size} px" if cache.max_size else "full size"
     return Report(
         task="pose",
         title=f"Relative pose: {args.data.resolve().name}",
         protocol=[
-            f"At most {args.max_keypoints} features per image, {limit}; mutual nearest neighbours.",
+            f"At most {args.max_keypoints} features per image, {cache.size_limit()}; mutual "
+            "nearest neighbours.",
             f"Inlier threshold {args.threshold:g} px, confidence 0.99999, fixed seeds. magsac: "
             "essential matrix by OpenCV's USAC_MAGSAC, 10,000 iterations; poselib: LO-RANSAC with "
             "refinement, 10,000 iterations; magsac-1000: USAC_MAGSAC on normalized points with "

@@ -36,7 +36,7 @@ from scfeat_training.evaluation.report import (
 )
 from scfeat_training.scenes import Scene, is_scene, read_scene_file
 
-DEFAULTS = {"max_keypoints": 20_000}
+MAX_KEYPOINTS = 20_000
 RESULT_VERSION = 2
 POSE_LIMIT = (0.05, 0.5)
 """Unit of the ground truth (metres) and degrees: a camera within both counts as right."""
@@ -298,7 +298,6 @@ def _report(
                 right = (positions <= POSE_LIMIT[0]) & (rotations <= POSE_LIMIT[1])
                 row.append(100 * int(right.sum()) / posed_count)
         rows.append([*row, median_milliseconds(value["seconds"]), value["pipeline_seconds"]])
-    limit = f"longer side at most {cache.max_size} px" if cache.max_size else "full size"
     ratio = f"ratio test {args.ratio:g} both ways" if args.ratio else "no ratio test"
     intrinsics = (
         "known intrinsics, fixed"
@@ -309,8 +308,8 @@ def _report(
         task="reconstruction",
         title=f"Structure from motion: {args.data.resolve().name}",
         protocol=[
-            f"{image_count} of {all_count} images, {limit}, {len(pairs)} pairs; at most "
-            f"{args.max_keypoints} features; mutual nearest neighbours, {ratio}. On binary "
+            f"{image_count} of {all_count} images, {cache.size_limit()}, {len(pairs)} pairs; at "
+            f"most {args.max_keypoints} features; mutual nearest neighbours, {ratio}. On binary "
             "descriptors the ratio of Euclidean distances is the square root of that of Hamming "
             "distances.",
             "SCFeat with NMS 3x3 and score threshold 1.0, as in the paper (Sec. IV-D)."
@@ -332,14 +331,7 @@ def _report(
                 else []
             ),
         ],
-        tables=[
-            Table(
-                f"Reconstruction: {args.data.resolve().name}",
-                columns,
-                rows,
-                f"{len(skipped)} left out, see the list." if skipped else "",
-            )
-        ],
+        tables=[Table(f"Reconstruction: {args.data.resolve().name}", columns, rows)],
         figures=[_figure(methods, results, scene)],
         skipped=skipped,
         details=results,

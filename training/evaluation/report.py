@@ -73,7 +73,7 @@ class Report:
 
 
 def format_cell(value: Any) -> str:
-    """How a cell is printed: three significant decimals below 10, fewer above."""
+    """How a cell is printed; a number with three decimals below 10, one below 1000, else none."""
     if value is None:
         return "-"
     if isinstance(value, (bool, np.bool_)):
@@ -83,14 +83,8 @@ def format_cell(value: Any) -> str:
     if isinstance(value, (float, np.floating)):
         if not np.isfinite(value):
             return "-"
-        magnitude = abs(value)
-        return (
-            f"{value:.0f}"
-            if magnitude >= 1000
-            else f"{value:.1f}"
-            if magnitude >= 10
-            else (f"{value:.3f}")
-        )
+        decimals = 0 if abs(value) >= 1000 else 1 if abs(value) >= 10 else 3
+        return f"{value:.{decimals}f}"
     return str(value)
 
 
@@ -134,13 +128,8 @@ def progress_bar(total: int, name: str, unit: str) -> tqdm:
 def skipped_note(report: Report) -> str:
     """One sentence about what was left out."""
     count = len(report.skipped)
-    return (
-        ""
-        if not count
-        else f"{count} left out: "
-        + "; ".join(report.skipped[:3])
-        + (f"; and {count - 3} more (listed in result.json)" if count > 3 else "")
-    )
+    more = f"; and {count - 3} more (listed in result.json)" if count > 3 else ""
+    return f"{count} left out: {'; '.join(report.skipped[:3])}{more}"
 
 
 def write_report(report: Report, folder: Path, command: Sequence[str]) -> None:

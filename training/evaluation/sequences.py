@@ -20,6 +20,7 @@ from scfeat_ros.ground_truth import rotation_of
 from scfeat_ros.sources import BagSource
 from scfeat_ros.text_files import read_text
 from scfeat_training.evaluation.data import list_images, read_usable_scene, require_folder
+from scfeat_training.geometry import intrinsic_matrix
 from scfeat_training.image_files import write_image
 from scfeat_training.scenes import check_camera, is_scene
 
@@ -136,11 +137,6 @@ def camera_from_numbers(numbers: list[float]) -> Camera:
         raise InputError(f"--intrinsics: {error}") from error
 
 
-def intrinsic_matrix(fx: float, fy: float, cx: float, cy: float) -> np.ndarray:
-    """(3, 3) intrinsics."""
-    return np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1.0]])
-
-
 def invert(R: np.ndarray, t: np.ndarray) -> np.ndarray:
     """(4, 4) camera to world from world to camera."""
     pose = np.eye(4)
@@ -239,7 +235,9 @@ def attach_poses(sequence: Sequence, pose_stamps: np.ndarray, poses: np.ndarray)
 def _load_scene_sequence(folder: Path, camera: Camera | None) -> Sequence:
     scene, skipped = read_usable_scene(folder, None if camera is None else camera.K)
     if np.abs(scene.K - scene.K[0]).max() > 1e-6:
-        raise InputError(f"{folder}: the images have different intrinsics, so this is no sequence")
+        raise InputError(
+            f"{folder}: the images have different intrinsics, so this is not a sequence"
+        )
     poses = np.stack([invert(R, t) for R, t in zip(scene.R, scene.t, strict=True)])
     camera = camera or Camera(scene.K[0])
     return Sequence(folder.name, scene.paths, camera, poses, skipped=skipped)
@@ -403,7 +401,7 @@ def _load_euroc(folder: Path, camera: Camera | None) -> Sequence:
         camera_in_body = np.array(sensor["T_BS"]["data"], float).reshape(4, 4)
         R, t = camera_in_body[:3, :3], camera_in_body[:3, 3]
         if check_camera("", np.eye(3), R, t) is not None:
-            raise ValueError("T_BS is no finite pose with a rotation")
+            raise ValueError("T_BS is not a finite pose with a rotation")
     except (OSError, KeyError, TypeError, ValueError, yaml.YAMLError, InputError) as error:
         raise InputError(f"{source / 'sensor.yaml'}: cannot be used ({error})") from error
     skipped: list[str] = []

@@ -1,4 +1,4 @@
-"""Other programs that this one runs and waits for: none of them outlives it."""
+"""Subprocesses that are waited for, and killed with all that they have started."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _running: set[subprocess.Popen] = set()
 
 
 def run(command: Sequence[str], timeout: float) -> subprocess.CompletedProcess[str]:
-    """Run a program to its end and take its output.
+    """Run a command and capture its output, like `subprocess.run`.
 
-    It has a session of its own, so that a Ctrl-C in the terminal does not reach it, and is ended
-    together with the programs that it has started itself.
+    It has a session of its own, so that a Ctrl-C in the terminal does not reach it. When it ends or
+    the timeout (seconds) expires, processes that it has started and left behind are killed, too.
 
     Raises:
         OSError: it cannot be run.
-        subprocess.TimeoutExpired: it was ended after so many seconds.
+        subprocess.TimeoutExpired: it was killed at the timeout.
     """
     with _lock:
         process = subprocess.Popen(
@@ -29,7 +29,7 @@ def run(command: Sequence[str], timeout: float) -> subprocess.CompletedProcess[s
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            errors="replace",  # a program need not write in the encoding that Python expects
+            errors="replace",  # its output may be in any encoding
             start_new_session=True,
         )
         _running.add(process)
@@ -37,20 +37,20 @@ def run(command: Sequence[str], timeout: float) -> subprocess.CompletedProcess[s
         try:
             output, errors = process.communicate(timeout=timeout)
         finally:
-            _end(process)
+            _kill(process)
             with _lock:
                 _running.remove(process)
     return subprocess.CompletedProcess(command, process.returncode, output, errors)
 
 
-def end_all() -> None:
-    """End the programs that threads wait for in `run`."""
+def kill_all() -> None:
+    """Kill the subprocesses that other threads wait for in `run`."""
     with _lock:
         for process in _running:
-            _end(process)
+            _kill(process)
 
 
-def _end(process: subprocess.Popen) -> None:
-    """End the program's group, which outlives it where it has left programs behind."""
+def _kill(process: subprocess.Popen) -> None:
+    """Kill the process group, which outlives the process if it has left others behind."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
