@@ -110,15 +110,19 @@ def test_repeatability_and_matching_score_of_a_known_layout():
 
 def test_the_shared_region_is_that_of_both_images():
     H = np.diag([2.0, 2.0, 1.0])  # the second image shows a part of the first, twice as large
-    first = np.array([[-0.4, -0.4], [20, 10], [49.7, 10], [50.2, 10], [90, 70]])
-    second = np.array([[-0.5, -0.5], [40, 20], [99.4, 20]])
+    # two within half a pixel of the second image's border, one to the right of it, one below
+    first = np.array([[-0.2, -0.2], [20, 10], [49.7, 10], [50.2, 10], [20, 30]])
+    second = np.array([[40.0, 20], [98, 20]])
     sizes = (100, 80), (100, 40)
-    # of the first image's keypoints two are off the second one, to the right by 50.2 * 2 - 99.5
-    assert metrics.repeatability(first, second, H, *sizes, 0.5) == pytest.approx(6 / 6)
+    # one of three of the first image is found again, and one of two of the second
+    assert metrics.repeatability(first, second, H, *sizes, 0.5) == pytest.approx(2 / 5)
+    other_way = second, first, np.linalg.inv(H), *sizes[::-1]
+    assert metrics.repeatability(*other_way, 0.5) == pytest.approx(2 / 5)
     assert metrics.repeatability(first, second[:0], H, *sizes) == 0
     # a match off the shared region may be right; no share exceeds 1
-    matches = np.array([[0, 0], [1, 1], [2, 2], [3, 2]])
-    assert metrics.homography_matching_score(first, second, matches, H, *sizes, 3) == 1
+    matches = np.array([[0, 0], [1, 0], [2, 1], [3, 1]])
+    score = metrics.homography_matching_score(first, second, matches, H, *sizes, 3)
+    assert score == 1
 
 
 def test_places_at_infinity_are_no_matches():
@@ -128,6 +132,8 @@ def test_places_at_infinity_are_no_matches():
     errors = metrics.homography_errors(H, points, points)
     assert errors.tolist() == [np.inf, np.inf, 0]
     assert metrics.corner_error(H, np.eye(3), (11, 11)) == np.inf
+    with np.errstate(invalid="ignore"):
+        assert metrics.corner_error(H, H, (11, 11)) == np.inf
 
 
 def test_extractions_that_failed_have_no_time():

@@ -64,9 +64,10 @@ def test_pairs_of_a_file(tmp_path):
     path.write_text("a b\na x\n")
     with pytest.raises(InputError, match="line 2: there is no image 'x'"):
         read_pairs(path, list("ab"))
-    path.write_text("a b c\n")
-    with pytest.raises(InputError, match="line 1: expected two names"):
-        read_pairs(path, list("abc"))
+    for line in ("a b c", "a", "a a"):
+        path.write_text(f"{line}\n")
+        with pytest.raises(InputError, match="line 1: expected two names"):
+            read_pairs(path, list("abc"))
     with pytest.raises(InputError, match=r"none\.txt"):
         read_pairs(tmp_path / "none.txt", [])
 
@@ -125,6 +126,7 @@ def test_hloc(tmp_path, folder, expected, tiny_extractor):
         group = file["a2.png"]
         features = expected["a2.png"]
         np.testing.assert_array_equal(group["keypoints"], features.keypoints)
+        assert group["keypoints"].attrs["uncertainty"] == 1.0
         np.testing.assert_array_equal(group["descriptors"], features.descriptors.T)
         np.testing.assert_array_equal(group["scores"], features.scores)
         np.testing.assert_array_equal(group["image_size"], [160, 120])
@@ -190,6 +192,28 @@ def test_images_in_folders_are_known_by_their_paths(tmp_path, folder, tiny_extra
         assert names == {"a1/0.png", "a2/0.png"}
 
 
+def test_images_of_two_sizes_are_of_two_cameras(tmp_path, tiny_extractor):
+    (tmp_path / "images").mkdir()
+    for index, image in enumerate(sequence(2)):
+        cv2.imwrite(str(tmp_path / "images" / f"{index}.png"), image[:, : 160 - 32 * index])
+    path = tmp_path / "out.db"
+    export(tmp_path / "images", path, tiny_extractor, progress=False)
+    with pycolmap.Database.open(path) as database:
+        sizes = {(camera.width, camera.height) for camera in database.read_all_cameras()}
+    assert sizes == {(160, 120), (128, 120)}
+    with pytest.raises(InputError, match=r"1\.png: COLMAP cannot take .*another size"):
+        export(
+            tmp_path / "images",
+            path,
+            tiny_extractor,
+            colmap=ColmapOptions(single_camera=True),
+            overwrite=True,
+            progress=False,
+        )
+    with pycolmap.Database.open(path) as database:
+        assert len(database.read_all_images()) == 2  # as it was
+
+
 def test_matcher_options_count(tmp_path, folder, tiny_extractor):
     loose = export(folder, tmp_path / "loose.npz", tiny_extractor, progress=False)
     for name, options in (
@@ -233,8 +257,9 @@ def test_names_with_blanks_are_refused_where_lists_cannot_hold_them(tmp_path, ti
     path.mkdir()
     for index, image in enumerate(sequence(2)):
         cv2.imwrite(str(path / f"my view {index}.png"), image)
-    with pytest.raises(InputError, match=r"my view 0\.png: rename"):
-        export(path, tmp_path / "out.db", tiny_extractor, progress=False)
+    for ending in ("db", "h5"):
+        with pytest.raises(InputError, match=r"my view 0\.png: rename"):
+            export(path, tmp_path / f"out.{ending}", tiny_extractor, progress=False)
     result = export(path, tmp_path / "out.npz", tiny_extractor, progress=False)
     assert result.pairs == 1
 
