@@ -68,6 +68,9 @@ def test_pairs_of_a_file(tmp_path):
         path.write_text(f"{line}\n")
         with pytest.raises(InputError, match="line 1: expected two names"):
             read_pairs(path, list("abc"))
+    path.write_text("# a b\n")
+    with pytest.raises(InputError, match="there is no pair in it"):
+        read_pairs(path, list("ab"))
     with pytest.raises(InputError, match=r"none\.txt"):
         read_pairs(tmp_path / "none.txt", [])
 
