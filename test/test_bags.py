@@ -345,6 +345,19 @@ def test_a_cut_off_mcap_in_a_folder_counts_lost_messages(tmp_path, rows):
     assert damage.bytes_lost > 0
 
 
+@pytest.mark.parametrize("storage", ["mcap", "sqlite3"])
+def test_a_cut_off_compressed_file_gives_all_that_is_there(tmp_path, rows, pictures, storage):
+    path = sample_bags.write_bag(tmp_path / "bag", rows, storage, "file")
+    cut(storage_file(path), 0.7)
+    found, damage = read(path)
+    images = len(found[IMAGE_TOPIC])
+    check_images(found[IMAGE_TOPIC], pictures, range(images))
+    assert 0.7 * COUNT - 6 <= images < COUNT
+    assert "cannot be decompressed beyond byte" in damage.places[0]
+    read_messages = sum(len(messages) for messages in found.values())
+    assert damage.messages_lost == 2 * COUNT - read_messages
+
+
 @pytest.mark.parametrize("kind", ["small chunks", "zstd", "lz4"])
 def test_a_broken_chunk_costs_that_chunk_only(tmp_path, rows, kind):
     path = write_mcap(tmp_path / "bag.mcap", rows, **MCAPS[kind])
