@@ -22,6 +22,7 @@ from sample_bags import IMAGE_TOPIC, INFO_TOPIC, PERIOD, ROS1, ROS2, START, stor
 from scfeat_ros.bags import BagReader, UnreadableMessageError, zstd
 from scfeat_ros.errors import InputError
 from scfeat_ros.images import from_message
+from scfeat_ros.recovery import Damage
 
 COUNT = 20
 TOPICS = {IMAGE_TOPIC: COUNT, INFO_TOPIC: COUNT}
@@ -274,6 +275,14 @@ def test_records_of_an_application_are_passed_over(tmp_path, rows, pictures):
 # --- damage ------------------------------------------------------------------------------------
 
 
+def test_of_very_many_places_fifty_are_named_and_all_counted():
+    damage = Damage()
+    for number in [*range(60), *range(60)]:
+        damage.add(f"place {number}", 3, 2)
+    assert damage.places == [*(f"place {number}" for number in range(50)), "... and more places"]
+    assert (damage.bytes_lost, damage.messages_lost) == (180, 120)
+
+
 def cut(path, share):
     """Leave the first part of a file; returns the bytes taken away."""
     data = path.read_bytes()
@@ -333,6 +342,10 @@ def test_a_cut_off_mcap_gives_all_that_is_there(tmp_path, rows, pictures, kind, 
     assert damage
     assert any("byte" in place for place in damage.places)
     assert lost > 0 and str(size) in " ".join(damage.places)
+    # nothing is counted twice, nor what was read
+    assert damage.bytes_lost < lost + 40_000
+    if kind == "one chunk" and share < 0.9:
+        assert any("hold no whole message" in place for place in damage.places)
 
 
 def test_a_cut_off_mcap_in_a_folder_counts_lost_messages(tmp_path, rows):
@@ -410,7 +423,31 @@ def test_a_hole_without_an_index_is_skipped(tmp_path, rows, pictures, kind):
     indices = [(m.time - 5_000_000 - sample_bags.stamp(0)) // PERIOD for m in found[IMAGE_TOPIC]]
     # the first third, and what comes after the hole
     assert set(range(5)) <= set(indices) and set(range(13, 18)) <= set(indices)
-    assert damage.bytes_lost > 10_000
+    assert 10_000 < damage.bytes_lost < 110_000
+
+
+def test_messages_of_a_wrong_checksum_are_used_and_told(tmp_path, rows, pictures):
+    path = write_mcap(tmp_path / "bag.mcap", rows, **MCAPS["small chunks"])
+    data = bytearray(path.read_bytes())
+    at = data.find(pictures[7].tobytes()) + 5000
+    data[at] ^= 1
+    path.write_bytes(data[:-37])
+    found, damage = read(path)
+    assert sum(len(messages) for messages in found.values()) == 2 * COUNT
+    assert sum("wrong checksum" in place for place in damage.places) == 1
+    assert damage.bytes_lost == damage.messages_lost == 0
+
+
+def test_messages_of_a_topic_whose_declaration_is_lost_are_counted(tmp_path, rows):
+    path = write_mcap(tmp_path / "bag.mcap", rows, **MCAPS["small chunks"])
+    declaration = IMAGE_TOPIC.encode() + b"\3\0\0\0"
+    data = path.read_bytes()
+    assert declaration + b"cdr" in data
+    path.write_bytes(data.replace(declaration + b"cdr", declaration + b"???")[:-37])
+    found, damage = read(path)
+    assert {topic: len(messages) for topic, messages in found.items()} == {INFO_TOPIC: COUNT}
+    assert damage.messages_lost == COUNT
+    assert any("messages of unknown topics" in place for place in damage.places)
 
 
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.95])
