@@ -17,6 +17,7 @@ import sample_bags
 from full_disk import files_up_to
 from mcap.writer import CompressionType
 from mcap.writer import Writer as McapWriter
+from rosbags.rosbag1 import Writer as Ros1Writer
 from sample_bags import IMAGE_TOPIC, INFO_TOPIC, PERIOD, ROS1, ROS2, START, storage_file
 
 from scfeat_ros.bags import BagReader, UnreadableMessageError, zstd
@@ -463,6 +464,23 @@ def test_a_cut_off_database_gives_all_that_is_there(tmp_path, rows, pictures, sh
     assert damage.messages_lost == 2 * COUNT - read_messages
 
 
+@pytest.mark.parametrize("page_size", [512, 65536])
+def test_a_cut_off_database_of_other_pages_is_read_by_time(tmp_path, rows, page_size):
+    order = [*range(0, 2 * COUNT, 2), *range(1, 2 * COUNT, 2)]  # by topic
+    path = sample_bags.write_bag(tmp_path / "bag", [rows[i] for i in order], "sqlite3")
+    (path / "metadata.yaml").unlink()
+    with closing(sqlite3.connect(storage_file(path))) as database:
+        database.execute(f"PRAGMA page_size={page_size}")
+        database.execute("VACUUM")
+    cut(storage_file(path), 0.95)
+    with BagReader(path) as reader:
+        found = list(reader.messages())
+    times = [message.time for message in found]
+    assert times == sorted(times)
+    topics = Counter(message.topic for message in found)
+    assert topics[INFO_TOPIC] == COUNT and topics[IMAGE_TOPIC] >= 0.6 * COUNT
+
+
 def test_a_database_with_a_broken_page_gives_the_rest(tmp_path, rows):
     path = sample_bags.write_bag(tmp_path / "bag", rows, "sqlite3")
     file = storage_file(path)
@@ -507,6 +525,26 @@ def test_a_cut_off_bag_of_ros_1_gives_all_that_is_there(tmp_path, pictures):
         assert 8 <= len(decoded) <= 10
         np.testing.assert_array_equal(decoded, pictures[: len(decoded)])
         assert reader.damage.bytes_lost > 0
+
+
+@pytest.mark.parametrize("compression", ["bz2", "lz4"])
+def test_a_cut_off_compressed_bag_of_ros_1_gives_all_that_is_there(tmp_path, pictures, compression):
+    path = tmp_path / "drive.bag"
+    writer = Ros1Writer(path)
+    writer.set_compression(Ros1Writer.CompressionFormat[compression.upper()])
+    writer.chunk_threshold = 2 * pictures[0].nbytes
+    with writer:
+        connection = writer.add_connection(IMAGE_TOPIC, "sensor_msgs/msg/Image", typestore=ROS1)
+        for number, picture in enumerate(pictures):
+            message = sample_bags.image_message(picture, types=ROS1.types)
+            data = ROS1.serialize_ros1(message, message.__msgtype__)
+            writer.write(connection, sample_bags.stamp(number), data)
+    lost = cut(path, 0.6)
+    with BagReader(path) as reader:
+        decoded = [from_message(reader.decode(message)).pixels for message in reader.messages()]
+        assert 0.6 * COUNT - 4 <= len(decoded) <= 0.6 * COUNT
+        np.testing.assert_array_equal(decoded, pictures[: len(decoded)])
+        assert 0 < reader.damage.bytes_lost < lost + 40_000
 
 
 @pytest.mark.parametrize("where", ["header", "length"])
@@ -603,6 +641,7 @@ def test_a_message_with_a_wrong_first_bit_is_no_record_of_an_application(tmp_pat
     found, damage = read(path)
     assert sum(len(messages) for messages in found.values()) == 2 * COUNT - 1
     assert damage.bytes_lost >= len(payload)
+    assert damage.messages_lost == 1
 
 
 def test_no_room_to_decompress_a_file_is_named(tmp_path, rows, monkeypatch):
