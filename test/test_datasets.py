@@ -17,6 +17,7 @@ from scfeat_training.datasets import (
     ImageCache,
     PosedPairs,
     PosedPairsConfig,
+    match_errors,
     validation_pairs,
 )
 from scfeat_training.geometry import (
@@ -56,7 +57,8 @@ def cameras(count):
     R, t = [], []
     for turn in np.linspace(-0.5, 0.5, count):
         R.append(cv2.Rodrigues(np.array([0.05 * turn, turn, 0.1 * turn]))[0])
-        t.append(np.array([0.0, 0.0, 4.0]))
+        # not right at the points, or a turn about the axis would leave t as it is
+        t.append(np.array([0.1 + 0.2 * turn, 0.15 * turn - 0.1, 4.0 - 0.2 * turn]))
     return np.array(R), np.array(t), points
 
 
@@ -193,7 +195,11 @@ def test_crops_show_what_their_cameras_say(scene):
             points = points[np.isfinite(points).all(1)]
             image = sample[f"image{k}"].permute(1, 2, 0).numpy().astype(np.float32)
             shown = cv2.remap(image, points[:, 0], points[:, 1], cv2.INTER_LINEAR)[:, 0, :2]
-            known = scene.tracks[index_of[sample[f"name{k}"].split("/")[1]]][1]
+            image_number = index_of[sample[f"name{k}"].split("/")[1]]
+            known = scene.tracks[image_number][1]
+            assert sample[f"depth_range{k}"].numpy() == pytest.approx(
+                scene.depth_range[image_number]
+            )
             nearest = np.linalg.norm(shown[:, None] - known[None], axis=-1).min(1)
             inner = (points > 2).all(1) & (points < (93, 61)).all(1)
             assert inner.sum() > 3
@@ -347,9 +353,11 @@ def test_photos_without_poses_are_homographies_too(scene_folder, tmp_path):
             homography_pairs(config, [scene], False)
 
 
-def test_homography_views_overlap(scene_folder):
+@pytest.mark.parametrize("overlap", [0.4, 0.9])
+def test_homography_views_overlap(scene_folder, overlap):
     pairs = HomographyPairs(
-        photo_paths([read_scene(scene_folder)]), HomographyPairsConfig(size=(96, 64))
+        photo_paths([read_scene(scene_folder)]),
+        HomographyPairsConfig(size=(96, 64), overlap=overlap, photometric=None),
     )
     x, y = np.meshgrid(np.arange(96.0), np.arange(64.0))
     grid = np.stack([x.ravel(), y.ravel()], -1)
@@ -359,7 +367,29 @@ def test_homography_views_overlap(scene_folder):
         for matrix in (H, np.linalg.inv(H)):
             at = transform_points(matrix, grid)
             shares.append(((at > -0.5) & (at < (95.5, 63.5))).all(1).mean())
-        assert max(shares) >= 0.36  # 0.4 on the grid that it is drawn by
+        assert max(shares) >= overlap - 0.04  # it is drawn by a coarser grid
+
+
+def test_photos_of_a_large_folder_count_less_each(tmp_path):
+    """A folder counts by the square root of its size: one photo as a fifth of one and sixteen."""
+    photos = [tmp_path / "one" / "0.jpg", *(tmp_path / "many" / f"{n}.jpg" for n in range(16))]
+    pairs, rng = HomographyPairs(photos), np.random.default_rng(0)
+    drawn = [pairs._pick(rng) for _ in range(4000)]
+    assert set(drawn) == set(range(17))
+    assert drawn.count(0) / 4000 == pytest.approx(0.2, abs=0.02)
+
+
+def test_scenes_count_by_their_weight(scene):
+    pairs = PosedPairs([replace(scene, name="never", weight=0.0), scene], plain())
+    assert {pairs[index]["name1"].split("/")[0] for index in range(8)} == {"arc"}
+
+
+def test_matches_are_off_by_pixels_of_the_second_image():
+    first, second = np.array([[10.0, 10], [30, 5]]), np.array([[20.0, 23], [60, 10]])
+    H = torch.diag(torch.tensor([2.0, 2, 1]))
+    assert match_errors({"H": H}, first, second) == pytest.approx([3, 0])
+    sideways = torch.tensor([[0.0, 0, 0], [0, 0, -1], [0, 1, 0]])
+    assert match_errors({"F": sideways}, first, second) == pytest.approx([13, 5])
 
 
 def test_homography_samples_depend_on_seed_and_index_alone(scene_folder):
