@@ -140,7 +140,7 @@ class Middle(Method):
     """One keypoint in the middle of the image that it is given."""
 
     def extract(self, image):
-        height, width = image.shape[:2]
+        height, width, _ = image.shape
         point = np.float32([[(width - 1) / 2, (height - 1) / 2]])
         return Features(point, np.ones(1, np.float32), np.ones((1, 1), np.float32), (width, height))
 
@@ -152,6 +152,23 @@ def test_keypoints_of_shrunk_images_are_in_pixels_of_the_stored_one(tmp_path, im
     )
     assert extracted.features.image_size == (320, 240)
     assert extracted.features.keypoints == pytest.approx(np.array([[159.5, 119.5]]), abs=1e-4)
+
+
+def test_features_of_images_of_another_size_are_others(tmp_path, image):
+    cv2.imwrite(str(tmp_path / "image.png"), image)
+    (orb,) = create_methods("orb", 50)
+    small, full, alone = (
+        Cache(tmp_path / folder, size).extract(orb, tmp_path / "image.png").features.keypoints
+        for folder, size in (("cache", 100), ("cache", 0), ("other", 0))
+    )
+    assert np.array_equal(full, alone) and not np.array_equal(full, small)
+
+
+def test_methods_see_grey_images_in_three_channels(tmp_path, image):
+    cv2.imwrite(str(tmp_path / "grey.png"), image[..., 0])
+    cache = Cache(tmp_path / "cache")
+    extracted = cache.extract(Middle("middle", 10, "cpu"), tmp_path / "grey.png")
+    assert len(extracted.features) == 1 and not cache.failures
 
 
 def test_cache_survives_a_damaged_entry_and_tells_methods_apart(tmp_path, image):

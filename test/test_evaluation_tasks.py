@@ -120,6 +120,15 @@ def test_hpatches_takes_the_region_that_both_images_show(tmp_path):
     assert values["features"] == (200 + both.sum()) / 2
 
 
+def test_hpatches_of_another_homography_is_measured_again(tmp_path):
+    folder = tmp_path / "v_one"
+    write_sequence(folder, 0, count=50)
+    assert row(evaluate("hpatches", folder, tmp_path / "out"))["MMA@10"] == 1
+    (folder / "H_1_2").write_text("1 0 300 0 1 0 0 0 1")
+    values = row(evaluate("hpatches", folder, tmp_path / "out"))
+    assert values["MMA@10"] == values["H@5"] == 0
+
+
 def test_hpatches_names_sequences_without_homographies(tmp_path):
     for name in ("v_one", "v_bare", "v_talent"):
         write_sequence(tmp_path / "data" / name, 0, count=50)
