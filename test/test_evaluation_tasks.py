@@ -20,6 +20,7 @@ from scfeat_ros.images import read_file
 from scfeat_training.evaluation import hpatches, localization, main
 from scfeat_training.evaluation.metrics import auc
 from scfeat_training.evaluation.odometry import score_trajectory
+from scfeat_training.evaluation.pose import worst_errors
 from scfeat_training.evaluation.sequences import load_sequence
 from scfeat_training.sample_bag import quaternion
 
@@ -297,6 +298,23 @@ def test_pose_of_images_of_two_lenses(tmp_path):
     values = row(evaluate("pose", scene, tmp_path / "out", "--estimators", "magsac,poselib"))
     assert values["pairs"] == 3 and values["precision"] == 1
     assert values["magsac AUC@5"] > 98 and values["poselib AUC@5"] > 98
+
+
+def test_the_larger_error_of_rotation_and_direction_counts_in_every_run():
+    values = [
+        {"errors": {"magsac": [[1, 5], [7, 2], None]}},
+        {"errors": {"magsac": [[3, 4], [0, 0], [1, 1]]}},
+    ]
+    assert worst_errors(values, "magsac", 3).tolist() == [[5, 4], [7, 0], [np.inf, 1]]
+
+
+def test_pose_of_images_with_different_numbers_of_features(tmp_path):
+    world = World(cameras=2, points=150)
+    scene = world.write_scene(tmp_path / "scene")
+    encoded_images.write(scene / "images" / "001.png", world.images[1][:50], np.arange(50))
+    values = row(evaluate("pose", scene, tmp_path / "out", "--estimators", "magsac"))
+    assert (values["matches"], values["features"], values["precision"]) == (50, 100, 1)
+    assert values["match. score"] == 0.5
 
 
 def test_pose_of_wrong_matches_is_a_failure(tmp_path):
