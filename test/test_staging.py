@@ -103,9 +103,9 @@ def test_what_a_killed_run_of_the_same_number_left_is_removed(tmp_path, kind, na
 
 
 def test_a_run_that_was_killed_while_it_replaced_does_not_stand_in_the_way(tmp_path):
-    (tmp_path / ".out.scfeat-replaced").mkdir()
-    (tmp_path / ".out.scfeat-replaced" / SUMMARY).write_text("0")
     for overwrite in (False, True):
+        (tmp_path / ".out.scfeat-replaced").mkdir()
+        (tmp_path / ".out.scfeat-replaced" / SUMMARY).write_text("0")
         with staged_folder(tmp_path / "out", overwrite) as partial:
             (partial / SUMMARY).write_text("1")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
