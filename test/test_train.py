@@ -411,6 +411,28 @@ def test_workers_end_with_a_trainer_that_is_killed(settings, tmp_path):
             os.kill(worker, signal.SIGKILL)
 
 
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"), "a data process was"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), "a data process"),
+        (ConnectionResetError(104, "Connection reset by peer"), "a data process was"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory: lower"),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), "out of memory: lower"),
+    ],
+)
+def test_want_of_memory_is_one_line(error, message, settings, tmp_path, monkeypatch, capsys):
+    def batches(self, end):
+        raise error
+        yield
+
+    monkeypatch.setattr(Trainer, "_loader", batches)
+    arguments = ["--config", str(settings("warmup")), "--run", str(tmp_path / "run")]
+    assert main(["warmup", *arguments]) == 1
+    (line,) = [one for one in capsys.readouterr().err.splitlines() if "step" not in one]
+    assert line.startswith(f"scfeat train: {message}")
+
+
 def test_a_resumed_run_logs_every_step_once(settings, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

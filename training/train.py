@@ -14,6 +14,7 @@ from torch import distributed as dist
 
 from scfeat_ros import __version__
 from scfeat_ros.errors import InputError, OutputExistsError, ScfeatError
+from scfeat_ros.memory import is_out_of_memory
 from scfeat_ros.model.cross_norm import CrossNorm
 from scfeat_ros.model.scfeat import SCFeat, save_model
 from scfeat_ros.staging import make_parent, staged_file
@@ -194,6 +195,11 @@ def main(argv: list[str] | None = None) -> int:
             places = error.filename, getattr(args, "output", None), getattr(args, "run", None)
             reason = f"{next(filter(None, places), args.command)}: {error.strerror or error}"
         print(f"scfeat train: {reason}", file=sys.stderr)
+        return 1
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        print("scfeat train: out of memory: lower the batch or the images' size", file=sys.stderr)
         return 1
 
 

@@ -331,9 +331,19 @@ class Trainer:
 
         Raises:
             InputError: another process trains in the run's folder, or data cannot be used.
+            ScfeatError: a data process is gone.
         """
-        with only_writer(self.run) if self.rank == 0 else nullcontext():
-            return self._train(stop_at, time_limit)
+        try:
+            with only_writer(self.run) if self.rank == 0 else nullcontext():
+                return self._train(stop_at, time_limit)
+        except (ConnectionError, EOFError, RuntimeError) as error:
+            # PyTorch says so in a handler of a signal, anywhere, or where the next batch is taken
+            if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):
+                raise
+            raise ScfeatError(
+                "a data process was ended from outside, perhaps for want of memory; go on by "
+                "--resume, if need be with fewer --workers"
+            ) from error
 
     def _train(self, stop_at: int | None, time_limit: float | None) -> int:
         config = self.config
