@@ -243,6 +243,15 @@ def test_an_image_of_one_pixel_does_not_end_the_run(tmp_path, task):
     assert any("akaze failed (error: OpenCV" in reason for reason in result["skipped"])
 
 
+def test_features_that_find_no_room_name_the_cache(tmp_path, capsys):
+    scene = World(cameras=3, points=200).write_scene(tmp_path / "scene")
+    arguments = ["pose", "--data", str(scene), "--methods", "orb", "-o", str(tmp_path / "out")]
+    with files_up_to(1000):
+        assert main(arguments) == 1
+    assert capsys.readouterr().err.endswith(f"{tmp_path / 'out' / 'cache'}: File too large\n")
+    assert main(arguments) == 0
+
+
 def test_an_interrupted_run_goes_on(tmp_path, capsys):
     for name in ("v_one", "v_two"):
         write_sequence(tmp_path / "data" / name, 0, seed=len(name), count=60)

@@ -115,7 +115,12 @@ def _main(argv: list[str]) -> int:
     cache = Cache(args.cache or args.output / "cache", args.max_size)
     for path in (args.output / "result.json", cache.folder / "features"):
         make_parent(path)  # else the first pairs would be said to be at fault
-    report = module.run(args, methods, cache)
+    try:
+        report = module.run(args, methods, cache)
+    except OSError as error:
+        if error.filename:
+            raise
+        raise InputError(f"{cache.folder}: {error.strerror or error}") from error  # a full disk
     notes = []
     if report.skipped:
         notes.append(f"{len(report.skipped)} left out, see the list.")
