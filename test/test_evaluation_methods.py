@@ -325,6 +325,20 @@ def test_a_pose_between_two_lenses_is_found_among_wrong_matches(name, degrees):
         assert POSE_ESTIMATORS[name](first[:count], second[:count], K1, K2, 1.0) is None
 
 
+def test_descriptors_of_another_length_than_before_are_a_failure(tmp_path, image):
+    class Growing(Method):
+        def extract(self, image):
+            points = np.zeros((4, 2))
+            return to_features(points, points[:, 0], np.ones((4, image.shape[1])), image)
+
+    cache, method = Cache(tmp_path / "cache"), Growing("growing", 10, "cpu")
+    for name, width in (("a", 40), ("b", 40), ("c", 48)):
+        cv2.imwrite(str(tmp_path / f"{name}.png"), image[:40, :width])
+        cache.extract(method, tmp_path / f"{name}.png")
+    (reason,) = cache.failures.values()
+    assert "c.png: growing failed (ValueError: descriptors of length 48" in reason
+
+
 def test_poselibs_translation_has_unit_length(monkeypatch):
     poselib = pytest.importorskip("poselib")
     points, K = np.random.default_rng(0).uniform(0, 400, (30, 2)), np.diag([500.0, 500, 1])

@@ -88,6 +88,8 @@ class Cache:
         self._recent: OrderedDict[tuple[str, str], Extracted] = OrderedDict()
         self._recent_limit = recent
         self._warm: set[str] = set()
+        self._lengths: dict[str, int] = {}
+        """Of a method's descriptors, as its first features have them."""
         self._digests: dict[str, str] = {}
         self.failures: dict[tuple[str, str], str] = {}
         """Images on which a method failed, one sentence by label and path."""
@@ -147,6 +149,10 @@ class Cache:
             found = method.extract(working)
             seconds = time.perf_counter() - started
             found = found.select(slice(method.max_keypoints))  # an adapter may have found more
+            length = found.descriptors.shape[1]
+            first = self._lengths.setdefault(method.fingerprint(), length) if len(found) else length
+            if length != first:
+                raise ValueError(f"descriptors of length {length}, on images before of {first}")
             keypoints = (found.keypoints + np.float32(0.5)) * factors - np.float32(0.5)
             features = Features(keypoints, found.scores, found.descriptors, size)
         except Exception as error:  # of any library, or of an adapter's own code
