@@ -481,6 +481,15 @@ def test_a_resumed_run_takes_the_rates_of_its_settings(settings, tmp_path):
     assert [group["weight_decay"] for group in groups] == [0.25, 0.25]
 
 
+def test_a_resumed_run_names_the_settings_that_changed(settings, tmp_path, capsys):
+    arguments = ["warmup", "--config", str(settings("warmup")), "--run", str(tmp_path / "run")]
+    assert main([*arguments, "--stop-at", "1", "--seed", "7"]) == 0
+    assert main([*arguments, "--stop-at", "2", "--resume", "--seed", "7"]) == 0
+    assert "other settings" not in capsys.readouterr().err
+    assert main([*arguments, "--stop-at", "3", "--resume"]) == 0
+    assert "run: goes on with other settings: seed 0 (was 7)\n" in capsys.readouterr().err
+
+
 def test_nothing_to_resume_leaves_no_folder(settings, tmp_path, capsys):
     arguments = ["warmup", "--config", str(settings("warmup")), "--run", str(tmp_path / "run")]
     assert main([*arguments, "--resume"]) == 1

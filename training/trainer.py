@@ -255,6 +255,14 @@ class Trainer:
         # the checkpoint brings the rates that the run was begun with; those of the settings count
         for group, (peak, decay) in zip(self.optimizer.param_groups, rates, strict=True):
             group |= {"peak": peak, "weight_decay": decay}
+        before, now = state["history"][-1]["config"], asdict(self.config)
+        changed = [
+            f"{name} {now[name]} (was {before[name]})"
+            for name in now
+            if name in before and before[name] != now[name]
+        ]
+        if changed and self.rank == 0:
+            print(f"{self.run}: goes on with other settings: {', '.join(changed)}", file=sys.stderr)
         self.step = state["step"]
         self.history = state["history"]
         torch.set_rng_state(state["rng"])
