@@ -816,7 +816,7 @@ def test_ablation_table(settings, data, tmp_path, capsys):
     export(run, weights)
     rows_of = [f"ours={run}", f"again={run}", f"w/o cross normalization={plain}"]
     rows_of.append(f"exported={weights}")
-    arguments = ["ablation", *rows_of, "--data", str(data)]
+    arguments = ["ablation", "--data", str(data), *rows_of]
     assert main([*arguments, "--pairs", "2", "--size", "96", "64"]) == 0
     rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()]
     names = [row[0].strip() for row in rows[2:]]
@@ -828,6 +828,10 @@ def test_ablation_table(settings, data, tmp_path, capsys):
     assert all(0 <= float(cell) <= 1 for row in rows[2:] for cell in row[1:5])
     assert main(["ablation", str(run), "--data", str(data)]) == 1
     assert "NAME=RUN" in capsys.readouterr().err
+    assert main(["ablation", f"={run}", "--data", str(data)]) == 1
+    assert "NAME=RUN" in capsys.readouterr().err
+    assert main([*arguments, f"ours={plain}"]) == 1
+    assert "'ours' is given twice" in capsys.readouterr().err
     assert main([*arguments, "--pairs", "0"]) == 1
     assert "--pairs" in capsys.readouterr().err
 

@@ -78,13 +78,13 @@ def table(
         size: (width, height) of the pairs.
         skip_bad, on_bad: see `held_out_pairs`.
     """
+    models = {name: load_network(run)[0] for name, run in runs.items()}
     pairs = held_out_pairs(scenes, count, size, skip_bad, on_bad)
     lines = [
         "| variant | MMA@1 | MMA@3 | MMAScore | within 2 px of the line | matches |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    for number, (name, run) in enumerate(runs.items()):
-        model, _ = load_network(run)
+    for number, (name, model) in enumerate(models.items()):
         variants = {"": {}} if number else VARIANTS | WITHOUT_RELIABILITY
         for variant, options in variants.items():
             if variant in WITHOUT_RELIABILITY:

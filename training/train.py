@@ -245,8 +245,10 @@ def _ablation(args: argparse.Namespace) -> int:
     runs = {}
     for text in args.runs:
         name, equals, run = text.partition("=")
-        if not equals:
+        if not (name and equals):
             raise InputError(f"'{text}': wants NAME=RUN, say 'ours=runs/detector'")
+        if name in runs:
+            raise InputError(f"'{text}': the name '{name}' is given twice; rename the row")
         runs[name] = run
     # the output's folder is made, or found to be impossible, before anything is measured
     with staged_file(args.output, overwrite=True) if args.output else nullcontext() as partial:
