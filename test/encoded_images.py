@@ -9,6 +9,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+from scipy.spatial.transform import Rotation
 
 from scfeat_training.evaluation.methods import Method, register, to_features
 
@@ -86,6 +87,25 @@ class World:
     def write_images(self, folder, names):
         for name, points in zip(names, self.images, strict=True):
             write(Path(folder) / name, points, np.arange(len(points)), self.size)
+
+    def write_colmap(self, folder):
+        """A COLMAP project, as text: images/ and sparse/0."""
+        names = [f"{i:03d}.png" for i in range(len(self.R))]
+        self.write_images(Path(folder) / "images", names)
+        model = Path(folder) / "sparse/0"
+        model.mkdir(parents=True)
+        (fx, _, cx), (_, fy, cy), _ = self.K  # COLMAP counts from the corner of the first pixel
+        (model / "cameras.txt").write_text(f"1 PINHOLE 640 480 {fx} {fy} {cx + 0.5} {cy + 0.5}\n")
+        lines = []
+        for i, (R, t, points) in enumerate(zip(self.R, self.t, self.images, strict=True), 1):
+            x, y, z, w = Rotation.from_matrix(R).as_quat()
+            lines.append(" ".join(map(str, (i, w, x, y, z, *t, 1, names[i - 1]))))
+            lines.append(" ".join(f"{u + 0.5} {v + 0.5} {k}" for k, (u, v) in enumerate(points)))
+        (model / "images.txt").write_text("\n".join(lines) + "\n")
+        track = {k: " ".join(f"{i + 1} {k}" for i in range(len(names))) for k in range(len(points))}
+        lines = [f"{k} {x} {y} {z} 0 0 0 0 {track[k]}" for k, (x, y, z) in enumerate(self.points)]
+        (model / "points3D.txt").write_text("\n".join(lines) + "\n")
+        return Path(folder)
 
     def write_scene(self, folder):
         """The scene format: images/ and scene.npz."""

@@ -66,7 +66,11 @@ def test_bfloat16_is_taken_on_gpus_that_have_it(capability, lacks, monkeypatch):
     assert (acceleration._unsupported(gpu, "bf16", True) is not None) == lacks
     assert acceleration._unsupported(gpu, "fp16", True) is None
     first = "fp16" if lacks else "bf16"
-    assert acceleration._ways(gpu, "auto", True) == [(first, True), ("fp32", True), (first, False)]
+    assert acceleration._candidates(gpu, "auto", True) == [
+        (first, True),
+        ("fp32", True),
+        (first, False),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -270,11 +270,12 @@ def test_an_interrupted_run_goes_on(tmp_path, capsys):
     assert result["skipped"] == []
 
 
-@pytest.mark.parametrize("layout", ["scene", "scenes", "pairs file"])
+@pytest.mark.parametrize("layout", ["scene", "COLMAP", "scenes", "pairs file"])
 def test_pose_of_exact_matches(tmp_path, layout):
     world = World(cameras=4, points=150)
-    scene = world.write_scene(tmp_path / "scenes" / "one")
-    data, options = scene, []
+    write = world.write_colmap if layout == "COLMAP" else world.write_scene
+    scene = write(tmp_path / "scenes" / "one")
+    data, options = scene, ["--overlap", 0, 1]
     if layout == "scenes":
         data = tmp_path / "scenes"
     if layout == "pairs file":
@@ -285,7 +286,7 @@ def test_pose_of_exact_matches(tmp_path, layout):
         line = " ".join(["000.png", "001.png", *(repr(float(v)) for v in numbers)])
         data = tmp_path / "pairs.txt"
         data.write_text(line + "\nonly three fields\n")
-        options = ["--images", scene / "images"]
+        options += ["--images", scene / "images"]
     result = evaluate("pose", data, tmp_path / "out", *options)
     values = row(result)
     assert values["pairs"] == (1 if layout == "pairs file" else 6)

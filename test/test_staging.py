@@ -118,7 +118,7 @@ def test_an_empty_folder_can_be_replaced_and_a_file_cannot(tmp_path):
     check_output(tmp_path / "out", True)
     (tmp_path / "file").touch()
     for overwrite in (False, True):
-        with pytest.raises(OutputExistsError, match="no earlier output"):
+        with pytest.raises(OutputExistsError, match="not an earlier output"):
             check_output(tmp_path / "file", overwrite)
     with pytest.raises(InputError, match="this is a folder"), staged_file(tmp_path / "out", True):
         pass

@@ -11,7 +11,15 @@ import numpy as np
 from scfeat_ros.errors import InputError
 from scfeat_ros.sources import image_files
 from scfeat_ros.text_files import read_text
-from scfeat_training.scenes import Scene, check_camera, check_size, is_scene, read_scene_file
+from scfeat_training.scenes import (
+    Scene,
+    check_camera,
+    check_size,
+    colmap_model,
+    is_scene,
+    read_colmap,
+    read_scene_file,
+)
 
 
 def require_folder(path: Path, layout: str) -> Path:
@@ -36,11 +44,15 @@ def list_images(folder: Path) -> list[Path]:
 
 
 def find_scenes(folder: Path) -> list[Path]:
-    """The folder itself if it is a scene, else the scenes directly inside it."""
+    """The folder itself if it is a scene or a COLMAP project, else those directly inside it."""
     folder = Path(folder)
-    if is_scene(folder):
+    if _is_posed(folder):
         return [folder]
-    return sorted(p for p in folder.iterdir() if p.is_dir() and is_scene(p))
+    return sorted(p for p in folder.iterdir() if p.is_dir() and _is_posed(p))
+
+
+def _is_posed(folder: Path) -> bool:
+    return is_scene(folder) or colmap_model(folder) is not None
 
 
 def read_usable_scene(folder: Path, K: np.ndarray | None = None) -> tuple[Scene, list[str]]:
@@ -50,16 +62,20 @@ def read_usable_scene(folder: Path, K: np.ndarray | None = None) -> tuple[Scene,
     wants their features says so.
 
     Args:
-        folder: with scene.npz.
+        folder: with scene.npz, or a COLMAP project (see `scenes.read_colmap`).
         K: (3, 3) intrinsics that go before those of the scene.
 
     Raises:
-        InputError: scene.npz cannot be read, or no camera of it is right.
+        InputError: the cameras cannot be read, or none of them is right.
     """
+    if not is_scene(folder):
+        problems: list[str] = []
+        return read_colmap(folder, skip_bad=True, on_bad=problems.append), problems
     scene = read_scene_file(folder)
     if K is not None:
         scene.K[:] = K
-    good, problems = [], []
+    good: list[int] = []
+    problems = []
     for i, path in enumerate(scene.paths):
         problem = check_camera(str(path), scene.K[i], scene.R[i], scene.t[i])
         if problem is None and scene.size_wh[i].min() < 1:

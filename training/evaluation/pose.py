@@ -2,6 +2,8 @@
 
 --data is one of:
   a scene          images/ and scene.npz (names, K, R, t, size_wh, pairs, overlap)
+  a COLMAP project images/ and sparse/0, without distortion; the overlap of two images is the
+                   number of 3D points that both see, over the smaller number that one of them sees
   several scenes   a folder of such folders
   a pairs file     SuperGlue's format, 38 fields a line (two names, two rotations, K, K, 4x4 pose),
                    or a folder with exactly one such .txt; --images names the image folder
@@ -52,8 +54,8 @@ MAX_KEYPOINTS = 2048
 AUC_THRESHOLDS = (5, 10, 20)
 RESULT_VERSION = 3
 LAYOUT = (
-    "a scene (images/ and scene.npz), a folder of scenes, or a SuperGlue pairs file "
-    "(38 fields a line) with --images"
+    "a scene (images/ and scene.npz, or a COLMAP project: images/ and sparse/0), a folder of "
+    "scenes, or a SuperGlue pairs file (38 fields a line) with --images"
 )
 
 
@@ -157,7 +159,7 @@ def _groups(args: argparse.Namespace) -> tuple[dict[str, list[PosedPair]], list[
     files = sorted(data.glob("*.txt"))
     if len(files) != 1:
         raise InputError(
-            f"--data {data}: no scene.npz and {len(files)} .txt files in it. Expected: {LAYOUT}"
+            f"--data {data}: no scene, and {len(files)} .txt files in it. Expected: {LAYOUT}"
         )
     folders = sorted(p for p in data.iterdir() if p.is_dir())
     images = args.images or (folders[0] if len(folders) == 1 else data)
