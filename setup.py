@@ -1,4 +1,4 @@
-"""One setup for both worlds: `pip install .` and `colcon build`."""
+"""Package setup for both `pip install .` and `colcon build`."""
 
 import re
 from glob import glob

@@ -1,4 +1,4 @@
-"""Live features of one camera or several: one node and one process each.
+"""Live features from one or more cameras, with one node and one process per camera.
 
 ros2 launch scfeat_ros extractor.launch.py image:=/camera/image_raw overlay:=true rviz:=true
 ros2 launch scfeat_ros extractor.launch.py cameras:=front,left,right
@@ -16,36 +16,35 @@ from launch_ros.actions import Node
 SHARE = Path(get_package_share_directory("scfeat_ros"))
 
 ARGUMENTS = {
-    "namespace": ("", "namespace of the node, and of relative topics"),
+    "namespace": ("", "namespace of the node and of relative topics"),
     "image": (
         "image_raw",
-        "image topic, without /compressed; relative ones lie in the namespace",
+        "image topic, without /compressed; relative names are in the namespace",
     ),
-    "camera_info": ("", "CameraInfo topic; empty for camera_info beside the image topic"),
-    "image_transport": ("", "raw or compressed; empty for what params_file says"),
-    "weights": ("", "installed model, .safetensors or .onnx file; empty for what params_file says"),
-    "device": ("", "auto, cpu, cuda, cuda:1 ...; empty for what params_file says"),
-    "params_file": (str(SHARE / "config" / "extractor.yaml"), "parameters of the node"),
+    "camera_info": ("", "CameraInfo topic; empty for camera_info next to the image topic"),
+    "image_transport": ("", "raw or compressed; empty to use params_file"),
+    "weights": ("", "installed model, .safetensors or .onnx file; empty to use params_file"),
+    "device": ("", "auto, cpu, cuda, cuda:1 ...; empty to use params_file"),
+    "params_file": (str(SHARE / "config" / "extractor.yaml"), "parameter file of the node"),
     "overlay": (
         "",
-        "true or false: draw ~/overlay while somebody subscribes; empty for what params_file says",
+        "true or false: draw ~/overlay while it has subscribers; empty to use params_file",
     ),
     "autostart": (
         "",
-        "true or false: activate the node, or leave it to a lifecycle manager; empty for what "
-        "params_file says",
+        "true or false: activate the node, or leave it to a lifecycle manager; empty to use "
+        "params_file",
     ),
     "use_sim_time": (
         "",
-        "true takes the time from /clock (for bags played with --clock); empty for what "
-        "params_file says",
+        "true takes the time from /clock (for bags played with --clock); empty to use params_file",
     ),
     "cameras": (
         "",
         "comma-separated namespaces of several cameras, one node and one process each; image and "
-        "camera_info must be relative then",
+        "camera_info must then be relative",
     ),
-    "rviz": ("false", "open rviz2 with overlay, bearings and camera (of the first camera)"),
+    "rviz": ("false", "open rviz2 with overlay, bearings and camera image (of the first camera)"),
     "rviz_frame": ("camera_optical_frame", "frame_id of the camera's images, for rviz2"),
     "log_level": ("info", "debug, info, warn or error"),
 }
@@ -60,7 +59,7 @@ def generate_launch_description() -> LaunchDescription:
 
 
 def _actions(context: LaunchContext) -> list[LaunchDescriptionEntity]:
-    """The nodes; a list of cameras can only be split when the arguments' values are known."""
+    """Create the nodes; the list of cameras can be split only once the arguments are known."""
     values = {name: LaunchConfiguration(name).perform(context) for name in ARGUMENTS}
     cameras = [name.strip(" /") for name in values["cameras"].split(",") if name.strip(" /")]
     if len(set(cameras)) < len(cameras):

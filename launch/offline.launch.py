@@ -1,4 +1,4 @@
-"""Features of a recorded bag, in a ROS workspace: runs `scfeat bag` and ends with it.
+"""Features from a recorded bag, in a ROS workspace: runs `scfeat bag` and exits with it.
 
 ros2 launch scfeat_ros offline.launch.py bag:=drive.mcap output:=drive_features
 """
@@ -14,12 +14,12 @@ from launch_ros.substitutions import ExecutableInPackage
 
 ARGUMENTS = {
     "bag": (None, "rosbag2 folder, .mcap, .db3 or ROS 1 .bag file"),
-    "output": (None, "folder to make"),
-    "topic": ("", "image topic; empty for the only one"),
+    "output": (None, "output folder to create"),
+    "topic": ("", "image topic; can be empty if there is only one"),
     "weights": ("scfeat-s", "installed model, .safetensors or .onnx file"),
     "device": ("auto", "auto, cpu, cuda, cuda:1 ..."),
     "video": ("false", "true writes a video with keypoints and tracks"),
-    "options": ("", "more options of `scfeat bag`, as on the command line"),
+    "options": ("", "further options of `scfeat bag`, as on the command line"),
 }
 
 
@@ -55,7 +55,7 @@ def _actions(context: LaunchContext) -> list[LaunchDescriptionEntity]:
 
 
 def _end(event: ProcessExited, context: LaunchContext) -> Shutdown:
-    """End with the job; an exception is what gives `ros2 launch` a status other than 0."""
+    """Shut down with the job; only an exception gives `ros2 launch` a status other than 0."""
     if event.returncode != 0 and not context.is_shutdown:  # else it is Ctrl-C that ended it
         raise RuntimeError(f"scfeat bag ended with status {event.returncode}, see above")
     return Shutdown()
