@@ -360,5 +360,7 @@ def test_arrays_of_an_adapter(image):
     two = to_features([[1, 2], [3, 4]], [0.1, 0.9], [[3, 4], [0, 2]], image)
     assert two.keypoints.tolist() == [[3, 4], [1, 2]]
     assert two.descriptors == pytest.approx(np.array([[0, 1], [0.6, 0.8]]))
+    with pytest.raises(ValueError, match="descriptors hold NaN or infinity"):
+        to_features([[1, 2], [3, 4]], [0.1, 0.9], [[3, 4], [0, np.nan]], image)
     with pytest.raises(ValueError, match="belong together"):
         to_features([[1, 2]], [0.1, 0.9], [[3, 4], [0, 2]], image)

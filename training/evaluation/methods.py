@@ -145,7 +145,7 @@ def to_features(
         image: (H, W, ...), for its size.
 
     Raises:
-        ValueError: the arrays are not of these shapes.
+        ValueError: the arrays are not of these shapes, or not of finite numbers.
     """
     keypoints = np.asarray(keypoints, np.float32)
     scores = np.asarray(scores, np.float32)
@@ -156,6 +156,10 @@ def to_features(
             f"keypoints {keypoints.shape}, scores {scores.shape} and descriptors "
             f"{descriptors.shape} do not belong together: expected (N, 2), (N,) and (N, D)"
         )
+    named = {"keypoints": keypoints, "scores": scores, "descriptors": descriptors}
+    for name, values in named.items():
+        if not np.isfinite(values).all():
+            raise ValueError(f"{name} hold NaN or infinity")
     descriptors = descriptors / np.maximum(
         np.linalg.norm(descriptors, axis=1, keepdims=True), 1e-12
     )
