@@ -6,6 +6,8 @@ import importlib
 import re
 from typing import Any
 
+from scfeat_ros.signals import sigterm_kept
+
 
 class ScfeatError(Exception):
     """Base of the errors below; the message names the problem and the remedy."""
@@ -28,7 +30,7 @@ class OptionError(ScfeatError, ValueError):
 
 
 def import_optional(name: str, purpose: str, install: str | None = None) -> Any:
-    """Import a module of an optional dependency.
+    """Import a module of an optional dependency; the process keeps its handler of SIGTERM.
 
     Args:
         name: of module and package.
@@ -39,11 +41,17 @@ def import_optional(name: str, purpose: str, install: str | None = None) -> Any:
         ScfeatError: it cannot be imported; the message says what needs it and how to install it.
     """
     try:
-        return importlib.import_module(name)
+        with sigterm_kept():
+            return importlib.import_module(name)
     except ImportError as error:
         raise ScfeatError(
             f"{purpose} needs the Python package {name}: pip install {install or name}"
         ) from error
+
+
+def one_line(error: Exception) -> str:
+    """Type and message of an exception, in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def without_numbers(text: str) -> str:

@@ -28,7 +28,6 @@ from scfeat_ros.matcher import match_with
 from scfeat_ros.memory import is_out_of_memory
 from scfeat_ros.names import printable
 from scfeat_ros.parameters import MatcherOptions
-from scfeat_ros.signals import sigterm_kept
 from scfeat_ros.sources import list_images
 from scfeat_ros.staging import check_file, staged_file
 from scfeat_ros.text_files import read_text
@@ -204,8 +203,7 @@ def check_export(output: Path, colmap: ColmapOptions, overwrite: bool) -> None:
     if output.suffix == ".h5":
         import_optional("h5py", "the .h5 format")
     elif output.suffix == ".db":
-        with sigterm_kept():
-            models = import_optional("pycolmap", "the .db format").CameraModelId
+        models = import_optional("pycolmap", "the .db format").CameraModelId
         if not hasattr(models, colmap.camera_model):
             raise InputError(f"--camera-model {colmap.camera_model}: COLMAP has no such model")
 

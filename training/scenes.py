@@ -23,8 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from scfeat_ros.errors import InputError
-from scfeat_ros.signals import sigterm_kept
+from scfeat_ros.errors import InputError, ScfeatError, import_optional
 from scfeat_ros.text_files import read_text
 from scfeat_training.image_files import image_size
 
@@ -147,6 +146,11 @@ def check_size(path: Path, size_wh: np.ndarray) -> str | None:
 def is_scene(folder: Path) -> bool:
     """Whether a folder holds scene.npz."""
     return (folder / SCENE_FILE).is_file()
+
+
+def is_colmap(folder: Path) -> bool:
+    """Whether a folder is a COLMAP project, with images/ and a sparse model."""
+    return (folder / "images").is_dir() and colmap_model(folder) is not None
 
 
 def read_scene_file(folder: Path, need_pairs: bool = False) -> Scene:
@@ -273,7 +277,7 @@ def _scene_readers(root: Path) -> list[tuple[str, Reader, Path]]:
     for folder in (root, *children):
         if is_scene(folder):
             found.append((folder.name, read_scene, folder))
-        elif (folder / "images").is_dir() and colmap_model(folder) is not None:
+        elif is_colmap(folder):
             found.append((folder.name, read_colmap, folder))
     for depth in ("", "dense*/", "*/dense*/", "*/*/dense*/"):
         for path in sorted(root.glob(depth + CAPS_CAMERAS)):
@@ -376,12 +380,9 @@ def open_colmap_model(model: Path) -> Any:
         InputError: pycolmap is not installed, or there is no whole model in the folder.
     """
     try:
-        with sigterm_kept():
-            import pycolmap
-    except ImportError as error:
-        raise InputError(
-            f"{model}: reading a COLMAP model needs pycolmap: pip install pycolmap"
-        ) from error
+        pycolmap = import_optional("pycolmap", f"{model}: reading a COLMAP model")
+    except ScfeatError as error:  # the scene's fault, which --skip-bad leaves out
+        raise InputError(str(error)) from error
     ending = ".bin" if (model / "cameras.bin").is_file() else ".txt"
     for part in ("cameras", "images", "points3D"):
         if not (model / f"{part}{ending}").is_file():

@@ -20,7 +20,7 @@ import numpy as np
 
 from scfeat_ros import __version__
 from scfeat_ros.decoded_image import UnreadableImageError, decode
-from scfeat_ros.errors import InputError
+from scfeat_ros.errors import InputError, one_line
 from scfeat_ros.features import Features
 from scfeat_ros.preprocessing import working_size
 from scfeat_ros.staging import staged_file
@@ -156,8 +156,8 @@ class Cache:
             keypoints = (found.keypoints + np.float32(0.5)) * factors - np.float32(0.5)
             features = Features(keypoints, found.scores, found.descriptors, size)
         except Exception as error:  # of any library, or of an adapter's own code
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            self.failures[method.label, str(path)] = f"{path}: {method.label} failed ({reason})"
+            text = f"{path}: {method.label} failed ({one_line(error)})"
+            self.failures[method.label, str(path)] = text
             return Extracted(Features.empty(1, size), np.nan, digest)
         with staged_file(file, overwrite=True) as partial:
             np.savez(

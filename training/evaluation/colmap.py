@@ -13,17 +13,15 @@ from typing import Any
 
 import numpy as np
 
-from scfeat_ros.errors import InputError
+from scfeat_ros.errors import InputError, ScfeatError, import_optional
 from scfeat_ros.features import Features
-from scfeat_ros.signals import sigterm_kept
 from scfeat_ros.staging import staged_file
 from scfeat_ros.text_files import read_text
 from scfeat_training.evaluation.methods import match_indices
 
 try:
-    with sigterm_kept():
-        import pycolmap
-except ImportError:  # said by `require_pycolmap`, once the task is known to need it
+    pycolmap = import_optional("pycolmap", "this task")
+except ScfeatError:  # said by `require_pycolmap`, once the task is known to need it
     pycolmap = None
 
 SEED = 0

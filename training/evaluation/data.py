@@ -15,7 +15,7 @@ from scfeat_training.scenes import (
     Scene,
     check_camera,
     check_size,
-    colmap_model,
+    is_colmap,
     is_scene,
     read_colmap,
     read_scene_file,
@@ -52,7 +52,7 @@ def find_scenes(folder: Path) -> list[Path]:
 
 
 def _is_posed(folder: Path) -> bool:
-    return is_scene(folder) or colmap_model(folder) is not None
+    return is_scene(folder) or is_colmap(folder)
 
 
 def read_usable_scene(folder: Path, K: np.ndarray | None = None) -> tuple[Scene, list[str]]:

@@ -34,7 +34,7 @@ import torch
 import yaml
 
 from scfeat_ros import __version__
-from scfeat_ros.errors import InputError, ModelError, ScfeatError
+from scfeat_ros.errors import InputError, ModelError, ScfeatError, one_line
 from scfeat_ros.extractor import Extractor, select_device
 from scfeat_ros.features import Features
 from scfeat_ros.matcher import match
@@ -483,8 +483,9 @@ def _create(specification: str, label: str, max_keypoints: int, device: str) -> 
         except ScfeatError:
             raise
         except Exception as error:  # of an adapter's own code
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise InputError(f"method '{specification}': cannot be set up ({reason})") from error
+            raise InputError(
+                f"method '{specification}': cannot be set up ({one_line(error)})"
+            ) from error
         method.registered_as, method.adapter = name, ADAPTERS.get(name)
         return method
     if name.endswith(".safetensors") or name in CONFIGS:
