@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from scfeat_ros.model.sampling import convolve_upsampled
 from scfeat_training.fast_conv import accelerate, bfloat16_conv2d
 
 
@@ -31,6 +32,28 @@ def test_gradients_agree_with_fp32(kernel, padding, bias, own_backward):
         assert found.dtype == torch.float32
         # bf16 has 8 bits of mantissa: a relative error of some 0.4 % per factor
         assert (found - exact).norm() < 0.01 * exact.norm()
+
+
+@pytest.mark.parametrize("factor", [2, 4])
+@pytest.mark.parametrize(("kernel", "bias"), [(3, False), (5, True)])
+def test_convolution_at_the_size_before_upsampling(kernel, bias, factor):
+    torch.manual_seed(2)
+    conv = nn.Conv2d(24, 16, kernel, padding=kernel // 2, bias=bias)
+    fast = copy.deepcopy(conv)
+    accelerate(fast)
+    x = torch.randn(2, 24, 5, 7)
+    weight_of_output = torch.randn(2, 16, 5 * factor, 7 * factor)
+
+    def found_by(conv):
+        # as a module of its own, so that `gradients` finds the parameters
+        module = nn.Sequential(conv)
+        module.forward = lambda x: convolve_upsampled(conv, x, factor)
+        return gradients(module, x, weight_of_output)
+
+    for exact, found in zip(found_by(conv), found_by(fast), strict=True):
+        assert found.dtype == torch.float32 and found.shape == exact.shape
+        assert (found - exact).norm() < 0.01 * exact.norm()
+        assert (found - exact).abs().max() < 0.05 * exact.abs().max()  # at the border, too
 
 
 def test_functional_form_matches_module():

@@ -91,7 +91,12 @@ def upsample(x: torch.Tensor, factor: int) -> torch.Tensor:
 
 
 def convolve_upsampled(conv: nn.Conv2d, x: torch.Tensor, factor: int) -> torch.Tensor:
-    """Convolution of a (B, C, h, w) map after upsampling it by an integer factor."""
+    """Convolution of a (B, C, h, w) map after upsampling it by an integer factor.
+
+    A convolution with a method `forward_upsampled` does both by itself: training on a CPU adds one.
+    """
     if conv.kernel_size == (1, 1):  # they commute, and this order is cheaper
         return upsample(conv(x), factor)
+    if factor > 1 and hasattr(conv, "forward_upsampled"):
+        return conv.forward_upsampled(x, factor)
     return conv(upsample(x, factor))
