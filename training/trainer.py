@@ -36,7 +36,7 @@ from scfeat_training.checkpoint import CHECKPOINT, load_checkpoint, save_checkpo
 from scfeat_training.config import TrainConfig
 from scfeat_training.datasets import ImageCache
 from scfeat_training.ema import Ema
-from scfeat_training.fast_conv import accelerate, cpu_has_bfloat16
+from scfeat_training.fast_layers import accelerate, cpu_has_bfloat16
 from scfeat_training.networks import load_network, load_weights, make_model
 from scfeat_training.sampling_order import Numbered, StepSampler, collate
 from scfeat_training.scenes import HELD_OUT_FROM, Scene, has_pairs, read_scenes, split_scenes

@@ -1,4 +1,4 @@
-"""The bf16 convolutions of CPU training against fp32 autograd."""
+"""The layers of CPU training against PyTorch's own in fp32."""
 
 import copy
 
@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from scfeat_ros.model.sampling import convolve_upsampled
-from scfeat_training.fast_conv import accelerate, bfloat16_conv2d
+from scfeat_training.fast_layers import accelerate, bfloat16_conv2d
 
 
 def gradients(conv, x, weight_of_output):
@@ -56,6 +56,19 @@ def test_convolution_at_the_size_before_upsampling(kernel, bias, factor):
         assert (found - exact).abs().max() < 0.05 * exact.abs().max()  # at the border, too
 
 
+def test_prelu_with_a_single_parameter():
+    torch.manual_seed(3)
+    prelu = nn.PReLU(init=0.3)
+    fast = copy.deepcopy(prelu)
+    assert accelerate(fast) == 1
+    x = torch.randn(2, 5, 6, 7)
+    weight_of_output = torch.randn_like(x)
+    for exact, found in zip(
+        gradients(prelu, x, weight_of_output), gradients(fast, x, weight_of_output), strict=True
+    ):
+        torch.testing.assert_close(found, exact)
+
+
 def test_functional_form_matches_module():
     torch.manual_seed(1)
     x, weight = torch.randn(1, 16, 6, 7), torch.randn(16, 16, 3, 3)
@@ -69,6 +82,7 @@ def test_accelerate_leaves_parameters_and_unsuited_layers_alone():
         nn.Conv2d(32, 32, 3, groups=32),  # grouped
         nn.Conv2d(32, 32, 3, stride=2),  # a stride: only with the library's backward
         nn.Conv2d(32, 32, 3, padding=1),
+        nn.PReLU(32),  # a parameter for each channel
     )
     before = {key: value.clone() for key, value in model.state_dict().items()}
     assert accelerate(copy.deepcopy(model), own_backward=True) == 1
