@@ -918,6 +918,14 @@ def test_limits_below_any_step_give_one_line(option, value, settings, tmp_path, 
     assert error.count("\n") == 1 and f"{option} {value}: must be" in error
 
 
+def test_encoder_weights_beside_a_whole_network_give_one_line(settings, tmp_path, capsys):
+    arguments = ["warmup", "--config", str(settings("warmup")), "--run", str(tmp_path / "run")]
+    assert main([*arguments, "--encoder-weights", "resnet18.pth", "--init", "scfeat-m"]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "--encoder-weights" in error and "--init" in error
+    assert not (tmp_path / "run").exists()
+
+
 def test_numbers_are_taken_as_yaml_reads_them(settings):
     values = {"lr": "1e-3", "clip": float("inf"), "homography": {"scale": [1, "2e0"]}}
     config = read_config(settings("warmup", **values), "warmup")

@@ -208,6 +208,8 @@ def _train(args: argparse.Namespace, argv: list[str]) -> int:
         raise InputError(f"--stop-at {args.stop_at}: must be at least 1")
     if args.time_limit is not None and not args.time_limit > 0:
         raise InputError(f"--time-limit {args.time_limit:g}: must be above 0")
+    if args.init is not None and args.encoder_weights is not None:
+        raise InputError("--encoder-weights: the encoder's weights come from --init; give only one")
     names = ("data", "encoder_weights", "steps", "threads", "workers", "seed", "compile")
     changes = {name: getattr(args, name) for name in names}
     config = read_config(args.config, args.command, **changes)
