@@ -174,8 +174,8 @@ def test_a_second_run_does_not_extract_again(tmp_path):
     arguments = ["hpatches", "--data", str(tmp_path / "data"), "--methods", "encoded"]
     arguments += ["-o", str(tmp_path / "out"), "--adapter", str(adapter)]
 
-    def run():
-        assert main(arguments) == 0
+    def run(status=0):
+        assert main(arguments) == status
         return json.loads((tmp_path / "out" / "result.json").read_text())
 
     statement.write_text("")
@@ -189,12 +189,12 @@ def test_a_second_run_does_not_extract_again(tmp_path):
     assert again["tables"] == first["tables"] and again["skipped"] == []
     # another image under the same name is another image
     write_sequence(tmp_path / "data" / "v_one", 0, seed=1, count=60)
-    assert "extracted again" in run()["skipped"][0]
+    assert "extracted again" in run(status=1)["skipped"][0]
     # an adapter whose file was changed is another method
     write_sequence(tmp_path / "data" / "v_one", 0, count=60)
     assert run()["skipped"] == []
     adapter_with(tmp_path, "# changed\n")
-    assert "extracted again" in run()["skipped"][0]
+    assert "extracted again" in run(status=1)["skipped"][0]
 
 
 def test_a_method_that_fails_on_an_image_is_named_and_the_rest_goes_on(tmp_path):
@@ -216,6 +216,20 @@ def test_a_method_that_fails_on_an_image_is_named_and_the_rest_goes_on(tmp_path)
         assert "000.png: encoded failed (AttributeError: 'numpy.ndarray' object" in reason
         assert "counts as one without features" in result["tables"][0]["note"]
         assert row(result, line=1)["ms / image"] is not None
+
+
+def test_a_method_that_fails_on_every_image_is_an_error(tmp_path, capsys):
+    scene = World(cameras=3, points=60).write_scene(tmp_path / "scene")
+    adapter = adapter_with(tmp_path, "")
+    (tmp_path / "statement.txt").write_text("image.colour")
+    arguments = ["pose", "--data", str(scene), "--methods", "encoded,orb"]
+    assert main([*arguments, "-o", str(tmp_path / "out"), "--adapter", str(adapter)]) == 1
+    error = capsys.readouterr().err
+    assert "encoded failed on every image; the first: " in error and "000.png" in error
+    assert "orb failed" not in error
+    # the other methods' rows are written all the same
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert row(result, line=1)["ms / image"] is not None
 
 
 def world_bytes(scene, number):

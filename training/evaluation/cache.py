@@ -93,6 +93,8 @@ class Cache:
         self._digests: dict[str, str] = {}
         self.failures: dict[tuple[str, str], str] = {}
         """Images on which a method failed, one sentence by label and path."""
+        self.succeeded: set[str] = set()
+        """Labels of the methods that found the features of an image."""
         self._failed = 0
 
     def size_limit(self) -> str:
@@ -125,7 +127,10 @@ class Cache:
                 self._recent.popitem(last=False)
         self._recent.move_to_end(key)
         extracted = self._recent[key]
-        self._failed += bool(np.isnan(extracted.seconds))
+        if np.isnan(extracted.seconds):
+            self._failed += 1
+        else:
+            self.succeeded.add(method.label)
         return extracted
 
     def _load_or_extract(self, method: Method, path: Path) -> Extracted:
