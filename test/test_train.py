@@ -687,7 +687,7 @@ SHIPPED = sorted((Path(scfeat_training.__file__).parent / "configs").glob("*.yam
 
 @pytest.mark.parametrize("path", SHIPPED, ids=[path.stem for path in SHIPPED])
 def test_shipped_settings_are_taken(path, data):
-    stage = path.stem.removeprefix("scfeat_")
+    stage = path.stem.split("_")[-1]
     config = read_config(path, stage)
     model = make_model(config)
     made = STAGE_CLASSES[stage](config, model)
