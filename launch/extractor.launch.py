@@ -63,9 +63,9 @@ def _actions(context: LaunchContext) -> list[LaunchDescriptionEntity]:
     values = {name: LaunchConfiguration(name).perform(context) for name in ARGUMENTS}
     cameras = [name.strip(" /") for name in values["cameras"].split(",") if name.strip(" /")]
     if len(set(cameras)) < len(cameras):
-        raise ValueError(f"cameras '{values['cameras']}' must be of different names")
+        raise ValueError(f"cameras '{values['cameras']}': names must differ")
     if not Path(values["params_file"]).is_file():  # the node would start with its defaults
-        raise ValueError(f"params_file '{values['params_file']}' is no file")
+        raise ValueError(f"params_file '{values['params_file']}': no such file")
     image = values["image"]
     camera_info = values["camera_info"] or str(Path(image).parent / "camera_info")
     if len(cameras) > 1 and (image.startswith("/") or camera_info.startswith("/")):

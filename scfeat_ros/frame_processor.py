@@ -328,7 +328,7 @@ class FrameProcessor:
         if result.reset is not None:
             facts["last tracker reset"] = result.reset
             if result.reset != "first frame":
-                text = f"tracks start anew: {result.reset}"
+                text = f"tracks reset: {result.reset}"
                 self._monitor.event(Level.WARN, text)
                 self._problems.log(Level.WARN, text)
         self._monitor.served(seconds, facts, result.reset is not None)

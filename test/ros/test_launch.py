@@ -162,9 +162,9 @@ def test_absolute_topics_cannot_be_of_several_cameras(run):
 @pytest.mark.parametrize(
     ("argument", "told"),
     [
-        ("cameras:=front,left,/front", "must be of different names"),
-        ("params_file:=/no/such.yaml", "params_file '/no/such.yaml' is no file"),
-        ("params_file:=/", "params_file '/' is no file"),
+        ("cameras:=front,left,/front", "names must differ"),
+        ("params_file:=/no/such.yaml", "params_file '/no/such.yaml': no such file"),
+        ("params_file:=/", "params_file '/': no such file"),
     ],
 )
 def test_arguments_that_cannot_be_are_told_and_nothing_starts(run, argument, told):

@@ -128,7 +128,7 @@ def test_a_stamp_that_jumps_back_starts_new_tracks(serves):
     assert ids[0] & ids[1]
     assert not ids[1] & ids[2]
     assert ids[2] & ids[3]
-    text = "tracks start anew: time went backwards"
+    text = "tracks reset: time went backwards"
     assert text in serves.log
     serves.wait_for_status("WARN", text, since=serves.statuses_before)
 
