@@ -252,6 +252,22 @@ def test_adaptation_brings_the_views_scores_together(settings, tmp_path, capsys)
     assert "no section 'loss'" in capsys.readouterr().err
 
 
+def test_adaptation_learns_the_detections_of_another_network(settings, teacher, tmp_path, capsys):
+    config = str(settings("adaptation", steps=40, lr=1e-2, teacher=teacher))
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    assert main(["adaptation", "--config", config, "--run", str(straight)]) == 0
+    values = list(losses(straight).values())
+    assert sum(values[-10:]) < 0.9 * sum(values[:10])
+    assert main(["adaptation", "--config", config, "--run", str(broken), "--stop-at", "3"]) == 0
+    weights = load_checkpoint(broken)["stage_state"]
+    assert same(weights, load_model(teacher).state_dict())
+    assert main(["adaptation", "--config", config, "--run", str(broken), "--resume"]) == 0
+    assert same(load_checkpoint(straight)["model"], load_checkpoint(broken)["model"])
+    config = str(settings("adaptation", teacher="scfeat-xl"))
+    assert main(["adaptation", "--config", config, "--run", str(tmp_path / "other")]) == 1
+    assert "scfeat-xl" in capsys.readouterr().err
+
+
 def test_distillation_brings_the_maps_together(settings, teacher, tmp_path, capsys):
     for scores in (0.0, 0.3):
         run = tmp_path / str(scores)

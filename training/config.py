@@ -51,6 +51,8 @@ class TrainConfig:
             `SyntheticPairsConfig`.
         photometric: fields of `Photometric`, for all three.
         loss: options of the stage's loss or policy.
+        teacher: a trained network whose detections stage 3 learns, by name, file or run; None for
+            the network's own.
         workers: data processes; threads: of PyTorch, 0 for its own choice.
     """
 
@@ -81,6 +83,7 @@ class TrainConfig:
     synthetic: dict[str, Any] = field(default_factory=dict)
     photometric: dict[str, Any] = field(default_factory=dict)
     loss: dict[str, Any] = field(default_factory=dict)
+    teacher: str | None = None
     workers: int = 1
     threads: int = 0
     compile: bool = False

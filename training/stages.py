@@ -47,7 +47,7 @@ from scfeat_training.keypoint_policy import (
     noise_count,
     pair_reward,
 )
-from scfeat_training.networks import load_weights
+from scfeat_training.networks import load_network, load_weights
 from scfeat_training.photometric import Photometric
 from scfeat_training.pictures import pictures_of
 from scfeat_training.sampling_order import generator_of, uniform
@@ -489,23 +489,36 @@ class HomographyStage(Stage):
 
 
 class DetectTwice(nn.Module):
-    """Images -> score maps of the detector and of its initial state; only the first is trained."""
+    """Images -> score maps of the detector, which is trained, and of the one that it learns from.
 
-    def __init__(self, model: SCFeat) -> None:
+    Args:
+        model: the network.
+        teacher: another network to learn from; None for the detector's initial state.
+    """
+
+    def __init__(self, model: SCFeat, teacher: SCFeat | None = None) -> None:
         super().__init__()
         self.model = model
-        self.before = copy.deepcopy(model.detector).requires_grad_(False)
+        learned_from = copy.deepcopy(model.detector) if teacher is None else teacher
+        self.learned_from = learned_from.requires_grad_(False)
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         with torch.no_grad():
             description = self.model.describe(images)
             maps = self.model.normalize(images), description.bridged, description.encoded.stem
-            before = self.before(*maps)
-        return self.model.detector(*maps), before
+            if isinstance(self.learned_from, SCFeat):
+                described = self.learned_from.describe(images)
+                target = self.learned_from.detect(images, described)
+            else:
+                target = self.learned_from(*maps)
+        return self.model.detector(*maps), target
 
 
 class AdaptationStage(HomographyStage):
-    """Stage 3: the detector, by its scores in other views; backbone and bridge are frozen."""
+    """Stage 3: the detector, by its scores in other views; backbone and bridge are frozen.
+
+    With `teacher` it learns the scores of another network instead.
+    """
 
     detects = True
 
@@ -513,32 +526,34 @@ class AdaptationStage(HomographyStage):
         super().__init__(config, model)
         if config.loss:
             raise InputError("config: stage adaptation has no section 'loss'; take it out")
-        self.network = DetectTwice(model)
+        teacher = load_network(config.teacher)[0] if config.teacher else None
+        self.network = DetectTwice(model, teacher)
 
     def start(self, earlier: SCFeat, where: str) -> None:
         super().start(earlier, where)
-        self.network = DetectTwice(self.model)
+        if not self.config.teacher:
+            self.network = DetectTwice(self.model)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         return detector_groups(self.config, self.model)
 
     def losses(self, network: Callable, batch: Batch) -> tuple[torch.Tensor, Terms]:
-        scores, before = (maps[:, 0].float() for maps in network(images_of(batch)))
+        scores, learned = (maps[:, 0].float() for maps in network(images_of(batch)))
         pairs = len(batch["index"])
         losses, counted = [], []
         for i, H in enumerate(batch["geometry"].double()):
             for own, other, warp in ((i, pairs + i, H), (pairs + i, i, torch.linalg.inv(H))):
-                target, counts = seen_from(before[other], warp)
+                target, counts = seen_from(learned[other], warp)
                 losses.append(divergence(scores[own], target, counts))
                 counted.append(counts.float().mean())
         losses = torch.stack(losses).view(pairs, 2).mean(dim=1)
         return losses, {"counted": torch.stack(counted).mean()}
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        return self.network.before.state_dict()
+        return self.network.learned_from.state_dict()
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        self.network.before.load_state_dict(state)
+        self.network.learned_from.load_state_dict(state)
 
 
 class DistillationStage(HomographyStage):
