@@ -431,6 +431,15 @@ def test_the_same_weights_are_the_same_file(small_model, tmp_path):
     assert len(files) == 1
 
 
+def test_weights_beyond_fp16_leave_the_old_ones_alone(small_model, tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_text("the old ones")
+    small_model.backbone.encoder.bn1.running_var[0] = 1e5
+    with pytest.raises(ModelError, match=r"'backbone.encoder.bn1.running_var' is not finite"):
+        save_model(small_model, path, {})
+    assert path.read_text() == "the old ones"
+
+
 def test_weights_that_find_no_room_leave_the_old_ones_alone(small_model, tmp_path):
     path = tmp_path / "model.safetensors"
     path.write_text("the old ones")

@@ -263,6 +263,13 @@ def test_adaptation_learns_the_detections_of_another_network(settings, teacher, 
     assert same(weights, load_model(teacher).state_dict())
     assert main(["adaptation", "--config", config, "--run", str(broken), "--resume"]) == 0
     assert same(load_checkpoint(straight)["model"], load_checkpoint(broken)["model"])
+    # from the start, scores are as peaked as those it learns
+    config = str(settings("adaptation", teacher="scfeat-m", model="scfeat-m", lr=1e-3))
+    arguments = ["--config", config, "--run", str(tmp_path / "peaked"), "--init", teacher]
+    assert main(["adaptation", *arguments, "--stop-at", "1"]) == 0
+    found = load_checkpoint(tmp_path / "peaked")["model"]
+    for name, value in load_model("scfeat-m").detector.layer2_norm.state_dict().items():
+        assert abs(found[f"detector.layer2_norm.{name}"] - value) < 0.01
     config = str(settings("adaptation", teacher="scfeat-xl"))
     assert main(["adaptation", "--config", config, "--run", str(tmp_path / "other")]) == 1
     assert "scfeat-xl" in capsys.readouterr().err

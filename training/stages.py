@@ -531,7 +531,13 @@ class AdaptationStage(HomographyStage):
 
     def start(self, earlier: SCFeat, where: str) -> None:
         super().start(earlier, where)
-        if not self.config.teacher:
+        learned_from = self.network.learned_from
+        if isinstance(learned_from, SCFeat):
+            # How peaked and how large scores are depends on this scale and shift above all, and
+            # from their initial values Adam would need thousands of steps.
+            norm = learned_from.detector.layer2_norm
+            self.model.detector.layer2_norm.load_state_dict(norm.state_dict())
+        else:
             self.network = DetectTwice(self.model)
 
     def parameter_groups(self) -> list[dict[str, Any]]:

@@ -73,7 +73,7 @@ CONFIGS = {
     ),
 }
 """scfeat: the paper's network. scfeat-m: a smaller one for robots. scfeat-s: the default, distilled
-from scfeat-m."""
+from scfeat-m. Weights of all three are installed."""
 
 
 class Description(NamedTuple):
@@ -188,12 +188,16 @@ def save_model(model: SCFeat, path: str | os.PathLike, provenance: dict) -> None
         provenance: how the weights were made; any JSON value.
 
     Raises:
+        ModelError: a weight is too large for fp16, or not finite.
         InputError: see `staging.staged_file`.
     """
     tensors = {
         key: value.detach().to("cpu", torch.float16 if value.is_floating_point() else value.dtype)
         for key, value in model.state_dict().items()
     }
+    for key, value in tensors.items():
+        if not value.isfinite().all():
+            raise ModelError(f"{path}: weight '{key}' is not finite in fp16, so nothing is written")
     metadata = {
         "format": "scfeat",
         "version": __version__,
