@@ -371,8 +371,8 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
         "--weights",
         default="scfeat-s",
         metavar="NAME_OR_FILE",
-        help="an installed model (scfeat-s or the larger scfeat-m), or a .safetensors or exported "
-        ".onnx file (default: %(default)s)",
+        help="an installed model (scfeat-s, or the larger scfeat-m or scfeat), or a .safetensors "
+        "or exported .onnx file (default: %(default)s)",
     )
     group.add_argument(
         "--device", default="auto", help="auto, cpu, cuda, cuda:1 ... (default: %(default)s)"

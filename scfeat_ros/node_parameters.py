@@ -20,8 +20,8 @@ class NodeOptions:
 
     weights: str = option(
         "scfeat-s",
-        "installed model (scfeat-s or the larger scfeat-m), or path of a .safetensors or exported "
-        ".onnx file",
+        "installed model (scfeat-s, or the larger scfeat-m or scfeat), or path of a .safetensors "
+        "or exported .onnx file",
     )
     device: str = option(
         "auto",
