@@ -128,7 +128,8 @@ def _suits(conv: nn.Conv2d) -> bool:
     )
 
 
-def _suits_own_backward(conv: nn.Conv2d) -> bool:
+def _is_plain(conv: nn.Conv2d) -> bool:
+    """Without stride and dilation, square and padded evenly; as `bfloat16_conv2d` needs it."""
     kernel = conv.kernel_size[0]
     return (
         conv.kernel_size == (kernel, kernel)
@@ -199,16 +200,6 @@ def _forward_upsampled(conv: nn.Conv2d, x: torch.Tensor, factor: int) -> torch.T
     return y if conv.bias is None else y + conv.bias.view(1, -1, 1, 1)
 
 
-def _suits_upsampling(conv: nn.Conv2d) -> bool:
-    taps = conv.kernel_size[0]
-    return (
-        conv.kernel_size == (taps, taps)
-        and conv.stride == (1, 1)
-        and conv.dilation == (1, 1)
-        and conv.padding == (taps // 2, taps // 2)
-    )
-
-
 def accelerate(model: nn.Module, own_backward: bool | None = None) -> int:
     """Make the convolutions of a model compute in bf16, and its PReLUs faster; in place.
 
@@ -229,10 +220,12 @@ def accelerate(model: nn.Module, own_backward: bool | None = None) -> int:
         if isinstance(layer, nn.PReLU) and layer.num_parameters == 1:
             layer.forward = types.MethodType(_forward_prelu, layer)
             count += 1
-    for conv in model.modules():
-        if isinstance(conv, nn.Conv2d) and _suits(conv) and (not own or _suits_own_backward(conv)):
-            conv.forward = types.MethodType(_forward_own if own else _forward_library, conv)
-            if _suits_upsampling(conv):
-                conv.forward_upsampled = types.MethodType(_forward_upsampled, conv)
+        elif isinstance(layer, nn.Conv2d) and _suits(layer):
+            plain = _is_plain(layer)
+            if own and not plain:
+                continue
+            layer.forward = types.MethodType(_forward_own if own else _forward_library, layer)
+            if plain and layer.padding[0] == layer.kernel_size[0] // 2:
+                layer.forward_upsampled = types.MethodType(_forward_upsampled, layer)
             count += 1
     return count

@@ -507,8 +507,7 @@ class DetectTwice(nn.Module):
             description = self.model.describe(images)
             maps = self.model.normalize(images), description.bridged, description.encoded.stem
             if isinstance(self.learned_from, SCFeat):
-                described = self.learned_from.describe(images)
-                target = self.learned_from.detect(images, described)
+                target = self.learned_from(images).scores
             else:
                 target = self.learned_from(*maps)
         return self.model.detector(*maps), target

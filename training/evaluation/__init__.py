@@ -132,8 +132,10 @@ def _main(argv: list[str]) -> int:
     report.tables[0].note = " ".join(notes)
     report.protocol += [f"{m.label}: {m.remark()}." for m in methods if m.remark()]
     write_report(report, args.output, ["scfeat", "evaluate", *argv])
-    useless = {label: text for (label, _), text in reversed(cache.failures.items())}
-    useless = {label: text for label, text in useless.items() if label not in cache.succeeded}
+    useless: dict[str, str] = {}
+    for (label, _), text in cache.failures.items():
+        if label not in cache.succeeded:
+            useless.setdefault(label, text)
     for label, text in useless.items():
         reason = f"{label} failed on every image; the first: {text}"
         print(f"scfeat evaluate: error: {reason}", file=sys.stderr)
