@@ -891,6 +891,7 @@ def test_damaged_checkpoint_is_named(tmp_path):
         ({"lr": "fast"}, "'lr' must be a number"),
         ({"size": [100, 64]}, "multiples of 16"),
         ({"schedule": "linear"}, "neither constant nor cosine"),
+        ({"teacher": "scfeat-m"}, "stage warmup has no 'teacher', only adaptation has"),
         ({"model": "scfeat-xl"}, "none of scfeat, scfeat-m, scfeat-s"),
         ({"loss": {"temprature": 1}}, "unknown field 'temprature'"),
         ({"loss": {"temperature": "a"}}, "section 'loss': 'temperature' must be a number, got 'a'"),

@@ -217,6 +217,11 @@ def make_config(values: dict[str, Any], where: str) -> TrainConfig:
         raise InputError(f"{where}: model '{config.model}' is none of {', '.join(CONFIGS)}")
     if config.schedule not in ("constant", "cosine"):
         raise InputError(f"{where}: schedule '{config.schedule}' is neither constant nor cosine")
+    if config.teacher and config.stage != "adaptation":
+        raise InputError(
+            f"{where}: stage {config.stage} has no 'teacher', only adaptation has; take it out"
+            + (" and name it by --init" if config.stage == "distillation" else "")
+        )
     if len(config.size) != 2 or any(side % 16 or side <= 0 for side in config.size):
         raise InputError(f"{where}: size {config.size} must be [width, height], multiples of 16")
     for name, start in _sections(config).items():
