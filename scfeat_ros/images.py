@@ -21,7 +21,14 @@ from scfeat_ros.decoded_image import (
 )
 from scfeat_ros.errors import InputError
 
-_GENERIC = {"8UC1": "mono8", "8UC3": "bgr8", "8UC4": "bgra8", "16UC1": "mono16"}
+_GENERIC = {
+    "8UC1": "mono8",
+    "8UC3": "bgr8",
+    "8UC4": "bgra8",
+    "16UC1": "mono16",
+    "16UC3": "bgr16",
+    "16UC4": "bgra16",
+}
 """OpenCV's type names, with OpenCV's channel order."""
 
 ENCODINGS = (

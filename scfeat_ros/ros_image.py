@@ -20,6 +20,8 @@ _ALIASES = {
     "8UC1": "mono8",
     "8UC3": "bgr8",
     "8UC4": "bgra8",
+    "16UC3": "bgr16",
+    "16UC4": "bgra16",
     "uyvy": "yuv422",
     "yuyv": "yuv422_yuy2",
 }

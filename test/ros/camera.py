@@ -55,6 +55,7 @@ def encoded(kind: str, rgb: np.ndarray) -> tuple[str, int, np.ndarray]:
         "mono8": lambda: grey,
         "8UC1": lambda: grey,
         "mono16": lambda: grey.astype(np.uint16) * 257,
+        "16UC3": lambda: rgb[..., ::-1].astype(np.uint16) * 257,
         "32FC1": lambda: grey.astype(np.float32) / 10,
         "bayer_rggb8": lambda: _bayer(rgb),
         "yuv422": lambda: _yuv422(grey),

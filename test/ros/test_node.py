@@ -102,7 +102,7 @@ def test_bearings_are_those_of_the_camera_info(listening):
 @pytest.mark.parametrize(
     "kind",
     [
-        *("bgr8", "8UC3", "bgra8", "mono8", "8UC1", "mono16", "bayer_rggb8", "yuv422"),
+        *("bgr8", "8UC3", "bgra8", "mono8", "8UC1", "mono16", "16UC3", "bayer_rggb8", "yuv422"),
         *("padded", "short_tail", "big_endian"),
     ],
 )
