@@ -82,24 +82,40 @@ def sequential_pairs(names: list[str], overlap: int) -> list[tuple[str, str]]:
     ]
 
 
-def read_pairs(path: Path, names: list[str]) -> list[tuple[str, str]]:
-    """Pairs from a text file in hloc's format: two names a line; empty and # lines are ignored.
+def listed_pairs(path: Path) -> dict[int, tuple[str, str]]:
+    """Pairs of a text file as hloc and COLMAP write it, by the number of their line.
+
+    Each line holds two names; empty lines and those that start with # are ignored.
 
     Raises:
-        InputError: the file cannot be read, or a line is not two names of images in the folder.
+        InputError: the file cannot be read, or a line is not two names.
     """
-    known, pairs = set(names), {}
+    pairs = {}
     for number, line in enumerate(read_text(path).splitlines(), 1):
         words = line.split()
         if not words or words[0].startswith("#"):
             continue
-        if len(words) != 2 or words[0] == words[1]:
+        if len(words) != 2:
             raise InputError(f"{path}, line {number}: expected two names of images, got '{line}'")
-        for word in words:
-            if word not in known:
-                raise InputError(f"{path}, line {number}: there is no image '{word}' in the folder")
+        pairs[number] = words[0], words[1]
+    return pairs
+
+
+def read_pairs(path: Path, names: list[str]) -> list[tuple[str, str]]:
+    """Different pairs of the images `names` from a text file, see `listed_pairs`.
+
+    Raises:
+        InputError: see `listed_pairs`, or a line is not two different names of images.
+    """
+    known, pairs = set(names), {}
+    for number, pair in listed_pairs(path).items():
+        if pair[0] == pair[1]:
+            raise InputError(f"{path}, line {number}: pairs '{pair[0]}' with itself")
+        for name in pair:
+            if name not in known:
+                raise InputError(f"{path}, line {number}: there is no image '{name}' in the folder")
         # a pair counts once, in the order of its first occurrence
-        pairs.setdefault(frozenset(words), (words[0], words[1]))
+        pairs.setdefault(frozenset(pair), pair)
     if not pairs:
         raise InputError(f"{path}: there is no pair in it")
     return list(pairs.values())

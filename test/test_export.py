@@ -64,9 +64,10 @@ def test_pairs_of_a_file(tmp_path):
     path.write_text("a b\na x\n")
     with pytest.raises(InputError, match="line 2: there is no image 'x'"):
         read_pairs(path, list("ab"))
-    for line in ("a b c", "a", "a a"):
+    wrong = {"a b c": "expected two names", "a": "expected two names", "a a": "with itself"}
+    for line, reason in wrong.items():
         path.write_text(f"{line}\n")
-        with pytest.raises(InputError, match="line 1: expected two names"):
+        with pytest.raises(InputError, match=f"line 1: .*{reason}"):
             read_pairs(path, list("abc"))
     path.write_text("# a b\n")
     with pytest.raises(InputError, match="there is no pair in it"):

@@ -10,7 +10,7 @@ from scfeat_ros import export
 from scfeat_ros.errors import InputError
 from scfeat_ros.text_files import read_text
 from scfeat_training.config import read_config
-from scfeat_training.evaluation import colmap, data, localization, sequences
+from scfeat_training.evaluation import data, localization, sequences
 
 
 def load_kitti(calibration):
@@ -26,7 +26,6 @@ READERS = {
     "training settings": lambda file: read_config(file, "warmup"),
     "localization's parameters": localization.load_parameters,
     "pairs to export": lambda file: export.read_pairs(file, []),
-    "pairs of COLMAP": colmap.read_pairs,
     "pairs with poses": lambda file: data.parse_pairs_file(file, Path()),
     "homography": data.load_homography,
     "KITTI's calibration": load_kitti,
@@ -45,4 +44,4 @@ def test_a_missing_file_and_a_byte_order_mark(tmp_path):
     with pytest.raises(InputError, match=r"none\.txt: cannot be read \(No such file"):
         read_text(tmp_path / "none.txt")
     (tmp_path / "a.txt").write_text("\ufeffa.png b.png\n", encoding="utf-8")
-    assert colmap.read_pairs(tmp_path / "a.txt") == [("a.png", "b.png")]
+    assert export.listed_pairs(tmp_path / "a.txt") == {1: ("a.png", "b.png")}

@@ -16,7 +16,6 @@ import numpy as np
 from scfeat_ros.errors import InputError, ScfeatError, import_optional
 from scfeat_ros.features import Features
 from scfeat_ros.staging import staged_file
-from scfeat_ros.text_files import read_text
 from scfeat_training.evaluation.methods import match_indices
 
 try:
@@ -225,23 +224,6 @@ def model_from_poses(
 def unique_pairs(listed: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
     """Each pair once, in either direction, without those of an image with itself."""
     return list(dict.fromkeys(tuple(sorted(pair)) for pair in listed if pair[0] != pair[1]))
-
-
-def read_pairs(file: Path) -> list[tuple[str, str]]:
-    """Two names a line, as hloc and COLMAP write them.
-
-    Raises:
-        InputError: the file cannot be read, or a line has not two names.
-    """
-    pairs = []
-    for number, line in enumerate(read_text(file).splitlines(), start=1):
-        fields = line.split()
-        if not fields:
-            continue
-        if len(fields) != 2:
-            raise InputError(f"{file}, line {number}: {len(fields)} fields, expected two names")
-        pairs.append((fields[0], fields[1]))
-    return pairs
 
 
 def write_text(path: Path, lines: Iterable[str]) -> None:

@@ -27,6 +27,7 @@ import numpy as np
 import yaml
 
 from scfeat_ros.errors import InputError
+from scfeat_ros.export import listed_pairs
 from scfeat_ros.features import Features
 from scfeat_ros.text_files import read_text
 from scfeat_training.evaluation import colmap
@@ -372,11 +373,11 @@ def load_problem(layout: Layout) -> tuple[Problem, list[str]]:
     names = sorted(name for name in registered if name in digests)
     queries = {name: camera for name, camera in queries.items() if name in digests}
     known = set(names)
-    listed = colmap.read_pairs(layout.db_pairs)
+    listed = listed_pairs(layout.db_pairs).values()
     db_pairs = colmap.unique_pairs(p for p in listed if p[0] in known and p[1] in known)
     query_pairs: dict[str, list[str]] = {name: [] for name in queries}
     unknown = 0
-    for query, name in colmap.read_pairs(layout.query_pairs):
+    for query, name in listed_pairs(layout.query_pairs).values():
         if query not in query_pairs or name not in known:
             unknown += 1
         elif name not in query_pairs[query]:

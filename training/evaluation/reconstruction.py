@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from scfeat_ros.errors import InputError
-from scfeat_ros.export import exhaustive_pairs
+from scfeat_ros.export import exhaustive_pairs, listed_pairs
 from scfeat_training.evaluation import colmap
 from scfeat_training.evaluation.cache import Cache, CorruptImageError, read_image
 from scfeat_training.evaluation.data import list_images, read_usable_scene, require_folder
@@ -209,7 +209,7 @@ def run(args: argparse.Namespace, methods: list[Method], cache: Cache) -> Report
         raise InputError(f"--data {args.data}: fewer than two readable images; {skipped[:1]}")
     names = [image.name for image in images]
     if args.pairs:
-        given = colmap.read_pairs(args.pairs)
+        given = listed_pairs(args.pairs).values()
         known = [(a, b) for a, b in given if a in set(names) and b in set(names)]
         pairs = colmap.unique_pairs(known)
         if len(known) < len(given):
