@@ -136,6 +136,10 @@ def test_fit_finds_early_what_it_cannot_do(data, tmp_path, capsys, monkeypatch):
     (tmp_path / "file").write_text("")
     assert main([*arguments, str(tmp_path / "file" / "model.safetensors")]) == 1
     assert "model.safetensors: cannot be written" in capsys.readouterr().err
+    assert main([*arguments, str(output), "--scenes", "fern"]) == 1
+    assert "all scenes are held out for validation" in capsys.readouterr().err
+    assert main([*arguments, str(output), "--scenes", "moon"]) == 1
+    assert "has no scene 'moon'; it has ['fern', 'wall']" in capsys.readouterr().err
     for wrong in (["--pairs", "0"], ["--size", "0", "64"]):
         assert main([*arguments, str(output), *wrong]) == 1
         assert "must be at least 1" in capsys.readouterr().err

@@ -849,6 +849,8 @@ def test_ablation_table(settings, data, tmp_path, capsys):
     assert [name.startswith(start) for name, start in zip(names, starts, strict=True)] == 9 * [True]
     assert rows[2][1:] == rows[8][1:]
     assert all(0 <= float(cell) <= 1 for row in rows[2:] for cell in row[1:5])
+    assert main([*arguments, "--scenes", "wall"]) == 1
+    assert "nothing is held out to measure on" in capsys.readouterr().err
     assert main(["ablation", str(run), "--data", str(data)]) == 1
     assert "NAME=RUN" in capsys.readouterr().err
     assert main(["ablation", f"={run}", "--data", str(data)]) == 1

@@ -6,6 +6,7 @@ import argparse
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ HELP = {
 }
 SKIP_BAD = "go on without images that cannot be used"
 CONFIGURED = "(default: the configuration's)"
+SCENES = "scenes of the folder to use (default: all)"
 PAIRS = "pairs of each kind (default: %(default)s)"
 SIZE = "width and height of their images (default: {} {})"
 OVERWRITE = "replace a file that is there"
@@ -58,6 +60,7 @@ def fit(
     size: tuple[int, int],
     overwrite: bool = False,
     skip_bad: bool = False,
+    names: Sequence[str] = (),
 ) -> LeftOut:
     """Write weights with projection and reliability fitted on the training scenes.
 
@@ -68,6 +71,7 @@ def fit(
         pairs, size: see `fitting.sampled_pairs`.
         overwrite: replace a file that is there.
         skip_bad: go on without images that cannot be used.
+        names: scenes of the folder to use; empty for all.
 
     Returns:
         what was left out as bad.
@@ -83,7 +87,7 @@ def fit(
 
     model, provenance = _complete_network(run, output, overwrite)
     left_out = LeftOut()
-    scenes, _ = split_scenes(read_scenes(data, skip_bad, left_out))
+    scenes, _ = split_scenes(read_scenes(data, skip_bad, left_out, names))
     if not scenes:
         raise InputError(f"{data}: all scenes are held out for validation, none to fit on")
     images = ImageCache()
@@ -143,6 +147,7 @@ def _parser() -> argparse.ArgumentParser:
         "runs", nargs="+", metavar="NAME=RUN", help="row's name and run's folder, or weights"
     )
     study.add_argument("--data", required=True, help="folder of scenes; the held-out ones count")
+    study.add_argument("--scenes", nargs="+", default=[], metavar="NAME", help=SCENES)
     study.add_argument("--pairs", type=int, default=50, help=PAIRS)
     study.add_argument(
         "--size", type=int, nargs=2, default=[320, 240], metavar=_WH, help=SIZE.format(320, 240)
@@ -156,6 +161,7 @@ def _parser() -> argparse.ArgumentParser:
     fitted.add_argument(
         "--data", required=True, help="folder of scenes; held-out ones are not used"
     )
+    fitted.add_argument("--scenes", nargs="+", default=[], metavar="NAME", help=SCENES)
     fitted.add_argument("-o", "--output", required=True, help="a .safetensors file")
     fitted.add_argument("--pairs", type=int, default=250, help=PAIRS)
     fitted.add_argument(
@@ -183,7 +189,7 @@ def main(argv: list[str] | None = None) -> int:
             _check_pairs(args)
             where = args.run, args.data, args.output
             how = args.pairs, tuple(args.size), args.overwrite, args.skip_bad
-            left_out = fit(*where, *how)
+            left_out = fit(*where, *how, args.scenes)
             print(f"wrote {args.output}{left_out}")
             return 0
         if args.command == "ablation":
@@ -255,7 +261,7 @@ def _ablation(args: argparse.Namespace) -> int:
     # the output's folder is made, or found to be impossible, before anything is measured
     with staged_file(args.output, overwrite=True) if args.output else nullcontext() as partial:
         left_out = LeftOut()
-        _, held_out = split_scenes(read_scenes(args.data, args.skip_bad, left_out))
+        _, held_out = split_scenes(read_scenes(args.data, args.skip_bad, left_out, args.scenes))
         if not held_out:
             raise InputError(
                 f"{args.data}: nothing is held out to measure on; that takes a scene of "
