@@ -206,6 +206,26 @@ class Camera:
             gradients.append((ahead - behind) / (2 * step))
         return gradients[0], gradients[1]
 
+    def per_pixel(self, bearings: np.ndarray, lines: np.ndarray) -> np.ndarray:
+        """Change of a line's equation at a bearing per pixel of distance in the raw image.
+
+        The value of the equation divided by it is the distance from the line, which distortion
+        bends, to first order.
+
+        Args:
+            bearings: (M, 3), see `bearings`.
+            lines: (M, 3), of the equations line . bearing = 0 in the plane z = 1.
+
+        Returns:
+            (M,) float64, NaN where a bearing is.
+        """
+        across, down = self.pixel_gradients(bearings[:, :2])
+        determinant = across[:, 0] * down[:, 1] - across[:, 1] * down[:, 0]
+        along_u = lines[:, 0] * down[:, 1] - lines[:, 1] * across[:, 1]
+        along_v = lines[:, 1] * across[:, 0] - lines[:, 0] * down[:, 0]
+        with np.errstate(divide="ignore", invalid="ignore"):  # NaN where the bearing is unknown
+            return np.hypot(along_u, along_v) / np.abs(determinant)
+
     def _undistort(self, pixels: np.ndarray) -> np.ndarray:
         """(N, 1, 2) pixels -> (N, 1, 2) normalized coordinates, unchecked."""
         if self.model == "equidistant":

@@ -179,8 +179,10 @@ class FrameProcessor:
     def _extract(self, image: DecodedImage, header: Any) -> FrameResult:
         size = image.pixels.shape[1::-1]
         stamp = stamp_to_nanoseconds(header.stamp)
+        camera = self._camera if self._camera is not None and self._camera.fits(size) else None
+        inputs = image.pixels, stamp, header.frame_id, image.mask, camera
         try:
-            return self.front_end.process(image.pixels, stamp, header.frame_id, image.mask)
+            return self.front_end.process(*inputs)
         except Exception as error:
             if not is_out_of_memory(error) or self._out_of_memory:
                 raise
@@ -188,7 +190,7 @@ class FrameProcessor:
         # outside of the handler, which keeps the failed attempt's tensors alive
         free_memory()
         self._problems.report("memory", Level.WARN, text)
-        return self.front_end.process(image.pixels, stamp, header.frame_id, image.mask)
+        return self.front_end.process(*inputs)
 
     def _warm_up(self, size: tuple[int, int]) -> float:
         """Run the network once on an image size that is new to it; returns the seconds it took."""

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from scfeat_ros.camera import Camera
 from scfeat_ros.extractor import Extractor
 from scfeat_ros.features import Features, FrameResult, Matches
 from scfeat_ros.matcher import match_with
@@ -52,6 +53,7 @@ class FrontEnd:
         stamp: int,
         frame_id: str = "",
         mask: np.ndarray | None = None,
+        camera: Camera | None = None,
     ) -> FrameResult:
         """Extract features from an image and match them to those of the previous one.
 
@@ -60,16 +62,22 @@ class FrontEnd:
             stamp: time of the image in nanoseconds.
             frame_id: the camera's optical frame; a change resets the tracker.
             mask: (H, W) bool or uint8, non-zero where keypoints are wanted.
+            camera: calibration for images of this size; the epipolar check undistorts by it.
 
         Raises:
             ValueError: an image or mask of another shape or dtype.
         """
         started = time.perf_counter()
         features = self.extractor(image, mask=mask)
-        return self.follow(features, stamp, frame_id, time.perf_counter() - started)
+        return self.follow(features, stamp, frame_id, time.perf_counter() - started, camera)
 
     def follow(
-        self, features: Features, stamp: int, frame_id: str = "", extract_seconds: float = 0.0
+        self,
+        features: Features,
+        stamp: int,
+        frame_id: str = "",
+        extract_seconds: float = 0.0,
+        camera: Camera | None = None,
     ) -> FrameResult:
         """Match features of the stream's next image to those of the previous one.
 
@@ -78,7 +86,7 @@ class FrontEnd:
 
         Args:
             features: of the image.
-            stamp, frame_id: see `process`.
+            stamp, frame_id, camera: see `process`.
             extract_seconds: how long the extraction took, for the timings.
         """
         started = time.perf_counter()
@@ -89,7 +97,8 @@ class FrontEnd:
         matches = Matches.empty()
         previous_keypoints = np.zeros((0, 2), np.float32)
         if previous is not None:
-            matches = match_with(self.matching, previous.features, features, self.extractor.device)
+            device = self.extractor.device
+            matches = match_with(self.matching, previous.features, features, device, camera)
             previous_keypoints = previous.features.keypoints[matches.indices[:, 0]]
         matched = time.perf_counter()
         track_ids, track_lengths = self.tracker.update(features, matches, stamp, frame_id)

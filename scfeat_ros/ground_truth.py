@@ -129,21 +129,6 @@ def right_matches(
     bearings1, bearings2 = bearings1.astype(np.float64), bearings2.astype(np.float64)
     lines2, lines1 = bearings1 @ E.T, bearings2 @ E
     algebraic = np.abs((bearings2 * lines2).sum(axis=1))
-    scale = np.minimum(_per_pixel(camera, bearings1, lines1), _per_pixel(camera, bearings2, lines2))
+    scale = np.minimum(camera.per_pixel(bearings1, lines1), camera.per_pixel(bearings2, lines2))
     # NaN, where the lens model has no inverse, compares as False
     return algebraic <= RIGHT_WITHIN * scale
-
-
-def _per_pixel(camera: Camera, bearings: np.ndarray, lines: np.ndarray) -> np.ndarray:
-    """(M,) change of a line's equation at a bearing per pixel of distance from the line.
-
-    Args:
-        camera: of the bearings.
-        bearings, lines: (M, 3) each, in the plane z = 1.
-    """
-    across, down = camera.pixel_gradients(bearings[:, :2])
-    determinant = across[:, 0] * down[:, 1] - across[:, 1] * down[:, 0]
-    along_u = lines[:, 0] * down[:, 1] - lines[:, 1] * across[:, 1]
-    along_v = lines[:, 1] * across[:, 0] - lines[:, 0] * down[:, 0]
-    with np.errstate(divide="ignore", invalid="ignore"):  # NaN where the bearing is unknown
-        return np.hypot(along_u, along_v) / np.abs(determinant)

@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 import torch
 
+from scfeat_ros.camera import Camera
 from scfeat_ros.features import Features, Matches
 from scfeat_ros.native import library, matching
 from scfeat_ros.parameters import MatcherOptions
@@ -17,6 +18,10 @@ BLOCK_ROWS = 512
 """Rows of the similarity matrix that the CPU computes at a time: 4 MiB with 2,048 columns."""
 BLOCK_VALUES = 1 << 26
 """Values of it that a GPU computes at a time: 256 MiB, all rows of up to 8,192 features."""
+
+WIDEST = 4.0
+"""Largest x / z and y / z of points that epipolar geometry is estimated from (76 degrees). Farther
+from the axis a pixel covers so much of the plane that all precision is lost."""
 
 
 def match(
@@ -155,6 +160,7 @@ def epipolar_inliers(
     threshold: float = 1.0,
     seed: int = 0,
     estimate_from: int | None = None,
+    camera: Camera | None = None,
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Which correspondences agree with one fundamental matrix (OpenCV's USAC_MAGSAC).
 
@@ -165,11 +171,17 @@ def epipolar_inliers(
         estimate_from: if there are more correspondences, the matrix is estimated from this many of
             them (8 or more), spread evenly over their order, with a confidence of 0.99, and all
             are tested against it; None: from all, with 0.9999, a little better and slower.
+        camera: of both images. If it distorts, the matrix is that of the undistorted points, and
+            distances are measured in the images, where epipolar lines are curves. None: straight
+            lines are taken to be straight in the images.
 
     Returns:
-        (M,) bool mask and the (3, 3) float64 fundamental matrix; with fewer than 8 points, or if
-        no matrix is found, nothing is an inlier and the matrix is None.
+        (M,) bool mask and the (3, 3) float64 fundamental matrix (for K times the bearings if the
+        camera distorts); with fewer than 8 points, or if no matrix is found, nothing is an inlier
+        and the matrix is None.
     """
+    if camera is not None and camera.distorts:
+        return _inliers_through_lens(first, second, threshold, seed, estimate_from, camera)
     none = np.zeros(len(first), bool), None
     if len(first) < 8:
         return none
@@ -196,6 +208,28 @@ def epipolar_inliers(
     return mask.ravel().astype(bool), matrix
 
 
+def _inliers_through_lens(
+    first: np.ndarray,
+    second: np.ndarray,
+    threshold: float,
+    seed: int,
+    estimate_from: int | None,
+    camera: Camera,
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """`epipolar_inliers` of a camera that distorts."""
+    one, other = (camera.bearings(points).astype(np.float64) for points in (first, second))
+    # False for NaN, where the lens model has no inverse
+    central = (np.abs(np.hstack([one[:, :2], other[:, :2]])) < WIDEST).all(axis=1)
+    undistorted = ((bearings[central] @ camera.K.T)[:, :2] for bearings in (one, other))
+    _, matrix = epipolar_inliers(*undistorted, threshold, seed, estimate_from)
+    if matrix is None:
+        return np.zeros(len(first), bool), None
+    between_bearings = camera.K.T @ matrix @ camera.K
+    lines2, lines1 = one @ between_bearings.T, other @ between_bearings
+    per_pixel = np.hypot(camera.per_pixel(one, lines1), camera.per_pixel(other, lines2))
+    return np.abs((other * lines2).sum(axis=1)) < threshold * per_pixel, matrix
+
+
 def _sampson_distances(matrix: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """(M,) Sampson distances of (M, 2) points in pixels, OpenCV's own measure for inliers."""
     lines2 = first @ matrix[:, :2].T + matrix[:, 2]
@@ -210,13 +244,17 @@ def match_with(
     first: Features,
     second: Features,
     device: str | torch.device = "cpu",
+    camera: Camera | None = None,
 ) -> Matches:
     """`match`, then `epipolar_inliers` if the options request it."""
     matches = match(first, second, options.ratio or None, options.min_similarity, device)
     if options.epipolar_threshold:
         one, other = matches.indices.T
         inliers, _ = epipolar_inliers(
-            first.keypoints[one], second.keypoints[other], options.epipolar_threshold
+            first.keypoints[one],
+            second.keypoints[other],
+            options.epipolar_threshold,
+            camera=camera,
         )
         matches = matches.select(inliers)
     return matches

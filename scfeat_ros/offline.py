@@ -223,8 +223,9 @@ def _process(
             yield from group.messages
             frame = group.frame
             if frame is not None:
+                seconds, camera = group.extract_seconds, frame.camera
                 result = front_end.follow(
-                    group.features, frame.stamp, frame.frame_id, group.extract_seconds
+                    group.features, frame.stamp, frame.frame_id, seconds, camera
                 )
                 yield frame, result
 
@@ -299,7 +300,11 @@ class _Writer:
         if result.reset is None:
             points = result.features.keypoints[result.matches.indices[:, 1]]
             inliers, _ = epipolar_inliers(
-                result.previous_keypoints, points, INLIER_THRESHOLD, estimate_from=GEOMETRY_FROM
+                result.previous_keypoints,
+                points,
+                INLIER_THRESHOLD,
+                estimate_from=GEOMETRY_FROM,
+                camera=frame.camera,
             )
             right = self._judge(frame, bearings, result.matches)
         self._bag.write(result, bearings, frame.time)

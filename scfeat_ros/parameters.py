@@ -146,7 +146,7 @@ class MatcherOptions:
     epipolar_threshold: float = option(
         0.0,
         "drop matches farther than this from the epipolar line of the best fundamental matrix, "
-        "pixels (MAGSAC++); 0 switches it off",
+        "pixels (MAGSAC++; undistorted by the camera_info, if there is one); 0 switches it off",
         0.0,
         1000.0,
         live=True,

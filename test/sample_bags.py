@@ -188,13 +188,15 @@ def write_ros1_bag(
     return path
 
 
-def camera_messages(images: list, K: np.ndarray | None = None) -> list[tuple[str, int, object]]:
+def camera_messages(
+    images: list, K: np.ndarray | None = None, D: tuple = (0.0,) * 5
+) -> list[tuple[str, int, object]]:
     """Images, and CameraInfo where K is given, as rows; recorded 5 ms after they were taken."""
     rows = []
     for index, image in enumerate(images):
         time = stamp(index)
         if K is not None:
-            info = info_message(K, image.shape[1::-1], time)
+            info = info_message(K, image.shape[1::-1], time, D)
             rows.append((INFO_TOPIC, time + 5_000_000, info))
         rows.append((IMAGE_TOPIC, time + 5_000_000, image_message(image, time)))
     return rows

@@ -5,13 +5,24 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from scfeat_ros.camera import Camera
+from scfeat_ros.features import Features
+from scfeat_ros.frontend import FrontEnd
 from scfeat_ros.matcher import epipolar_inliers
+from scfeat_ros.parameters import MatcherOptions
+
+K = np.array([[500.0, 0, 320], [0, 500, 240], [0, 0, 1]])
+LENSES = {
+    "plumb_bob": Camera(K, [-0.28, 0.07, 2e-4, 2e-5, 0], "plumb_bob", (640, 480)),
+    "equidistant": Camera(
+        [[250, 0, 320], [0, 250, 240], [0, 0, 1]], [-0.01, 0.002, 0, 0], "equidistant", (640, 480)
+    ),
+}
 
 
 def two_views(count=120, wrong=40, noise=0.2, seed=0):
     """Points of a scene in two images, the last `wrong` ones mismatched."""
     rng = np.random.default_rng(seed)
-    K = np.array([[500.0, 0, 320], [0, 500, 240], [0, 0, 1]])
     angle = 0.1
     R = np.array([[np.cos(angle), 0, np.sin(angle)], [0, 1, 0], [-np.sin(angle), 0, np.cos(angle)]])
     t = np.array([0.6, 0.1, 0.05])
@@ -91,3 +102,69 @@ def test_a_part_of_the_correspondences_is_enough_to_estimate_from():
     # a limit that is not reached changes nothing
     same, _ = epipolar_inliers(first, second, estimate_from=1200)
     np.testing.assert_array_equal(same, of_all)
+
+
+def views_through(lens, count=300, wrong=30, noise=0.2, seed=0):
+    """Points of a scene in two images of a camera with this lens, the last ones mismatched."""
+    rng = np.random.default_rng(seed)
+    first = rng.uniform((5, 5), (635, 475), (count, 2))
+    X = lens.bearings(first) * rng.uniform(1, 4, (count, 1))
+    cos, sin = np.cos(0.12), np.sin(0.12)
+    moved = X @ np.array([[cos, 0, -sin], [0, 1, 0], [sin, 0, cos]]) + (0.2, 0.1, 0.15)
+    second = lens.project(moved[:, :2] / moved[:, 2:])
+    second[count - wrong :] = rng.uniform((5, 5), (635, 475), (wrong, 2))
+    return (points + rng.normal(0, noise, (count, 2)) for points in (first, second))
+
+
+@pytest.mark.parametrize("model", LENSES)
+def test_a_lens_bends_epipolar_lines(model):
+    lens = LENSES[model]
+    first, second = views_through(lens)
+    plain, _ = epipolar_inliers(first, second)
+    inliers, matrix = epipolar_inliers(first, second, camera=lens)
+    assert plain[:270].mean() < 0.9 and inliers[:270].mean() > 0.99
+    assert inliers[270:].mean() < 0.1
+    one, other = (lens.bearings(points) @ lens.K.T for points in views_through(lens, noise=0))
+    lines = one @ matrix.T
+    distance = np.abs((other * lines).sum(axis=1)) / np.linalg.norm(lines[:, :2], axis=1)
+    assert np.median(distance[:270]) < 0.2
+    # the distance is one in the image, however much the border is stretched by undistortion
+    strict, _ = epipolar_inliers(first, second, 0.2, camera=lens)
+    central = np.linalg.norm(first - (320, 240), axis=1)[:270] < 150
+    shares = strict[:270][central].mean(), strict[:270][~central].mean()
+    assert 0.4 < min(shares) and max(shares) - min(shares) < 0.2 and max(shares) < 0.9
+
+
+def test_a_camera_without_distortion_changes_nothing():
+    first, second = two_views()
+    plain, undistorted = (
+        epipolar_inliers(first, second, camera=camera) for camera in (None, Camera(K))
+    )
+    np.testing.assert_array_equal(plain[0], undistorted[0])
+    np.testing.assert_array_equal(plain[1], undistorted[1])
+
+
+def test_points_outside_of_the_lens_model_are_no_inliers():
+    lens = LENSES["equidistant"]
+    first, second = views_through(lens)
+    first[:5] = -2000
+    inliers, _ = epipolar_inliers(first, second, camera=lens)
+    assert not inliers[:5].any() and inliers[5:270].mean() > 0.99
+    inliers, matrix = epipolar_inliers(first - 4000, second, camera=lens)
+    assert not inliers.any() and matrix is None
+
+
+def test_front_end_undistorts_for_its_epipolar_check(tiny_extractor):
+    lens = LENSES["plumb_bob"]
+    descriptors = np.eye(300, dtype=np.float32)
+    frames = [
+        Features(points.astype(np.float32), np.ones(300, np.float32), descriptors, (640, 480))
+        for points in views_through(lens, wrong=0)
+    ]
+    counts = []
+    for camera in (None, lens):
+        front_end = FrontEnd(tiny_extractor, MatcherOptions(epipolar_threshold=1.0))
+        for number, features in enumerate(frames):
+            result = front_end.follow(features, number, camera=camera)
+        counts.append(len(result.matches))
+    assert counts[0] < 280 and counts[1] > 297

@@ -29,6 +29,7 @@ from scfeat_ros.camera import Camera
 from scfeat_ros.errors import InputError, OutputExistsError
 from scfeat_ros.frontend import FrontEnd
 from scfeat_ros.ground_truth import Pose, right_matches, rotation_of
+from scfeat_ros.matcher import epipolar_inliers
 from scfeat_ros.messages import decode_features, decode_matches, feature_array, match_array
 from scfeat_ros.offline import OutputOptions
 from scfeat_ros.parameters import MatcherOptions
@@ -117,6 +118,35 @@ def test_the_bag_holds_what_the_front_end_gives(full_output, tiny_extractor, ima
         assert stamp_of(matches) == stamp
         np.testing.assert_array_equal(decode_matches(matches), match_array(result, bearings))
     assert len(found["/extractor/features"]) == len(images)
+
+
+def test_a_lens_is_undistorted_for_the_epipolar_check(tmp_path, tiny_extractor, images, intrinsics):
+    D = (-0.3, 0.05, 0.0, 0.0, 0.0)
+    rows = sample_bags.camera_messages(images, intrinsics, D)
+    bag = sample_bags.write_bag(tmp_path / "bag", rows)
+    checked = MatcherOptions(epipolar_threshold=0.3)
+    run(BagSource(bag), tiny_extractor, tmp_path / "checked", matching=checked)
+    found = [
+        decode_matches(message)["index"].tolist()
+        for _, message in read_output(tmp_path / "checked")["/extractor/matches"]
+    ]
+    plain = run(BagSource(bag), tiny_extractor, tmp_path / "plain")
+    for camera, same in ((Camera(intrinsics, D), True), (None, False)):
+        strict, loose = FrontEnd(tiny_extractor, checked), FrontEnd(tiny_extractor)
+        indices, ratios = [], []
+        for index, image in enumerate(images):
+            stamp = sample_bags.stamp(index)
+            result = strict.process(image, stamp, camera=camera)
+            indices.append(result.matches.indices[:, 1].tolist())
+            result = loose.process(image, stamp)
+            if index:
+                points = result.features.keypoints[result.matches.indices[:, 1]]
+                inliers, _ = epipolar_inliers(result.previous_keypoints, points, camera=camera)
+                ratios.append(inliers.mean())
+        assert (indices == found) == same
+        assert (
+            plain["epipolar_inlier_ratio"]["mean"] == pytest.approx(np.mean(ratios), abs=1e-4)
+        ) == same
 
 
 def test_the_input_is_passed_through_as_it_was(full_output, camera_bag):

@@ -21,19 +21,20 @@ def send_and_take(rig, count=4, start=1000, kind="rgb8", topics=(FEATURES,), **c
     return [rig.messages[topic][seen[topic] :] for topic in topics]
 
 
-def direct(weights, rgb_images, start=1000):
+def direct(weights, rgb_images, start=1000, camera=None, **matching):
     """Results of the front end on pictures, without ROS, with the node's options."""
     from conftest import NODE
 
     from scfeat_ros.extractor import Extractor
     from scfeat_ros.frontend import FrontEnd
+    from scfeat_ros.parameters import MatcherOptions
 
     extractor = Extractor.from_pretrained(
         weights, "cpu", threads=1, max_keypoints=NODE["max_keypoints"]
     )
-    front_end = FrontEnd(extractor)
+    front_end = FrontEnd(extractor, MatcherOptions(**matching))
     return [
-        front_end.process(image, round((start + i / 10) * 1e9), "camera_optical")
+        front_end.process(image, round((start + i / 10) * 1e9), "camera_optical", camera=camera)
         for i, image in enumerate(rgb_images)
     ]
 
@@ -97,6 +98,27 @@ def test_bearings_are_those_of_the_camera_info(listening):
     # far from the centre the distortion counts, so it cannot have been left out
     plain = (pixels - [80, 60]) / 150
     assert np.abs(plain - bearings[:, :2]).max() > 1e-3
+
+
+def test_the_epipolar_check_undistorts(listening, weights):
+    from camera import DISTORTION
+
+    camera = Camera(np.array(intrinsics(160, 120)), DISTORTION)
+    assert listening.set_parameter("epipolar_threshold", 0.2) == (True, "")
+    try:
+        _, matches = send_and_take(listening, topics=(FEATURES, MATCHES))
+    finally:
+        listening.set_parameter("epipolar_threshold", 0.0)
+    pictures = [picture(i, 160, 120) for i in range(4)]
+    with_lens, without = (
+        [result.matches.indices[:, 1].tolist() for result in results]
+        for results in (
+            direct(weights, pictures, camera=lens, epipolar_threshold=0.2)
+            for lens in (camera, None)
+        )
+    )
+    assert [decode_matches(message)["index"].tolist() for message in matches] == with_lens
+    assert with_lens != without and min(map(len, with_lens[1:])) > 8
 
 
 @pytest.mark.parametrize(
