@@ -105,8 +105,10 @@ def test_fit_changes_what_is_fitted_alone(data, tmp_path, capsys):  # noqa: F811
     output = tmp_path / "model.safetensors"
     arguments = ["fit", "scfeat-s", "--data", str(data), "-o", str(output)]
     arguments += ["--size", "160", "112"]
-    assert main([*arguments, "--pairs", "1"]) == 1
-    assert "give more pairs" in capsys.readouterr().err and not output.exists()
+    assert main([*arguments, "--pairs", "12"]) == 1
+    error = capsys.readouterr().err
+    assert "are needed; give more pairs, --pairs " in error and not output.exists()
+    assert 30 < int(error.split("--pairs ")[1].split()[0]) < 90
     assert main([*arguments, "--pairs", "60"]) == 0
     before, after = load_file(find_weights("scfeat-s")), load_file(output)
     assert before.keys() == after.keys()
@@ -131,7 +133,7 @@ def test_fit_finds_early_what_it_cannot_do(data, tmp_path, capsys, monkeypatch):
     output = tmp_path / "new" / "folder" / "model.safetensors"
     assert main([*arguments, str(output), "--pairs", "1"]) == 1
     error = capsys.readouterr().err
-    assert "at most 1000 places" in error and "give more pairs" in error
+    assert "at most 1000 places" in error and "give more pairs, --pairs " in error
     assert output.parent.is_dir()
     (tmp_path / "file").write_text("")
     assert main([*arguments, str(tmp_path / "file" / "model.safetensors")]) == 1

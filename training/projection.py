@@ -10,6 +10,7 @@ poses: mutual nearest neighbours on each other's epipolar lines.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -132,26 +133,27 @@ def fit_projection(model: SCFeat, kinds: Sequence[SampledPairs]) -> Projection:
 
 def _scatter(pairs: SampledPairs, start: Projection) -> Scatter:
     scatter = Scatter()
-    wanted, left = 10 * start.matrix.shape[1], len(pairs)
-    _check_places(pairs.name, left * KEYPOINTS, wanted)
-    for pair, *features in pairs:
+    wanted = 10 * start.matrix.shape[1]
+    _check_places(pairs, 0, 0, wanted)
+    for done, (pair, *features) in enumerate(pairs, 1):
         first, second = features
         if min(len(first), len(second)) > LOOK_ALIKES:
             unfitted = [described(one, start) for one in features]
             same = _same(*unfitted, pair)
             alike = _look_alikes(*unfitted, same)
             scatter.add(first.descriptors, second.descriptors, same, alike)
-        left -= 1
-        _check_places(pairs.name, scatter.places + left * KEYPOINTS, wanted)
+        _check_places(pairs, done, scatter.places, wanted)
     return scatter
 
 
-def _check_places(name: str, most: int, wanted: int) -> None:
-    """Raise InputError if pairs of a name can give `most` places at most, and that is too few."""
+def _check_places(pairs: SampledPairs, done: int, places: int, wanted: int) -> None:
+    """Raise InputError if too few places are certain: `done` pairs had `places` of `wanted`."""
+    most = places + (len(pairs) - done) * KEYPOINTS
     if most < wanted:
+        rate = max(1.0, places / done) if done else KEYPOINTS
         raise InputError(
-            f"{name}: at most {most} places are visible in two images, {wanted} are needed; "
-            "give more pairs"
+            f"{pairs.name}: at most {most} places are visible in two images, {wanted} are needed; "
+            f"give more pairs, --pairs {math.ceil(1.1 * wanted / rate)} or so"
         )
 
 
