@@ -187,9 +187,7 @@ class Camera:
         if self.model == "equidistant":
             D = self.D if len(self.D) else np.zeros(4)
             return cv2.fisheye.distortPoints(directions, self.K, D).reshape(-1, 2)
-        rays = np.concatenate([directions, np.ones_like(directions[..., :1])], axis=2)
-        D = self.D if len(self.D) else None
-        return cv2.projectPoints(rays, np.zeros(3), np.zeros(3), self.K, D)[0].reshape(-1, 2)
+        return self._project_points(directions)[0].reshape(-1, 2)
 
     def pixel_gradients(self, directions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Jacobian of `project` at (N, 2) normalized coordinates x / z and y / z, by its columns.
@@ -199,12 +197,23 @@ class Camera:
         """
         if not self.distorts:
             return tuple(np.tile(column, (len(directions), 1)) for column in self.K[:2, :2].T)
+        if self.model != "equidistant" and len(directions):
+            jacobian = self._project_points(directions)[1]
+            # columns 3 and 4 are by the translation, which moves x / z and y / z as z is 1
+            across, down = jacobian[:, 3].reshape(-1, 2), jacobian[:, 4].reshape(-1, 2)
+            return across, down
         step = 1e-6 * (1 + np.square(directions).sum(axis=1))[:, None]
         gradients = []
         for axis in np.eye(2):
             ahead, behind = (self.project(directions + sign * step * axis) for sign in (1, -1))
             gradients.append((ahead - behind) / (2 * step))
         return gradients[0], gradients[1]
+
+    def _project_points(self, directions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """OpenCV's pixels and Jacobian for (N, 2) or (N, 1, 2) normalized coordinates, N > 0."""
+        rays = cv2.convertPointsToHomogeneous(np.asarray(directions, np.float64))
+        D = self.D if len(self.D) else None
+        return cv2.projectPoints(rays, np.zeros(3), np.zeros(3), self.K, D)
 
     def per_pixel(self, bearings: np.ndarray, lines: np.ndarray) -> np.ndarray:
         """Change of a line's equation at a bearing per pixel of distance in the raw image.

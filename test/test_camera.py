@@ -70,6 +70,18 @@ def test_projection_is_the_lens_model(name, D, distort, widest):
     np.testing.assert_allclose(pixels, distorted * (300, 320) + (310, 250), atol=1e-6)
 
 
+@pytest.mark.parametrize(("name", "D", "distort", "widest"), MODELS, ids=[m[0] for m in MODELS])
+def test_pixel_gradients_are_those_of_the_projection(name, D, distort, widest):
+    camera = Camera(K, D, name)
+    directions = np.random.default_rng(0).uniform(-widest, widest, (50, 2)) / np.sqrt(2)
+    for gradient, axis in zip(camera.pixel_gradients(directions), np.eye(2), strict=True):
+        ahead, behind = (camera.project(directions + step * axis) for step in (1e-5, -1e-5))
+        np.testing.assert_allclose(gradient, (ahead - behind) / 2e-5, rtol=1e-4, atol=1e-4)
+    unknown = camera.pixel_gradients(np.full((2, 2), np.nan))
+    assert np.isnan(unknown).all()
+    assert [len(gradient) for gradient in camera.pixel_gradients(np.zeros((0, 2)))] == [0, 0]
+
+
 @pytest.mark.parametrize("name", ["plumb_bob", "rational_polynomial", "equidistant"])
 def test_no_coefficients_mean_no_distortion_but_for_the_fisheye(name):
     bearings = Camera(K, (), name).bearings(np.array([[310.0, 250.0], [610.0, 250.0]]))
