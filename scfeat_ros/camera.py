@@ -195,13 +195,12 @@ class Camera:
         Returns:
             d(u, v)/dx and d(u, v)/dy, (N, 2) each.
         """
-        if not self.distorts:
+        if not self.distorts or not len(directions):
             return tuple(np.tile(column, (len(directions), 1)) for column in self.K[:2, :2].T)
-        if self.model != "equidistant" and len(directions):
+        if self.model != "equidistant":
             jacobian = self._project_points(directions)[1]
             # columns 3 and 4 are by the translation, which moves x / z and y / z as z is 1
-            across, down = jacobian[:, 3].reshape(-1, 2), jacobian[:, 4].reshape(-1, 2)
-            return across, down
+            return jacobian[:, 3].reshape(-1, 2), jacobian[:, 4].reshape(-1, 2)
         step = 1e-6 * (1 + np.square(directions).sum(axis=1))[:, None]
         gradients = []
         for axis in np.eye(2):

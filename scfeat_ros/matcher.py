@@ -172,8 +172,8 @@ def epipolar_inliers(
             them (8 or more), spread evenly over their order, with a confidence of 0.99, and all
             are tested against it; None: from all, with 0.9999, a little better and slower.
         camera: of both images. If it distorts, the matrix is that of the undistorted points, and
-            distances are measured in the images, where epipolar lines are curves. None: straight
-            lines are taken to be straight in the images.
+            distances are measured in the images, where epipolar lines are curves. None: the images
+            are taken to be undistorted.
 
     Returns:
         (M,) bool mask and the (3, 3) float64 fundamental matrix (for K times the bearings if the
