@@ -161,19 +161,22 @@ def epipolar_inliers(
     seed: int = 0,
     estimate_from: int | None = None,
     camera: Camera | None = None,
+    bearings: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Which correspondences agree with one fundamental matrix (OpenCV's USAC_MAGSAC).
+    """Which correspondences agree with one fundamental matrix (OpenCV's USAC).
 
     Args:
         first, second: (M, 2) corresponding points in pixels.
         threshold: largest distance from the epipolar line in pixels.
         seed: of the random sampler, so that the result is repeatable.
         estimate_from: if there are more correspondences, the matrix is estimated from this many of
-            them (8 or more), spread evenly over their order, with a confidence of 0.99, and all
-            are tested against it; None: from all, with 0.9999, a little better and slower.
+            them (8 or more), spread evenly over their order, and all are tested against it. The
+            first ones are sampled first (PROSAC): `match` returns those of the best keypoints
+            first. None: estimated from all by MAGSAC, a little better and four times slower.
         camera: of both images. If it distorts, the matrix is that of the undistorted points, and
             distances are measured in the images, where epipolar lines are curves. None: the images
             are taken to be undistorted.
+        bearings: (M, 3) of both by this camera, if they are known already.
 
     Returns:
         (M,) bool mask and the (3, 3) float64 fundamental matrix (for K times the bearings if the
@@ -181,20 +184,27 @@ def epipolar_inliers(
         and the matrix is None.
     """
     if camera is not None and camera.distorts:
-        return _inliers_through_lens(first, second, threshold, seed, estimate_from, camera)
+        bearings = bearings or (camera.bearings(first), camera.bearings(second))
+        return _inliers_through_lens(*bearings, threshold, seed, estimate_from, camera)
     none = np.zeros(len(first), bool), None
     if len(first) < 8:
         return none
+    few = estimate_from is not None and estimate_from < len(first)
     parameters = cv2.UsacParams()
     parameters.randomGeneratorState = seed
-    few = estimate_from is not None and estimate_from < len(first)
-    parameters.confidence, parameters.loIterations = (0.99, 5) if few else (0.9999, 10)
     parameters.maxIterations = 1000
     parameters.threshold = threshold
-    parameters.score = cv2.SCORE_METHOD_MAGSAC
-    parameters.sampler = cv2.SAMPLING_UNIFORM
-    parameters.loMethod = cv2.LOCAL_OPTIM_SIGMA
     parameters.loSampleSize = 20
+    if few:
+        parameters.confidence, parameters.loIterations = 0.99, 5
+        parameters.score = cv2.SCORE_METHOD_MSAC
+        parameters.sampler = cv2.SAMPLING_PROSAC
+        parameters.loMethod = cv2.LOCAL_OPTIM_INNER_LO
+    else:
+        parameters.confidence, parameters.loIterations = 0.9999, 10
+        parameters.score = cv2.SCORE_METHOD_MAGSAC
+        parameters.sampler = cv2.SAMPLING_UNIFORM
+        parameters.loMethod = cv2.LOCAL_OPTIM_SIGMA
     first, second = (np.ascontiguousarray(points, np.float64) for points in (first, second))
     used = np.linspace(0, len(first) - 1, estimate_from).astype(int) if few else slice(None)
     try:
@@ -209,23 +219,23 @@ def epipolar_inliers(
 
 
 def _inliers_through_lens(
-    first: np.ndarray,
-    second: np.ndarray,
+    one: np.ndarray,
+    other: np.ndarray,
     threshold: float,
     seed: int,
     estimate_from: int | None,
     camera: Camera,
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """`epipolar_inliers` of a camera that distorts."""
-    one, other = (camera.bearings(points).astype(np.float64) for points in (first, second))
+    """`epipolar_inliers` of the bearings of a camera that distorts."""
+    one, other = one.astype(np.float64), other.astype(np.float64)
     # False for NaN, where the lens model has no inverse
     central = (np.abs(np.hstack([one[:, :2], other[:, :2]])) < WIDEST).all(axis=1)
-    undistorted = ((bearings[central] @ camera.K.T)[:, :2] for bearings in (one, other))
+    undistorted = ((ray[central] @ camera.K.T)[:, :2] for ray in (one, other))
     _, matrix = epipolar_inliers(*undistorted, threshold, seed, estimate_from)
     if matrix is None:
-        return np.zeros(len(first), bool), None
-    between_bearings = camera.K.T @ matrix @ camera.K
-    lines2, lines1 = one @ between_bearings.T, other @ between_bearings
+        return np.zeros(len(one), bool), None
+    essential = camera.K.T @ matrix @ camera.K
+    lines2, lines1 = one @ essential.T, other @ essential
     per_pixel = np.hypot(camera.per_pixel(one, lines1), camera.per_pixel(other, lines2))
     return np.abs((other * lines2).sum(axis=1)) < threshold * per_pixel, matrix
 

@@ -141,7 +141,7 @@ def feature_array(
         (N,) array of `feature_dtype`.
     """
     features = result.features
-    points = np.zeros(len(features), feature_dtype(features.descriptors.shape[1], descriptor_type))
+    points = np.empty(len(features), feature_dtype(features.descriptors.shape[1], descriptor_type))
     _set_bearings(points, bearings)
     points["u"], points["v"] = features.keypoints.T
     points["score"] = features.scores

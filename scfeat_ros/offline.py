@@ -21,7 +21,7 @@ from scfeat_ros.bags import UnreadableMessageError
 from scfeat_ros.errors import InputError
 from scfeat_ros.extractor import Extractor
 from scfeat_ros.feature_bag import FeatureBagWriter
-from scfeat_ros.features import Features, FrameResult, Matches
+from scfeat_ros.features import Features, FrameResult
 from scfeat_ros.frontend import FrontEnd
 from scfeat_ros.ground_truth import RIGHT_WITHIN, right_matches
 from scfeat_ros.matcher import epipolar_inliers
@@ -40,7 +40,7 @@ BAG, REPORT = "features", "report/index.html"
 """Paths in the output folder, next to the summary and the video."""
 INLIER_THRESHOLD = 1.0
 """Threshold of the epipolar inlier ratio in the report, pixels."""
-GEOMETRY_FROM = 500
+GEOMETRY_FROM = 400
 """Most matches from which a frame's fundamental matrix is estimated; all are tested against it."""
 FRAMES_AT_ONCE = 2
 """Frames that are extracted concurrently: on a CPU each has a share of the threads; on a GPU one is
@@ -283,7 +283,7 @@ class _Writer:
         self._overlay = Overlay()
         self._samples = SampleFrames()
         # if the length is known, no overlay is drawn and then discarded
-        self._sample_stride = max(1, len(source) // (2 * SAMPLES))
+        self._sample_stride = max(1, len(source) // SAMPLES)
         self._previous: Frame | None = None
         self._previous_bearings: np.ndarray | None = None
 
@@ -298,15 +298,19 @@ class _Writer:
         bearings = frame.camera.bearings(result.features.keypoints) if frame.camera else None
         inliers = right = None
         if result.reset is None:
-            points = result.features.keypoints[result.matches.indices[:, 1]]
+            one, other = result.matches.indices.T
+            rays = None
+            if bearings is not None and self._previous_bearings is not None:
+                rays = self._previous_bearings[one], bearings[other]
             inliers, _ = epipolar_inliers(
                 result.previous_keypoints,
-                points,
+                result.features.keypoints[other],
                 INLIER_THRESHOLD,
                 estimate_from=GEOMETRY_FROM,
                 camera=frame.camera,
+                bearings=rays,
             )
-            right = self._judge(frame, bearings, result.matches)
+            right = self._judge(frame, rays)
         self._bag.write(result, bearings, frame.time)
         self._draw(frame, result, inliers)
         self._previous, self._previous_bearings = frame, bearings
@@ -316,17 +320,11 @@ class _Writer:
         }
         self.statistics.add(result, inliers, right, timings)
 
-    def _judge(
-        self, frame: Frame, bearings: np.ndarray | None, matches: Matches
-    ) -> np.ndarray | None:
-        """Which matches are right by the recorded poses; None if these are unknown."""
-        before = self._previous_bearings
-        if bearings is None or before is None or frame.pose is None or self._previous.pose is None:
+    def _judge(self, frame: Frame, rays: tuple[np.ndarray, np.ndarray] | None) -> np.ndarray | None:
+        """Which matches, of these bearings, are right by the recorded poses; None if unknown."""
+        if rays is None or frame.pose is None or self._previous.pose is None:
             return None
-        one, other = matches.indices.T
-        return right_matches(
-            frame.camera, self._previous.pose, frame.pose, before[one], bearings[other]
-        )
+        return right_matches(frame.camera, self._previous.pose, frame.pose, *rays)
 
     def _draw(self, frame: Frame, result: FrameResult, inliers: np.ndarray | None) -> None:
         """Draw the overlay if the video, the bag or the report needs it."""

@@ -216,7 +216,7 @@ def _matches(statistics: RunStatistics) -> str:
 def _ratios(statistics: RunStatistics) -> str:
     series = [("fit one epipolar geometry", _GREEN, statistics.inlier_ratio.values)]
     text = (
-        "The share of matches that agree with the best fundamental matrix (MAGSAC++, 1 px). "
+        "The share of matches that agree with the best fundamental matrix (RANSAC, 1 px). "
         "A high share means that the matches describe one rigid motion."
     )
     if statistics.judged:

@@ -65,8 +65,9 @@ def test_epipolar_verification_repeats():
     [np.zeros((0, 2)), np.arange(14.0).reshape(7, 2), np.ones((30, 2)), np.full((30, 2), np.nan)],
     ids=["none", "seven", "all in one place", "not a number"],
 )
-def test_where_no_geometry_can_be_found_nothing_is_an_inlier(points):
-    inliers, matrix = epipolar_inliers(points, points)
+@pytest.mark.parametrize("estimate_from", [None, 8])
+def test_where_no_geometry_can_be_found_nothing_is_an_inlier(points, estimate_from):
+    inliers, matrix = epipolar_inliers(points, points, estimate_from=estimate_from)
     assert inliers.shape == (len(points),) and not inliers.any()
     assert matrix is None
 
@@ -133,6 +134,17 @@ def test_a_lens_bends_epipolar_lines(model):
     central = np.linalg.norm(first - (320, 240), axis=1)[:270] < 150
     shares = strict[:270][central].mean(), strict[:270][~central].mean()
     assert 0.4 < min(shares) and max(shares) - min(shares) < 0.2 and max(shares) < 0.9
+
+
+def test_known_bearings_are_not_computed_again(monkeypatch):
+    lens = LENSES["equidistant"]
+    first, second = views_through(lens)
+    expected = epipolar_inliers(first, second, camera=lens)
+    known = lens.bearings(first), lens.bearings(second)
+    monkeypatch.delattr(Camera, "bearings")
+    inliers, matrix = epipolar_inliers(first, second, camera=lens, bearings=known)
+    np.testing.assert_array_equal(inliers, expected[0])
+    np.testing.assert_array_equal(matrix, expected[1])
 
 
 def test_a_camera_without_distortion_changes_nothing():
