@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import sample_bags
 import torch
+from simulated_gpu import simulated_gpu
 
 from scfeat_ros.extractor import Extractor
 from scfeat_ros.model.scfeat import SCFeat, SCFeatConfig, save_model
@@ -44,3 +45,15 @@ def camera_bag(tmp_path_factory, images, intrinsics):
     """A bag (mcap) with the images and their CameraInfo; not to be changed."""
     path = tmp_path_factory.mktemp("bags") / "drive"
     return sample_bags.write_bag(path, sample_bags.camera_messages(images, intrinsics))
+
+
+@pytest.fixture(params=["real", "simulated"])
+def gpu(request):
+    """A CUDA device, if there is one, and a simulated one."""
+    if request.param == "simulated":
+        with simulated_gpu() as device:
+            yield device
+    elif torch.cuda.is_available():
+        yield torch.device("cuda:0")
+    else:
+        pytest.skip("needs a CUDA device")

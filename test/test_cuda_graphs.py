@@ -20,6 +20,8 @@ from torch.utils._pytree import tree_leaves
 from scfeat_ros import acceleration, cuda_graphs
 from scfeat_ros.cuda_graphs import KEPT, CudaGraphs
 from scfeat_ros.extractor import Extractor
+from scfeat_ros.features import Features
+from scfeat_ros.matcher import match
 from scfeat_ros.memory import free_memory
 from scfeat_ros.model.fused import FusedSCFeat
 from scfeat_ros.model.scfeat import CONFIGS, SCFeat, load_model
@@ -209,14 +211,12 @@ def test_a_capture_that_runs_out_of_memory_is_tried_again(captures, error):
     assert graphs.is_captured(torch.ones(1))
 
 
-@needs_cuda
 @torch.inference_mode()
-def test_images_of_several_sizes_in_turn(model):
-    device = torch.device("cuda")
-    network = acceleration.choose(copy.deepcopy(model).to(device), device, "fp32", "on")
+def test_images_of_several_sizes_in_turn(model, gpu):
+    network = acceleration.choose(copy.deepcopy(model).to(gpu), gpu, "fp32", "on")
     assert network.graphed
     # more sizes than graphs are kept, twice, so that graphs are captured, replayed and left out
-    images = [torch.rand(1, 3, 64, 64 + 16 * i, device=device) for i in range(KEPT + 2)] * 2
+    images = [torch.rand(1, 3, 64, 64 + 16 * i, device=gpu) for i in range(KEPT + 2)] * 2
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         found = [network.run(image) for image in images]
     for image, output in zip(images, found, strict=True):
@@ -225,15 +225,14 @@ def test_images_of_several_sizes_in_turn(model):
             torch.testing.assert_close(b.cpu(), a, atol=1e-3, rtol=1e-3)
 
 
-@needs_cuda
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_features_are_those_of_the_cpu(model, options):
+def test_features_are_those_of_the_cpu(model, gpu, options):
     images = [textured_image(*size, seed) for seed, size in enumerate([(320, 240), (200, 161)] * 2)]
     mask = np.ones((240, 320), bool)
     mask[:, :150] = False
     on_cpu, on_gpu = (
         Extractor(copy.deepcopy(model), device, precision="fp32", **options)
-        for device in ("cpu", "cuda")
+        for device in ("cpu", gpu)
     )
     for changes in ({}, {"max_keypoints": 300}):
         for extractor in (on_cpu, on_gpu):
@@ -252,6 +251,22 @@ def test_features_are_those_of_the_cpu(model, options):
                     expected.descriptors[j], axis=1
                 )
                 assert np.median(cosines / lengths) > 0.999
+
+
+@pytest.mark.parametrize("ratio", [None, 0.9])
+def test_matches_are_those_of_the_cpu(gpu, ratio):
+    random = np.random.default_rng(0)
+    first, second = (
+        Features(np.zeros((n, 2), np.float32), np.ones(n, np.float32), values, (640, 480))
+        for n, values in ((n, random.normal(size=(n, 32)).astype(np.float32)) for n in (300, 250))
+    )
+    second.descriptors[:200] = first.descriptors[100:] + random.normal(0, 0.3, (200, 32))
+    for features in (first, second):
+        features.descriptors[:] /= np.linalg.norm(features.descriptors, axis=1, keepdims=True)
+    expected, found = (match(first, second, ratio, device=device) for device in ("cpu", gpu))
+    assert len(expected) >= 190
+    np.testing.assert_array_equal(found.indices, expected.indices)
+    np.testing.assert_allclose(found.similarity, expected.similarity, atol=1e-5)
 
 
 @needs_cuda

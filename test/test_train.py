@@ -156,6 +156,33 @@ def test_resumed_run_is_the_same_to_the_bit(stage, settings, teacher, tmp_path):
     assert [part["to_step"] for part in second["history"]] == [3, 6]
 
 
+@pytest.mark.parametrize(
+    ("stage", "values"),
+    [
+        ("warmup", {}),
+        ("descriptor", {"posed_share": 0.5, "loss": {"contrast_weight": 0.5}}),
+        ("detector", {}),
+        ("adaptation", {}),
+        ("adaptation", {"teacher": "scfeat-s"}),
+        ("distillation", {"model": "scfeat-s", "loss": {"scores": 0.1}}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value) or "plain",
+)
+def test_a_gpu_trains_like_the_cpu(stage, values, gpu, settings, teacher, tmp_path):
+    values = {"model": "scfeat-m"} | values
+    values |= dict(steps=3, validate_every=3, validation_pairs=2, picture_every=3)
+    config = read_config(settings(stage, **values), stage)
+    trained = {}
+    for device in ("cpu", gpu):
+        run = tmp_path / str(device)
+        assert Trainer(config, run, device=str(device), init=teacher).train(stop_at=2) == 2
+        resumed = Trainer(config, run, device=str(device), resume=True)
+        assert {p.device.type for p in resumed.network.parameters()} == {torch.device(device).type}
+        assert resumed.train() == 3
+        trained[device] = list(losses(run).values())
+    np.testing.assert_allclose(trained[gpu], trained["cpu"], rtol=0.05)
+
+
 def test_one_process_trains_without_torch_distributed(monkeypatch, settings, tmp_path):
     """Which PyTorch's builds for Jetsons are without."""
     for module in ("train", "trainer"):

@@ -488,6 +488,11 @@ class HomographyStage(Stage):
         return GeometryPairs(homography_pairs(self.config, scenes, skip_bad, images))
 
 
+def _beside(model: SCFeat, teacher: SCFeat) -> SCFeat:
+    """A teacher on the device and in the memory format of the network that learns from it."""
+    return teacher.to(model.mean.device, memory_format=torch.channels_last)
+
+
 class DetectTwice(nn.Module):
     """Images -> score maps of the detector, which is trained, and of the one that it learns from.
 
@@ -525,7 +530,9 @@ class AdaptationStage(HomographyStage):
         super().__init__(config, model)
         if config.loss:
             raise InputError("config: stage adaptation has no section 'loss'; take it out")
-        teacher = load_network(config.teacher)[0] if config.teacher else None
+        teacher = None
+        if config.teacher:
+            teacher = _beside(model, load_network(config.teacher)[0])
         self.network = DetectTwice(model, teacher)
 
     def start(self, earlier: SCFeat, where: str) -> None:
@@ -579,8 +586,7 @@ class DistillationStage(HomographyStage):
         self._set_teacher(earlier)
 
     def _set_teacher(self, teacher: SCFeat) -> None:
-        teacher = teacher.to(self.model.mean.device, memory_format=torch.channels_last)
-        self.network = Distill(self.model, teacher, self.options.scores > 0)
+        self.network = Distill(self.model, _beside(self.model, teacher), self.options.scores > 0)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         groups = description_groups(self.config, self.model)
