@@ -8,7 +8,8 @@ can be replayed. Autocast to bf16 casts the arguments of a few functions; there 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 from unittest.mock import MagicMock
@@ -44,6 +45,8 @@ AUTOCAST = {
     ),
 }
 """What autocast casts floats to, by function."""
+OF_THREAD = threading.local()
+"""`graph`: what is being captured."""
 
 
 class OnGpu(torch.Tensor):
@@ -102,8 +105,6 @@ class Dispatch(TorchDispatchMode):
 class Graph:
     """A captured graph: the operations on host memory, which a replay repeats there."""
 
-    capturing: Graph | None = None
-
     def __init__(self) -> None:
         self.steps: list[tuple[Any, Any, Any, Any]] = []
 
@@ -119,11 +120,11 @@ class Graph:
 
     @contextmanager
     def capture(self, **_: Any) -> Iterator[None]:
-        Graph.capturing = self
+        OF_THREAD.graph = self
         try:
             yield
         finally:
-            Graph.capturing = None
+            OF_THREAD.graph = None
 
 
 def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -144,7 +145,8 @@ def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
                 f"{name}: expected all tensors on the same device, but one of shape "
                 f"{tuple(strays[0].shape)} is on the CPU"
             )
-    if Graph.capturing and (on_gpu or to_gpu):
+    graph = getattr(OF_THREAD, "graph", None)
+    if graph and (on_gpu or to_gpu):
         by_mask = name == "aten::index" and any(t.dtype == torch.bool for t in tensors[1:])
         between = not all(isinstance(value, OnGpu) for value in tensors)
         if name in WAIT or by_mask or between or not to_gpu:
@@ -157,10 +159,16 @@ def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     result = func(*host_args, **host_kwargs)
     if not to_gpu:
         return result
-    if Graph.capturing:
-        Graph.capturing.steps.append((func, host_args, host_kwargs, result))
+    if graph:
+        graph.steps.append((func, host_args, host_kwargs, result))
     result = tree_map_only(torch.Tensor, OnGpu, result)
     return return_and_correct_aliasing(func, args, kwargs, result)
+
+
+def in_dispatch(function: Callable[..., None], *args: Any) -> None:
+    """Call a function in a mode of its own: modes are those of a thread."""
+    with Dispatch():
+        function(*args)
 
 
 class NoGrad:
@@ -201,6 +209,8 @@ def simulated_gpu() -> Iterator[torch.device]:
             patch.setattr(torch.cuda, name, stand_in)
         for name in ("__enter__", "__exit__"):
             patch.setattr(torch.inference_mode, name, getattr(NoGrad, name))
+        run = threading.Thread.run
+        patch.setattr(threading.Thread, "run", lambda thread: in_dispatch(run, thread))
         patch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
         cuda_graphs._side_stream.cache_clear()
         with Dispatch():

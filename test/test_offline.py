@@ -27,6 +27,7 @@ from sample_bags import IMAGE_TOPIC, INFO_TOPIC, POSE_TOPIC, ROS1
 from scfeat_ros import offline
 from scfeat_ros.camera import Camera
 from scfeat_ros.errors import InputError, OutputExistsError
+from scfeat_ros.extractor import Extractor
 from scfeat_ros.frontend import FrontEnd
 from scfeat_ros.ground_truth import Pose, right_matches, rotation_of
 from scfeat_ros.matcher import epipolar_inliers
@@ -82,6 +83,18 @@ def test_on_a_gpu_one_frame_is_uploaded_while_another_is_computed(images):
     found = [features for _, features in offline._process(groups, FrontEndOnGpu(), None)]
     assert len(found) == COUNT
     assert all(features is image for features, image in zip(found, images, strict=True))
+
+
+def test_a_gpu_gives_the_same_output(tmp_path, gpu, camera_bag, tiny_weights):
+    found = []
+    for device in ("cpu", str(gpu)):
+        options = {"precision": "fp32", "max_keypoints": 150}
+        extractor = Extractor.from_pretrained(tiny_weights, device, **options)
+        summary = run(BagSource(camera_bag), extractor, tmp_path / device)
+        found.append([summary[key]["mean"] for key in ("keypoints_per_frame", "matches_per_frame")])
+        assert summary["model"]["device"] == device
+        assert summary["model"]["network"].endswith("CUDA graphs") == (device != "cpu")
+    np.testing.assert_allclose(found[1], found[0], rtol=0.01)
 
 
 @pytest.fixture(scope="module")
