@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import sample_bags
 import torch
-from simulated_gpu import simulated_gpu
 
 from scfeat_ros.extractor import Extractor
 from scfeat_ros.model.scfeat import SCFeat, SCFeatConfig, save_model
@@ -51,6 +50,8 @@ def camera_bag(tmp_path_factory, images, intrinsics):
 def gpu(request):
     """A CUDA device, if there is one, and a simulated one."""
     if request.param == "simulated":
+        from simulated_gpu import simulated_gpu
+
         with simulated_gpu() as device:
             yield device
     elif torch.cuda.is_available():

@@ -80,14 +80,21 @@ class Rig:
         self.processes.append(process)
         return process
 
-    def start_node(self, ready=True, remap=(), start_new_session=False, **parameters):
+    def start_node(
+        self,
+        ready=True,
+        remap=(),
+        start_new_session=False,
+        program=("-m", "scfeat_ros.run_node"),
+        **parameters,
+    ):
         """Start the node; `ready` waits until it is active."""
         arguments = []
         for name, value in parameters.items():
             arguments += ["-p", f"{name}:={_text(value)}"]
         for rule in remap:
             arguments += ["-r", rule]
-        command = [sys.executable, "-m", "scfeat_ros.run_node"]
+        command = [sys.executable, *program]
         with self.log_path.open("a") as log:
             self.node_process = self.start(
                 [*command, "--ros-args", *arguments],

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from waiting import PATIENCE, wait_for
 
 from scfeat_ros.messages import decode_features, stamp_to_nanoseconds
 
+HERE = Path(__file__).parent
 FEATURES = "/extractor/features"
 
 
@@ -227,6 +229,19 @@ def test_without_the_gpu_that_was_asked_for_the_cpu_serves(rig, node_parameters)
     # the makeshift is no matter any more where there is no network
     assert rig.transition("deactivate") and rig.transition("cleanup")
     rig.wait_for_status("OK", "unconfigured", since=len(rig.statuses()))
+
+
+def test_a_gpu_serves(rig, node_parameters):
+    from sensor_msgs.msg import PointCloud2
+
+    program = (HERE / "node_on_gpu.py",)
+    rig.start_node(program=program, **{**node_parameters, "device": "cuda"})
+    rig.listen(FEATURES, PointCloud2)
+    rig.connect()
+    assert len(serve_one(rig)) > 50
+    _, _, facts = rig.wait_for_status("OK", "ok")
+    assert facts["device"] == "cuda:0" and facts["network"].endswith("CUDA graphs")
+    assert "Traceback" not in rig.log
 
 
 def test_an_unknown_device_is_refused(unconfigured):
