@@ -25,25 +25,9 @@ DEVICE = torch.device("cuda:0")
 BETWEEN_DEVICES = {"aten::copy_", "aten::_to_copy"}
 TAKE_HOST_INDICES = {"aten::index", "aten::index_put_", "aten::_index_put_impl_"}
 WAIT = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal"}
-AUTOCAST = {
-    **dict.fromkeys(
-        ("conv2d", "conv_transpose2d", "linear", "matmul", "mm", "bmm"), torch.bfloat16
-    ),
-    **dict.fromkeys(
-        (
-            "exp",
-            "group_norm",
-            "layer_norm",
-            "log",
-            "log_softmax",
-            "norm",
-            "pow",
-            "rsqrt",
-            "softmax",
-        ),
-        torch.float32,
-    ),
-}
+IN_BFLOAT16 = "bmm conv2d conv_transpose2d linear matmul mm".split()
+IN_FLOAT32 = "exp group_norm layer_norm log log_softmax norm pow rsqrt softmax".split()
+AUTOCAST = dict.fromkeys(IN_BFLOAT16, torch.bfloat16) | dict.fromkeys(IN_FLOAT32, torch.float32)
 """What autocast casts floats to, by function."""
 OF_THREAD = threading.local()
 """`graph`: what is being captured."""
