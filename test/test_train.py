@@ -783,7 +783,7 @@ def test_exported_weights_are_the_averaged_ones_with_their_history(settings, tmp
     assert part["to_step"] == 2 and part["seed"] == 0 and part["scenes"] == ["wall"]
     assert part["seconds"] > 0 and "cores" in part["hardware"]
     with pytest.raises(OutputExistsError, match="exists already"):
-        export(run, output)
+        export([run], output)
     more = tmp_path / "more"
     arguments = ["--run", str(more), "--init", str(output), "--steps", "1"]
     assert main(["detector", "--config", str(settings("detector")), *arguments]) == 0
@@ -791,6 +791,31 @@ def test_exported_weights_are_the_averaged_ones_with_their_history(settings, tmp
     assert [part["stage"] for part in further["history"]] == ["warmup", "detector"]
     assert torch.equal(further["ema"]["backbone.fuse.weight"], loaded["backbone.fuse.weight"])
     assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []
+
+
+def test_the_mean_of_several_networks_is_exported(tmp_path, capsys):
+    torch.manual_seed(0)
+    paths = [tmp_path / f"{name}.safetensors" for name in ("one", "two", "other", "mean")]
+    one, two = networks = [SCFeat(CONFIGS["scfeat-s"]) for _ in range(2)]
+    for number, (network, path) in enumerate(zip(networks, paths, strict=False)):
+        network.detector.reliability.weight.fill_(1.0)
+        network.projection.matrix = torch.randn_like(network.projection.matrix)
+        save_model(network, path, {"stage": "detector", "history": [{"seed": number}]})
+    save_model(SCFeat(CONFIGS["scfeat-m"]), paths[2], {})
+    command = ["export", *map(str, paths[:2]), "-o", str(paths[3])]
+    assert main(command) == 0
+    mean, made = load_model(paths[3]), read_metadata(paths[3])["provenance"]
+    triples = zip(*(network.backbone.parameters() for network in (mean, one, two)), strict=True)
+    for value, first, second in triples:
+        torch.testing.assert_close(value, (first + second) / 2, rtol=1e-2, atol=1e-3)
+    # fitted to the networks, but not to their mean
+    assert not mean.detector.reliability.weight.any()
+    assert torch.equal(mean.projection.matrix, one.projection.unfitted().matrix)
+    assert made["history"] == [{"seed": 0}]
+    assert made["mean_with"] == [{"stage": "detector", "history": [{"seed": 1}]}]
+    assert main(["export", *map(str, paths[1:3]), "-o", str(tmp_path / "no.safetensors")]) == 1
+    assert "other.safetensors: is a scfeat-m" in capsys.readouterr().err
+    assert not (tmp_path / "no.safetensors").exists()
 
 
 def test_a_checkpoint_of_another_network_is_named(settings, tmp_path, capsys):

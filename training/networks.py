@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,3 +87,39 @@ def load_network(run: str | Path) -> tuple[SCFeat, dict[str, Any]]:
         return load_model(run), read_metadata(find_weights(run))["provenance"]
     model, state = load_trained(run)
     return model, {"stage": state["stage"], "history": state["history"]}
+
+
+def load_mean(runs: Sequence[str | Path]) -> tuple[SCFeat, dict[str, Any]]:
+    """The mean of the weights of several networks, in evaluation mode, and its provenance.
+
+    Networks that were trained on from common weights may be better in the mean ("model soups",
+    Wortsman et al. 2022). What was fitted to any of them does not fit the mean, and is left out.
+
+    Args:
+        runs: two or more, see `load_network`.
+
+    Raises:
+        ModelError, InputError: see `load_network`; or they are of different architectures.
+    """
+    networks, provenances = zip(*(load_network(run) for run in runs), strict=True)
+    states = []
+    for run, network in zip(runs, networks, strict=True):
+        if network.config != networks[0].config:
+            raise InputError(
+                f"{run}: is a {network.config.name}, {runs[0]} a {networks[0].config.name}; only "
+                "networks of one architecture have a mean"
+            )
+        network.projection = network.projection.unfitted()
+        network.detector.reliability = network.detector.reliability.unfitted()
+        states.append(network.state_dict())
+    mean = {
+        name: torch.stack([state[name] for state in states]).mean(dim=0)
+        if value.is_floating_point()
+        else value
+        for name, value in states[0].items()
+    }
+    networks[0].load_state_dict(mean)
+    first, *others = (
+        {key: made[key] for key in ("stage", "history") if key in made} for made in provenances
+    )
+    return networks[0], {**first, "mean_with": others}

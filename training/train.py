@@ -21,7 +21,7 @@ from scfeat_ros.model.scfeat import SCFeat, save_model
 from scfeat_ros.staging import make_parent, staged_file
 from scfeat_training.config import STAGES, read_config
 from scfeat_training.datasets import ImageCache
-from scfeat_training.networks import load_network
+from scfeat_training.networks import load_mean, load_network
 from scfeat_training.scenes import HELD_OUT_FROM, read_scenes, split_scenes
 from scfeat_training.trainer import LeftOut, Trainer
 
@@ -41,14 +41,21 @@ OVERWRITE = "replace a file that is there"
 _WH = ("W", "H")
 
 
-def export(checkpoint: str | Path, output: str | Path, overwrite: bool = False) -> None:
-    """Write the averaged weights of a checkpoint as an fp16 safetensors file with provenance.
+def export(runs: Sequence[str | Path], output: str | Path, overwrite: bool = False) -> None:
+    """Write the weights of a run as an fp16 safetensors file with provenance.
+
+    Args:
+        runs: a checkpoint, a run's folder, or weights by name or file; of several the mean is
+            written, see `networks.load_mean`.
+        output: a .safetensors file.
+        overwrite: replace a file that is there.
 
     Raises:
-        InputError: the checkpoint cannot be read, or has no bridge (an ablation).
+        InputError: a network cannot be read or has no bridge (an ablation), or several are of
+            different architectures.
         OutputExistsError: the output is there and `overwrite` is not set.
     """
-    model, provenance = _complete_network(checkpoint, output, overwrite)
+    model, provenance = _complete_network(runs, output, overwrite)
     save_model(model, output, provenance)
 
 
@@ -85,7 +92,7 @@ def fit(
     from scfeat_training.projection import fit_projection
     from scfeat_training.reliability import fit_reliability
 
-    model, provenance = _complete_network(run, output, overwrite)
+    model, provenance = _complete_network([run], output, overwrite)
     left_out = LeftOut()
     scenes, _ = split_scenes(read_scenes(data, skip_bad, left_out, names))
     if not scenes:
@@ -103,17 +110,17 @@ def fit(
 
 
 def _complete_network(
-    run: str | Path, output: str | Path, overwrite: bool
+    runs: Sequence[str | Path], output: str | Path, overwrite: bool
 ) -> tuple[SCFeat, dict[str, Any]]:
-    """A network that may be written to `output`, and how it was made."""
+    """A network, or the mean of several, that may be written to `output`, and how it was made."""
     if Path(output).suffix != ".safetensors":
         raise InputError(f"{output}: the name must end with .safetensors")
     if Path(output).exists() and not overwrite:
         raise OutputExistsError(f"{output}: exists already; use --overwrite")
     make_parent(output)
-    model, provenance = load_network(run)
+    model, provenance = load_network(runs[0]) if len(runs) == 1 else load_mean(runs)
     if not isinstance(model.bridge, CrossNorm):
-        raise InputError(f"{run}: was trained without cross normalization; only for study")
+        raise InputError(f"{runs[0]}: was trained without cross normalization; only for study")
     return model, provenance
 
 
@@ -169,8 +176,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     fitted.add_argument("--overwrite", action="store_true", help=OVERWRITE)
     fitted.add_argument("--skip-bad", action="store_true", help=SKIP_BAD)
-    out = commands.add_parser("export", help="checkpoint -> safetensors weights")
-    out.add_argument("checkpoint", help="checkpoint file or a run's folder")
+    out = commands.add_parser("export", help="checkpoints -> safetensors weights")
+    out.add_argument(
+        "runs",
+        nargs="+",
+        metavar="run",
+        help="checkpoint file, a run's folder, or weights by name or file; of several, which are "
+        "of one architecture, the mean of the weights is written (fit it afterwards)",
+    )
     out.add_argument("-o", "--output", required=True, help="a .safetensors file")
     out.add_argument("--overwrite", action="store_true", help=OVERWRITE)
     return parser
@@ -182,7 +195,7 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         if args.command == "export":
-            export(args.checkpoint, args.output, args.overwrite)
+            export(args.runs, args.output, args.overwrite)
             print(f"wrote {args.output}")
             return 0
         if args.command == "fit":
