@@ -855,7 +855,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(settings, tmp_path):
 def test_training_on_forgets_what_was_fitted_to_what_it_trains(settings, tmp_path, stage):
     run, fitted, more = (tmp_path / name for name in ("run", "fitted.safetensors", "more"))
     main(["warmup", "--config", str(settings("warmup", steps=1)), "--run", str(run)])
-    export(run, fitted)
+    export([run], fitted)
     model = load_model(fitted)
     model.projection.matrix = torch.randn(100, model.projection.matrix.shape[1])
     model.detector.reliability.weight.fill_(0.5)
@@ -878,7 +878,7 @@ def test_run_without_cross_normalization_is_for_study_only(settings, tmp_path):
     assert main(["warmup", "--config", config, "--run", str(run)]) == 0
     assert not any(key.startswith("bridge") for key in load_checkpoint(run)["model"])
     with pytest.raises(InputError, match="cross normalization"):
-        export(run, tmp_path / "model.safetensors")
+        export([run], tmp_path / "model.safetensors")
 
 
 def test_ablation_table(settings, data, tmp_path, capsys):
@@ -888,7 +888,7 @@ def test_ablation_table(settings, data, tmp_path, capsys):
     main(["detector", "--config", str(config), "--run", str(plain), "--init", str(run)])
     capsys.readouterr()
     weights = tmp_path / "model.safetensors"
-    export(run, weights)
+    export([run], weights)
     rows_of = [f"ours={run}", f"again={run}", f"w/o cross normalization={plain}"]
     rows_of.append(f"exported={weights}")
     arguments = ["ablation", "--data", str(data), *rows_of]
