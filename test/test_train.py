@@ -168,6 +168,7 @@ def test_resumed_run_is_the_same_to_the_bit(stage, settings, teacher, tmp_path):
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(value) or "plain",
 )
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument")  # of a PyTorch without CUDA
 def test_a_gpu_trains_like_the_cpu(stage, values, gpu, settings, teacher, tmp_path):
     values = {"model": "scfeat-m"} | values
     values |= dict(steps=3, validate_every=3, validation_pairs=2, picture_every=3)
