@@ -878,8 +878,9 @@ def test_run_without_cross_normalization_is_for_study_only(settings, tmp_path):
     config = str(settings("warmup", steps=1, cross_norm=False))
     assert main(["warmup", "--config", config, "--run", str(run)]) == 0
     assert not any(key.startswith("bridge") for key in load_checkpoint(run)["model"])
-    with pytest.raises(InputError, match="cross normalization"):
-        export([run], tmp_path / "model.safetensors")
+    for runs in ([run], ["scfeat-s", run]):
+        with pytest.raises(InputError, match="run: was trained without cross normalization"):
+            export(runs, tmp_path / "model.safetensors")
 
 
 def test_ablation_table(settings, data, tmp_path, capsys):

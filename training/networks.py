@@ -89,24 +89,27 @@ def load_network(run: str | Path) -> tuple[SCFeat, dict[str, Any]]:
     return model, {"stage": state["stage"], "history": state["history"]}
 
 
-def load_mean(runs: Sequence[str | Path]) -> tuple[SCFeat, dict[str, Any]]:
-    """The mean of the weights of several networks, in evaluation mode, and its provenance.
+def mean_of(
+    loaded: Sequence[tuple[SCFeat, dict[str, Any]]], names: Sequence[str | Path]
+) -> tuple[SCFeat, dict[str, Any]]:
+    """The mean of the weights of several networks, and its provenance.
 
     Networks that were trained on from common weights may be better in the mean ("model soups",
     Wortsman et al. 2022). What was fitted to any of them does not fit the mean, and is left out.
 
     Args:
-        runs: two or more, see `load_network`.
+        loaded: the networks, which are changed, each with its provenance.
+        names: of each, for errors.
 
     Raises:
-        ModelError, InputError: see `load_network`; or they are of different architectures.
+        InputError: they are of different architectures.
     """
-    networks, provenances = zip(*(load_network(run) for run in runs), strict=True)
+    networks, provenances = zip(*loaded, strict=True)
     states = []
-    for run, network in zip(runs, networks, strict=True):
+    for name, network in zip(names, networks, strict=True):
         if network.config != networks[0].config:
             raise InputError(
-                f"{run}: is a {network.config.name}, {runs[0]} a {networks[0].config.name}; only "
+                f"{name}: is a {network.config.name}, {names[0]} a {networks[0].config.name}; only "
                 "networks of one architecture have a mean"
             )
         network.projection = network.projection.unfitted()

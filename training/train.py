@@ -21,7 +21,7 @@ from scfeat_ros.model.scfeat import SCFeat, save_model
 from scfeat_ros.staging import make_parent, staged_file
 from scfeat_training.config import STAGES, read_config
 from scfeat_training.datasets import ImageCache
-from scfeat_training.networks import load_mean, load_network
+from scfeat_training.networks import load_network, mean_of
 from scfeat_training.scenes import HELD_OUT_FROM, read_scenes, split_scenes
 from scfeat_training.trainer import LeftOut, Trainer
 
@@ -46,7 +46,7 @@ def export(runs: Sequence[str | Path], output: str | Path, overwrite: bool = Fal
 
     Args:
         runs: a checkpoint, a run's folder, or weights by name or file; of several the mean is
-            written, see `networks.load_mean`.
+            written, see `networks.mean_of`.
         output: a .safetensors file.
         overwrite: replace a file that is there.
 
@@ -118,10 +118,11 @@ def _complete_network(
     if Path(output).exists() and not overwrite:
         raise OutputExistsError(f"{output}: exists already; use --overwrite")
     make_parent(output)
-    model, provenance = load_network(runs[0]) if len(runs) == 1 else load_mean(runs)
-    if not isinstance(model.bridge, CrossNorm):
-        raise InputError(f"{runs[0]}: was trained without cross normalization; only for study")
-    return model, provenance
+    loaded = [load_network(run) for run in runs]
+    for run, (model, _) in zip(runs, loaded, strict=True):
+        if not isinstance(model.bridge, CrossNorm):
+            raise InputError(f"{run}: was trained without cross normalization; only for study")
+    return loaded[0] if len(loaded) == 1 else mean_of(loaded, runs)
 
 
 def _parser() -> argparse.ArgumentParser:
