@@ -226,7 +226,7 @@ def test_images_of_several_sizes_in_turn(model, gpu):
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_features_are_those_of_the_cpu(model, gpu, options):
+def test_features_are_those_of_the_cpu(model, gpu, options, caplog):
     images = [textured_image(*size, seed) for seed, size in enumerate([(320, 240), (200, 161)] * 2)]
     mask = np.ones((240, 320), bool)
     mask[:, :150] = False
@@ -251,6 +251,7 @@ def test_features_are_those_of_the_cpu(model, gpu, options):
                     expected.descriptors[j], axis=1
                 )
                 assert np.median(cosines / lengths) > 0.999
+    assert "without a CUDA graph" not in caplog.text
 
 
 @pytest.mark.parametrize("ratio", [None, 0.9])
