@@ -282,7 +282,7 @@ class _Writer:
         self._video: VideoWriter | None = None
         self._overlay = Overlay()
         self._samples = SampleFrames()
-        # if the length is known, no overlay is drawn and then discarded
+        # if the length is known, few overlays are drawn and then discarded
         self._sample_stride = max(1, len(source) // SAMPLES)
         self._previous: Frame | None = None
         self._previous_bearings: np.ndarray | None = None

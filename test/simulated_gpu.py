@@ -155,17 +155,6 @@ def in_dispatch(function: Callable[..., None], *args: Any) -> None:
         function(*args)
 
 
-class NoGrad:
-    """Instead of the inference mode, in which a tensor like `OnGpu` cannot be indexed."""
-
-    def __enter__(self) -> None:
-        self.mode = torch.no_grad()
-        self.mode.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        self.mode.__exit__(*error)
-
-
 @contextmanager
 def simulated_gpu() -> Iterator[torch.device]:
     """Simulate a GPU for all that runs in the context; yields its device."""
@@ -191,8 +180,9 @@ def simulated_gpu() -> Iterator[torch.device]:
             "device": nullcontext,
         }.items():
             patch.setattr(torch.cuda, name, stand_in)
+        # a tensor like `OnGpu` cannot be indexed in the inference mode
         for name in ("__enter__", "__exit__"):
-            patch.setattr(torch.inference_mode, name, getattr(NoGrad, name))
+            patch.setattr(torch.inference_mode, name, getattr(torch.no_grad, name))
         run = threading.Thread.run
         patch.setattr(threading.Thread, "run", lambda thread: in_dispatch(run, thread))
         patch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
