@@ -813,6 +813,34 @@ def test_reconstruction_of_plain_images_calibrates_itself(tmp_path):
     assert "1 pairs" in result["skipped"][0]
 
 
+def test_a_colmap_projects_poses_are_known_to_every_task(tmp_path, capsys):
+    pytest.importorskip("pycolmap")
+    project = World(cameras=9, points=300, noise=0.1).write_colmap(tmp_path / "project")
+    shutil.copy(project / "images/000.png", project / "images/900.png")
+    (project / "images" / "002.png").write_bytes(b"no image")
+    values = {}
+    for task in ("odometry", "reconstruction", "localization"):
+        result = evaluate(task, project, tmp_path / task)
+        values[task] = row(result)
+        assert sum("002.png" in reason for reason in result["skipped"]) == 1
+        assert len(result["skipped"]) == (2 if task == "reconstruction" else 1)
+    assert values["odometry"]["inlier share"] > 0.99
+    assert values["reconstruction"]["of 8 within 0.05 m, 0.5 deg, %"] == 100
+    assert values["localization"]["localized of 2"] == 2
+    assert values["localization"]["median, m"] < 0.01
+    # a camera that distorts: only the reconstruction does without
+    file = project / "sparse/0/cameras.txt"
+    file.write_text("1 SIMPLE_RADIAL 640 480 500 311 246 0.1\n")
+    result = evaluate("reconstruction", project, tmp_path / "radial", "--camera", "single")
+    assert row(result)["registered of 9"] == 9
+    assert not any("position error" in column for column in row(result))
+    assert any("its COLMAP model is not used" in reason for reason in result["skipped"])
+    for task in ("odometry", "localization"):
+        arguments = [task, "--data", str(project), "--methods", "orb", "-o", str(tmp_path / "bad")]
+        assert main(arguments) == 1
+        assert "image with a usable camera" in capsys.readouterr().err
+
+
 def test_reconstruction_counts_images_that_are_missing_or_not_registered(tmp_path):
     pytest.importorskip("pycolmap")
     world = World(cameras=8, points=300, noise=0.1)

@@ -46,12 +46,13 @@ def list_images(folder: Path) -> list[Path]:
 def find_scenes(folder: Path) -> list[Path]:
     """The folder itself if it is a scene or a COLMAP project, else those directly inside it."""
     folder = Path(folder)
-    if _is_posed(folder):
+    if is_posed(folder):
         return [folder]
-    return sorted(p for p in folder.iterdir() if p.is_dir() and _is_posed(p))
+    return sorted(p for p in folder.iterdir() if p.is_dir() and is_posed(p))
 
 
-def _is_posed(folder: Path) -> bool:
+def is_posed(folder: Path) -> bool:
+    """Whether a folder is a scene or a COLMAP project."""
     return is_scene(folder) or is_colmap(folder)
 
 
@@ -70,7 +71,10 @@ def read_usable_scene(folder: Path, K: np.ndarray | None = None) -> tuple[Scene,
     """
     if not is_scene(folder):
         problems: list[str] = []
-        return read_colmap(folder, skip_bad=True, on_bad=problems.append), problems
+        scene = read_colmap(folder, skip_bad=True, on_bad=problems.append)
+        if K is not None:
+            scene.K[:] = K
+        return scene, problems
     scene = read_scene_file(folder)
     if K is not None:
         scene.K[:] = K

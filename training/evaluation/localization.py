@@ -9,7 +9,8 @@
   pairs-query.txt      pairs of a query and a reference image (or --query-pairs)
   query-poses.txt      optional: name qw qx qy qz tx ty tz, world to camera (or --query-poses)
 or Aachen Day-Night v1.1 as it is distributed, with the pairs files of hloc in it; or a scene
-(images/ and scene.npz), of which every --every-th image becomes a query.
+(images/ and scene.npz) or a COLMAP project (images/ and an undistorted sparse model) without
+queries, of which every --every-th image becomes a query.
 Positions are in the unit of the model, which must be metres for the thresholds to make sense.
 """
 
@@ -45,7 +46,7 @@ from scfeat_training.evaluation.report import (
     progress_bar,
 )
 from scfeat_training.evaluation.sequences import quaternion_pose, read_rows
-from scfeat_training.scenes import check_camera, is_scene, open_colmap_model
+from scfeat_training.scenes import check_camera, is_colmap, is_scene, open_colmap_model
 
 MAX_KEYPOINTS = 20_000
 THRESHOLDS = ((0.25, 2.0), (0.5, 5.0), (5.0, 10.0))
@@ -57,7 +58,7 @@ AACHEN_MODEL = Path("3D-models/aachen_v_1_1")
 AACHEN_IMAGES = Path("images/images_upright")
 LAYOUT = (
     "images/, sfm/ (COLMAP model), queries.txt, pairs-db.txt, pairs-query.txt and, where known, "
-    "query-poses.txt; or a scene (images/ and scene.npz)"
+    "query-poses.txt; or images/ with scene.npz or a COLMAP model (sparse/0)"
 )
 
 
@@ -78,7 +79,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--config", type=Path, help="YAML with parameters (default: the paper's, localization.yaml)"
     )
     parser.add_argument(
-        "--every", type=int, default=4, help="of a scene, every n-th image is a query (default: 4)"
+        "--every",
+        type=int,
+        default=4,
+        help="of a scene or COLMAP project, every n-th image is a query (default: 4)",
     )
 
 
@@ -90,7 +94,7 @@ class Layout:
         images, model, db_pairs, query_pairs: see the module's text.
         queries: files of queries with intrinsics.
         query_poses: None where not known.
-        skipped: images of a scene that are not used, one sentence each.
+        skipped: images of a scene or COLMAP project that are not used, one sentence each.
     """
 
     images: Path
@@ -103,11 +107,11 @@ class Layout:
 
 
 def check_data(args: argparse.Namespace) -> None:
-    """Refuse incomplete data before any model is loaded; make the layout of a scene."""
+    """Refuse incomplete data before any model is loaded; make the layout of posed images."""
     colmap.require_pycolmap()
     require_folder(args.data, LAYOUT)
     args.parameters = load_parameters(args.config)
-    if is_scene(args.data):
+    if is_split(args):
         if args.every < 2:
             raise InputError("--every must be at least 2, else there is no reference image")
         args.layout = scene_to_hloc(args.data, args.output / "hloc", args.every)
@@ -156,6 +160,20 @@ def load_parameters(file: Path | None) -> dict[str, dict[str, Any]]:
     return parameters
 
 
+def query_files(args: argparse.Namespace) -> list[Path]:
+    """Files of queries by the flag, else by their usual names."""
+    usual = {
+        *args.data.glob("queries*.txt"),
+        *args.data.glob("queries/*_with_intrinsics.txt"),
+    }
+    return args.queries or sorted(usual)
+
+
+def is_split(args: argparse.Namespace) -> bool:
+    """Whether the data are posed images without queries, some of which become queries."""
+    return is_scene(args.data) or (is_colmap(args.data) and not query_files(args))
+
+
 def find_layout(args: argparse.Namespace) -> Layout:
     """Files by the flags, else by their usual names.
 
@@ -163,12 +181,7 @@ def find_layout(args: argparse.Namespace) -> Layout:
         InputError: names what is missing.
     """
     data: Path = args.data
-    queries = args.queries or sorted(
-        {
-            *data.glob("queries*.txt"),
-            *data.glob("queries/*_with_intrinsics.txt"),
-        }
-    )
+    queries = query_files(args)
     layout = Layout(
         images=_first(args.images, data / AACHEN_IMAGES, data / "images"),
         model=_first(args.model, data / AACHEN_MODEL, data / "sfm", data / "model"),
@@ -202,11 +215,11 @@ def _first(given: Path | None, *usual: Path, required: bool = True) -> Path | No
 
 
 def scene_to_hloc(folder: Path, output: Path, every: int = 4) -> Layout:
-    """Make hloc's layout from a scene: images `every` - 1, 2 * `every` - 1, ... are queries.
+    """Make hloc's layout from a scene or COLMAP project.
 
-    Reference pairs overlap by at least `MIN_OVERLAP`; a query is paired with the `QUERY_PAIRS`
-    reference images that overlap most. That stands in for image retrieval and is the same for all
-    methods.
+    Images `every` - 1, 2 * `every` - 1, ... are queries. Reference pairs overlap by at least
+    `MIN_OVERLAP`; a query is paired with the `QUERY_PAIRS` reference images that overlap most. That
+    stands in for image retrieval and is the same for all methods.
 
     Raises:
         InputError: the scene has too few images, or no pairs.
@@ -663,11 +676,11 @@ def _report(
         + ", ".join(str(file) for file in files.values())
         + (". Queries are named with their folders: file names repeat." if whole_paths else ""),
     ]
-    if is_scene(args.data):
+    if is_split(args):
         protocol.insert(
             1,
-            f"Made from a scene: every {args.every}th image is a query, and its reference images "
-            f"are the {QUERY_PAIRS} with the largest overlap; retrieval is not part of the test.",
+            f"Made from posed images: every {args.every}th is a query, its reference images are "
+            f"the {QUERY_PAIRS} with the largest overlap; retrieval is not part of the test.",
         )
     figures = [_figure(methods, problem, results, queries)] if known else []
     return Report(

@@ -2,6 +2,7 @@
 
 --data is one of:
   a scene   images/ and scene.npz with one camera
+  COLMAP    images/ in the order of their names, and a sparse model with one undistorted camera
   KITTI     image_0/ or image_2/, calib.txt, and poses.txt or ../../poses/NN.txt
   TUM       rgb.txt, groundtruth.txt, with --intrinsics
   EuRoC     mav0/cam0 with sensor.yaml and data.csv, mav0/state_groundtruth_estimate0

@@ -1,8 +1,9 @@
 """Structure from motion on an image folder, the protocol of the ETH local feature benchmark.
 
---data is a folder of images (searched through), a folder with images/, or a scene with poses
-(images/ and scene.npz). Every image is matched with every other one, or as --pairs says (two names
-a line, relative to the image folder).
+--data is a folder of images (searched through), a folder with images/, or one with poses: a scene
+(images/ and scene.npz) or a COLMAP project (images/ and an undistorted sparse model). Every image
+is matched with every other one, or as --pairs says (two names a line, relative to the image
+folder).
 """
 
 from __future__ import annotations
@@ -34,13 +35,13 @@ from scfeat_training.evaluation.report import (
     draw,
     progress_bar,
 )
-from scfeat_training.scenes import Scene, is_scene, read_scene_file
+from scfeat_training.scenes import SCENE_FILE, Scene, is_colmap, is_scene, read_scene_file
 
 MAX_KEYPOINTS = 20_000
 RESULT_VERSION = 2
 POSE_LIMIT = (0.05, 0.5)
 """Unit of the ground truth (metres) and degrees: a camera within both counts as right."""
-LAYOUT = "a folder of images, or images/ and scene.npz"
+LAYOUT = "a folder of images, or images/ with scene.npz or a COLMAP model (sparse/0)"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,9 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="per-image",
         help="whether images without known intrinsics share one camera (default: per-image)",
     )
-    parser.add_argument(
-        "--self-calibrate", action="store_true", help="ignore a scene's known intrinsics"
-    )
+    parser.add_argument("--self-calibrate", action="store_true", help="ignore known intrinsics")
     parser.add_argument(
         "--paper-options",
         action=argparse.BooleanOptionalAction,
@@ -180,21 +179,33 @@ def run(args: argparse.Namespace, methods: list[Method], cache: Cache) -> Report
     if is_scene(args.data):
         listed = set(read_scene_file(args.data).names)
         scene, skipped = read_usable_scene(args.data)
+    elif is_colmap(args.data):
+        try:
+            scene, skipped = read_usable_scene(args.data)
+        except InputError as error:  # of a camera that distorts, too
+            skipped.append(f"{args.data}: its COLMAP model is not used: {error}")
     fix_intrinsics = scene is not None and not args.self_calibrate
     images, cameras, digests = [], {}, []
     files = list_images(root)
+    source = SCENE_FILE if listed else "the COLMAP model"
     there = {file.relative_to(root).as_posix() for file in files}
-    skipped += [f"{root / name}: in scene.npz, but missing" for name in sorted(listed - there)]
+    skipped += [f"{root / name}: in {SCENE_FILE}, but missing" for name in sorted(listed - there)]
+
+    def is_named(file: Path) -> bool:
+        """Whether it is said already why an image is left out."""
+        return any(line.startswith(f"{file}: ") for line in skipped)
+
     for file in files:
         name = file.relative_to(root).as_posix()
         try:
             picture, digest = read_image(file)
         except CorruptImageError as error:
-            skipped.append(str(error))
+            if not is_named(file):
+                skipped.append(str(error))
             continue
         if fix_intrinsics and name not in scene.names:
-            if name not in listed:  # else its camera is wrong, which is said already
-                skipped.append(f"{file}: not in scene.npz")
+            if not is_named(file):
+                skipped.append(f"{file}: not in {source}")
             continue
         size = picture.shape[1], picture.shape[0]
         if fix_intrinsics:

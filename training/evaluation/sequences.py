@@ -1,4 +1,4 @@
-"""Image sequences for the odometry task: scene, KITTI, TUM, EuRoC, bag or plain images.
+"""Image sequences for the odometry task: scene, COLMAP, KITTI, TUM, EuRoC, bag or plain images.
 
 All become one `Sequence`: image files, intrinsics, distortion, and camera poses where known.
 """
@@ -19,15 +19,21 @@ from scfeat_ros.errors import InputError
 from scfeat_ros.ground_truth import rotation_of
 from scfeat_ros.sources import BagSource
 from scfeat_ros.text_files import read_text
-from scfeat_training.evaluation.data import list_images, read_usable_scene, require_folder
+from scfeat_training.evaluation.data import (
+    is_posed,
+    list_images,
+    read_usable_scene,
+    require_folder,
+)
 from scfeat_training.geometry import intrinsic_matrix
 from scfeat_training.image_files import write_image
-from scfeat_training.scenes import check_camera, is_scene
+from scfeat_training.scenes import check_camera
 
 LAYOUT = (
-    "a scene (images/ and scene.npz), a KITTI sequence (image_0/ or image_2/, calib.txt, "
-    "poses.txt), a TUM sequence (rgb.txt, groundtruth.txt), a EuRoC sequence (mav0/cam0), a bag "
-    "(.mcap, .db3, .bag or a ROS 2 bag folder), or a folder of images with --intrinsics"
+    "a scene (images/ and scene.npz), a COLMAP project (images/ and sparse/0), a KITTI sequence "
+    "(image_0/ or image_2/, calib.txt, poses.txt), a TUM sequence (rgb.txt, groundtruth.txt), a "
+    "EuRoC sequence (mav0/cam0), a bag (.mcap, .db3, .bag or a ROS 2 bag folder), or a folder of "
+    "images with --intrinsics"
 )
 MAX_TIME_DIFFERENCE = 0.02
 """Seconds between an image and the ground-truth pose that is taken for it."""
@@ -104,7 +110,7 @@ def load_sequence(
         sequence = _load_bag(data, camera, topic, pose_topic, frames_folder)
     else:
         require_folder(data, LAYOUT)
-        if is_scene(data):
+        if is_posed(data):
             sequence = _load_scene_sequence(data, camera)
         elif (data / "calib.txt").is_file():
             sequence = _load_kitti(data, camera, poses)
