@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -53,6 +53,7 @@ MIN_COSINE = 0.998
 COMPILED = "fused, compiled kernels"
 """The backend that uses the kernels of `native/`."""
 GRAPHED = "fused, CUDA graphs"
+TRITON = "fused, Triton kernels, CUDA graphs"
 
 
 class Network(NamedTuple):
@@ -63,8 +64,8 @@ class Network(NamedTuple):
     precision: str
     """"fp32", "bf16", "fp16" or "int16"."""
     backend: str
-    """"plain", "fused" (PyTorch's operators), "fused, compiled kernels", "fused, CUDA graphs" or
-    "onnxruntime"."""
+    """"plain", "fused" (PyTorch's operators), "fused, compiled kernels", "fused, CUDA graphs",
+    "fused, Triton kernels, CUDA graphs" or "onnxruntime"."""
 
     @property
     def compiled(self) -> bool:
@@ -74,7 +75,7 @@ class Network(NamedTuple):
     @property
     def graphed(self) -> bool:
         """Whether it runs through CUDA graphs."""
-        return self.backend == GRAPHED
+        return isinstance(self.run, CudaGraphs)
 
     def clear(self) -> None:
         """Free the memory that is kept for the image sizes seen so far."""
@@ -121,11 +122,11 @@ def choose(
         if problem is not None:
             LOG.warning("%s was not taken: %s", candidate, problem)
             continue
-        network = _fast(model, device, candidate) if fast else _plain(model, candidate)
-        problem = check(network.run, model, device)
-        if problem is None:
-            return network
-        LOG.warning("%s was not taken: %s", network, problem)
+        for network in _fast(model, device, candidate) if fast else [_plain(model, candidate)]:
+            problem = check(network.run, model, device)
+            if problem is None:
+                return network
+            LOG.warning("%s was not taken: %s", network, problem)
     return _plain(model, "fp32")
 
 
@@ -174,16 +175,30 @@ def _plain(model: SCFeat, precision: str) -> Network:
     return Network(run_in_precision, precision, "plain")
 
 
-def _fast(model: SCFeat, device: torch.device, precision: str) -> Network:
+def _fast(model: SCFeat, device: torch.device, precision: str) -> Iterator[Network]:
+    """Forms of the fast network, each made when those before it have failed."""
     dtype = DTYPES[precision]
     if device.type == "cuda":
-        network = FusedSCFeat(model, dtype)
-        return Network(CudaGraphs(network), precision, GRAPHED)
-    if dtype in library.SUFFIX:
+        if has_triton():
+            LOG.info("Triton compiles kernels at their first use, and keeps them in its cache")
+            network = FusedSCFeat(model, dtype, triton=True)
+            yield Network(CudaGraphs(network), precision, TRITON)
+        yield Network(CudaGraphs(FusedSCFeat(model, dtype)), precision, GRAPHED)
+    elif dtype in library.SUFFIX:
         int16 = precision != "fp32" and has_int16()
         network = FusedSCFeat(model, dtype, compiled=True, int16=int16)
-        return Network(Replays(network), precision, COMPILED)
-    return Network(FusedSCFeat(model, dtype), precision, "fused")
+        yield Network(Replays(network), precision, COMPILED)
+    else:
+        yield Network(FusedSCFeat(model, dtype), precision, "fused")
+
+
+def has_triton() -> bool:
+    """Whether Triton is installed, as it is with PyTorch's CUDA builds for Linux."""
+    try:
+        import scfeat_ros.model.triton_kernels  # noqa: F401
+    except ImportError:
+        return False
+    return True
 
 
 def _can_compile(compile: str) -> bool:
@@ -222,8 +237,8 @@ def check(
             found = run(image)
             if isinstance(run, CudaGraphs) and not run.is_captured(image):
                 return "it cannot be captured in a CUDA graph"
-        except (RuntimeError, TypeError) as error:  # the device lacks an operator
-            return f"it does not run here ({str(error).splitlines()[0]})"
+        except Exception as error:  # the device lacks an operator, Triton cannot compile
+            return f"it does not run here ({(str(error) or repr(error)).splitlines()[0]})"
         problem = _compare(expected, found)
     LOG.debug("self-check took %.0f ms", 1e3 * (time.perf_counter() - started))
     return problem

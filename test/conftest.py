@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 import sample_bags
@@ -9,6 +11,9 @@ import torch
 
 from scfeat_ros.extractor import Extractor
 from scfeat_ros.model.scfeat import SCFeat, SCFeatConfig, save_model
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # its kernels run on the CPU
 
 TINY = SCFeatConfig("tiny", "resnet10", (32, 32), 32, (8, 8, 8))
 

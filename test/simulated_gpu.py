@@ -19,7 +19,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
-from scfeat_ros import cuda_graphs
+from scfeat_ros import acceleration, cuda_graphs
 
 DEVICE = torch.device("cuda:0")
 BETWEEN_DEVICES = {"aten::copy_", "aten::_to_copy"}
@@ -185,6 +185,7 @@ def simulated_gpu() -> Iterator[torch.device]:
             patch.setattr(torch.inference_mode, name, getattr(torch.no_grad, name))
         run = threading.Thread.run
         patch.setattr(threading.Thread, "run", lambda thread: in_dispatch(run, thread))
+        patch.setattr(acceleration, "has_triton", lambda: False)  # it takes no such tensors
         patch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
         cuda_graphs._side_stream.cache_clear()
         with Dispatch():

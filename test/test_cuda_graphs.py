@@ -4,25 +4,29 @@ import copy
 import subprocess
 import sys
 import weakref
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import NamedTuple
 from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
 import torch
+from simulated_gpu import simulated_gpu
 from test_extractor import nearest, textured_image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import scfeat_ros.model
 from scfeat_ros import acceleration, cuda_graphs
 from scfeat_ros.cuda_graphs import KEPT, CudaGraphs
 from scfeat_ros.extractor import Extractor
 from scfeat_ros.features import Features
 from scfeat_ros.matcher import match
 from scfeat_ros.memory import free_memory
+from scfeat_ros.model import kernels
 from scfeat_ros.model.fused import FusedSCFeat
 from scfeat_ros.model.scfeat import CONFIGS, SCFeat, load_model
 
@@ -57,9 +61,9 @@ class HostTensors(TorchDispatchMode):
         return result
 
 
-def fused_on_meta(model):
+def fused_on_meta(model, **form):
     """The fast network without values."""
-    network = FusedSCFeat(model, torch.bfloat16).to("meta")
+    network = FusedSCFeat(model, torch.bfloat16, **form).to("meta")
     for name, norm in network.norms.items():
         network.norms[name] = norm._replace(
             weight=norm.weight.to("meta"), bias=norm.bias.to("meta")
@@ -90,16 +94,61 @@ class Allocated(TorchDispatchMode):
         self.now -= self.sizes.pop(key)
 
 
+def cudnn_conv2d(x, weight, bias=None, stride=1, padding=0, *_):
+    """What cuDNN returns for channels-last weights; PyTorch's for `meta` is not channels-last."""
+    stride, padding = (v if isinstance(v, int) else v[0] for v in (stride, padding))
+    size = ((side + 2 * padding - weight.shape[-1]) // stride + 1 for side in x.shape[2:])
+    return torch.empty(
+        *(len(x), len(weight), *size),
+        dtype=x.dtype,
+        device=x.device,
+        memory_format=torch.channels_last,
+    )
+
+
+@pytest.mark.parametrize(("triton", "gibibytes"), [(False, 1), (True, 0.5)])
 @torch.inference_mode()
-def test_the_largest_network_takes_less_than_a_gibibyte():
+def test_memory_of_the_largest_network(triton, gibibytes, monkeypatch):
+    if triton:
+        kernels = pytest.importorskip("scfeat_ros.model.triton_kernels")
+        idle = defaultdict(lambda: lambda *args, **kwargs: None)
+        for name, value in vars(kernels).items():
+            if hasattr(value, "arg_names"):  # a kernel: it allocates nothing
+                monkeypatch.setattr(kernels, name, idle)
+    monkeypatch.setattr(torch.nn.functional, "conv2d", cudnn_conv2d)
     model = SCFeat(CONFIGS["scfeat"]).eval()
     weights = sum(tensor.nbytes for tensor in model.state_dict().values())
-    network = fused_on_meta(model)
+    network = fused_on_meta(model, triton=triton)
     image = torch.empty(1, 3, 480, 640, dtype=torch.uint8, device="meta")
     with Allocated() as allocated:
         network(image)
     # those of the plain network stay, too
-    assert 1.5 * weights + allocated.most < 2**30
+    assert 1.5 * weights + allocated.most < gibibytes * 2**30
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_triton_is_taken_where_it_runs(model, works, monkeypatch, caplog):
+    """With stand-ins for its kernels, as it does not run on a simulated GPU."""
+    stand_in = ModuleType("triton_kernels")
+    vars(stand_in).update(vars(kernels))
+
+    def finish(y, bias, plus, relu):
+        if not works:
+            raise KeyError
+        y = y if bias is None else y + bias[:, None, None]
+        y = y if plus is None else y + plus
+        return y.relu() if relu else y
+
+    stand_in.finish_convolution = finish
+    monkeypatch.setattr(scfeat_ros.model, "triton_kernels", stand_in, raising=False)
+    monkeypatch.setitem(sys.modules, "scfeat_ros.model.triton_kernels", stand_in)
+    with simulated_gpu() as device:
+        monkeypatch.setattr(acceleration, "has_triton", lambda: True)
+        network = acceleration.choose(copy.deepcopy(model).to(device), device, "auto", "auto")
+    assert network.graphed and network.precision == "bf16"
+    assert network.backend == (acceleration.TRITON if works else acceleration.GRAPHED)
+    warning = "bf16, fused, Triton kernels, CUDA graphs was not taken: it does not run here (KeyEr"
+    assert (warning in caplog.text) == (not works)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)

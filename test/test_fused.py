@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,8 +29,21 @@ ONE_TAP = SCFeatConfig("one-tap", "resnet10", (32, 32), 16, (8, 8, 8), upsampled
 
 
 needs_compiler = pytest.mark.skipif(not library.is_compiled(), reason="no C++ compiler")
-BOTH = pytest.mark.parametrize(
-    "k", [kernels, pytest.param(native, marks=needs_compiler)], ids=["torch", "compiled"]
+try:
+    from scfeat_ros.model import triton_kernels
+except ImportError:
+    triton_kernels = None
+needs_triton = pytest.mark.skipif(
+    triton_kernels is None, reason="Triton is not installed (pip install triton; 1 GB)"
+)
+ALL = pytest.mark.parametrize(
+    "k",
+    [
+        kernels,
+        pytest.param(native, marks=needs_compiler),
+        pytest.param(triton_kernels, marks=needs_triton),
+    ],
+    ids=["torch", "compiled", "triton"],
 )
 SHORTS = pytest.mark.parametrize(
     "int16",
@@ -45,6 +59,19 @@ SHORTS = pytest.mark.parametrize(
     ],
     ids=["", "int16"],
 )
+
+
+def kernels_device(k):
+    """Makes tensors where kernels run: Triton's on the GPU, if there is one."""
+    on_gpu = k is triton_kernels is not None and torch.cuda.is_available()
+    return torch.device("cuda" if on_gpu else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def tensors_where_kernels_run(request):
+    parameters = getattr(request.node, "callspec", SimpleNamespace(params={})).params
+    with kernels_device(parameters.get("k")):
+        yield
 
 
 def random_model(config, seed=0):
@@ -72,14 +99,25 @@ def random_model(config, seed=0):
 @pytest.mark.parametrize(
     "config", [SMALL, WIDE, ONE_TAP, CONFIGS["scfeat-s"]], ids=lambda c: c.name
 )
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_compiler)])
+@pytest.mark.parametrize(
+    "form",
+    [
+        {},
+        pytest.param({"compiled": True}, marks=needs_compiler),
+        pytest.param({"triton": True}, marks=needs_triton),
+    ],
+    ids=["torch", "compiled", "triton"],
+)
 @pytest.mark.parametrize("size", [(16, 16), (48, 80)])
 @torch.no_grad()
-def test_equals_the_plain_network(config, compiled, size):
-    model = random_model(config)
-    image = torch.rand(2, 3, *size)
-    expected = model(image)
-    found = FusedSCFeat(model, compiled=compiled)(image)
+def test_equals_the_plain_network(config, form, size):
+    if "triton" in form and size != (16, 16):
+        size = 16, 48  # interpreted, a larger one takes minutes
+    with kernels_device(triton_kernels if "triton" in form else kernels):
+        model = random_model(config)
+        image = torch.rand(2, 3, *size)
+        expected = model(image)
+        found = FusedSCFeat(model, **form)(image)
     for name, a, b in zip(expected._fields, expected, found, strict=True):
         assert b.dtype == torch.float32 and a.shape == b.shape
         torch.testing.assert_close(b, a, atol=1e-4, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
@@ -108,7 +146,7 @@ def test_the_plain_network_is_left_as_it_was():
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-@BOTH
+@ALL
 @pytest.mark.parametrize("factor", [2, 4])
 @pytest.mark.parametrize("channels", [3, 8, 24])
 @pytest.mark.parametrize("kernel", [1, 3])
@@ -127,7 +165,7 @@ def test_convolution_after_upsampling_is_exact_at_every_border(k, factor, channe
     torch.testing.assert_close(found, expected + plus, atol=1e-4, rtol=1e-4)
 
 
-@BOTH
+@ALL
 @pytest.mark.parametrize("size", [(1, 1), (1, 4), (3, 5)])
 @pytest.mark.parametrize("factor", [2, 4])
 @pytest.mark.parametrize("kernel", [1, 3])

@@ -18,7 +18,8 @@ real numbers:
   multiplications, in fp32 or of 16-bit integers (see `native/winograd.cpp`); the others are matrix
   products (`native/direct.cpp`). In bf16 on CPUs with AMX, which is faster, PyTorch convolves.
 
-If everything is computed by compiled kernels, `native/replay.py` runs a frame in one call.
+If everything is computed by compiled kernels, `native/replay.py` runs a frame in one call. On a
+GPU, kernels in Triton (`triton_kernels.py`) compute what is between the convolutions.
 
 Convolutions run in `dtype`; sums, normalizations, peakiness and scores in fp32. Maps at full
 resolution are fp32, convolved in fp32 or with 16-bit integers: keypoints are local maxima of the
@@ -29,6 +30,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -91,6 +93,7 @@ class Conv(nn.Module):
         self._packed: dict[tuple[torch.Size, int], torch.Tensor] = {}
         self._winograd: WinogradConv | None = None
         self._direct: DirectConv | None = None
+        self._finish: Callable[..., torch.Tensor] | None = None
         self._uses_onednn = _ONEDNN is not None and _ONEDNN_PACK is not None and cpu_computes(dtype)
 
     def use_kernels(self, int16: bool = False) -> None:
@@ -107,6 +110,12 @@ class Conv(nn.Module):
             self._winograd = WinogradConv.of(self.weight, self.bias, int16)
         if DirectConv.fits(self.weight):
             self._direct = DirectConv.of(self.weight, self.bias, self.stride)
+
+    def use_triton(self) -> None:
+        """Add bias and map, and apply ReLU, by one kernel from now on."""
+        from scfeat_ros.model import triton_kernels  # needs triton
+
+        self._finish = triton_kernels.finish_convolution
 
     @functools.cached_property
     def by_outputs(self) -> torch.Tensor:
@@ -143,6 +152,9 @@ class Conv(nn.Module):
         x = x if beside is None else torch.cat([x, beside], dim=1)
         if self._direct is not None:
             return self._direct(x, relu, plus)
+        if self._finish is not None:
+            y = F.conv2d(x, self.weight, None, self.stride, self.padding)
+            return self._finish(y, self.bias, plus, relu)
         if x.device.type == "cpu" and self._uses_onednn:
             return self._onednn(x, relu, plus)
         y = F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
@@ -254,10 +266,12 @@ class FusedSCFeat(nn.Module):
         dtype: of the convolutions.
         compiled: use the C++ kernels (CPU only; float32 or bfloat16).
         int16: multiply 16-bit integers in their Winograd convolutions.
+        triton: use the Triton kernels (GPU only).
 
     Raises:
         library.CompilerError: `compiled` was asked for and is not possible.
         ValueError: `compiled` for another device or dtype.
+        ImportError: `triton` was asked for and is not installed.
     """
 
     def __init__(
@@ -266,13 +280,19 @@ class FusedSCFeat(nn.Module):
         dtype: torch.dtype = torch.float32,
         compiled: bool = False,
         int16: bool = False,
+        triton: bool = False,
     ) -> None:
         super().__init__()
+        self.kernels: ModuleType = kernels
         if compiled:
             if next(model.parameters()).device.type != "cpu" or dtype not in library.SUFFIX:
                 raise ValueError("compiled kernels are for the CPU, in float32 or bfloat16")
             library.load()
-        self.kernels: ModuleType = native_kernels if compiled else kernels
+            self.kernels = native_kernels
+        elif triton:
+            from scfeat_ros.model import triton_kernels
+
+            self.kernels = triton_kernels
         self.dtype = dtype
         self.config = model.config
         model = fold_batch_norms(model)
@@ -317,10 +337,12 @@ class FusedSCFeat(nn.Module):
         self.slopes["layer1"] = detector.layer1_activation.weight.item()
         self.reliability = copy.deepcopy(detector.reliability)
         self.register_buffer("layer2", detector.layer2.weight.detach().float().flatten().clone())
-        if compiled:
-            for module in self.modules():
-                if isinstance(module, Conv):
+        for module in self.modules():
+            if isinstance(module, Conv):
+                if compiled:
                     module.use_kernels(int16)
+                elif triton:
+                    module.use_triton()
         self.eval().requires_grad_(False)
 
     @torch.inference_mode()

@@ -1,0 +1,649 @@
+"""The functions of `model/kernels.py` in Triton, for GPUs: fewer launches and passes over memory.
+
+Maps are channels-last, of any batch size. A program of a kernel computes a tile of pixels (where it
+upsamples, of cells of the small map) by channels; sums are taken in fp32 within a program and in
+float64 over programs, in the same order every time.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+
+from scfeat_ros.model import kernels
+from scfeat_ros.model.kernels import EPSILON, DetectorInput, Image, Norm, normalize_image
+from scfeat_ros.model.sampling import upsample
+
+if TYPE_CHECKING:
+    from scfeat_ros.model.fused import Conv
+    from scfeat_ros.model.reliability import Reliability
+
+__all__ = [
+    "bridge",
+    "convolution",
+    "finish_convolution",
+    "hidden",
+    "image_branch",
+    "normalize_activate",
+    "normalize_image",
+    "response",
+    "scale_and_shift",
+    "score",
+    "statistics",
+    "up_conv",
+    "upsampled_sum",
+    "weigh_by_peakiness",
+]
+
+TILE = 2048
+"""Values that a program computes at a time."""
+CELLS, CELL_CHANNELS = 4, 32
+"""The same where it upsamples: cells of the small map by channels."""
+SUMMED = 8
+"""Tiles that a program sums."""
+WIDEST = 64
+"""Most channels of a tile, where channels are independent of each other."""
+
+
+def _layout(x: torch.Tensor) -> tuple[torch.Tensor, int, int]:
+    """A map with channels last, and the distance of its pixels and of its images in memory."""
+    _, channels, height, width = x.shape
+    if not _is_part(x):
+        x = x.contiguous(memory_format=torch.channels_last)
+        return x, channels, channels * height * width
+    return x, x.stride(3), x.stride(0)
+
+
+def _is_part(x: torch.Tensor) -> bool:
+    """Whether a map consists of some channels of a larger one that is channels-last."""
+    _, channels, height, width = x.shape
+    return (
+        x.stride(1) == 1
+        and x.stride(3) > channels
+        and (x.stride(2), x.stride(0)) == (width * x.stride(3), height * width * x.stride(3))
+    )
+
+
+def _new(like: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """An uninitialized map, channels-last."""
+    return torch.empty(shape, dtype=dtype, device=like.device, memory_format=torch.channels_last)
+
+
+def _tile(channels: int) -> tuple[int, int]:
+    """Pixels and channels of a tile."""
+    width = min(WIDEST, triton.next_power_of_2(channels))
+    return TILE // width, width
+
+
+def _pixels(x: torch.Tensor) -> int:
+    return x.shape[2] * x.shape[3]
+
+
+# --- sums ---------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _sums(
+    x,
+    partial,
+    pixels,
+    channels,
+    pixel,
+    image,
+    STEPS: tl.constexpr,
+    PIXELS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    block, batch = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    total = tl.zeros([CHANNELS], tl.float32)
+    squares = tl.zeros([CHANNELS], tl.float32)
+    for step in range(STEPS):
+        p = (block * STEPS + step) * PIXELS + tl.arange(0, PIXELS)
+        inside = (p < pixels)[:, None] & (c < channels)[None, :]
+        places = x + batch * image + p[:, None] * pixel + c[None, :]
+        value = tl.load(places, mask=inside, other=0.0).to(tl.float32)
+        total += tl.sum(value, axis=0)
+        squares += tl.sum(value * value, axis=0)
+    to = partial + (batch * tl.num_programs(0) + block) * 2 * channels + c
+    tl.store(to, total, mask=c < channels)
+    tl.store(to + channels, squares, mask=c < channels)
+
+
+def statistics(x: torch.Tensor) -> torch.Tensor:
+    x, pixel, image = _layout(x)
+    batch, channels = x.shape[:2]
+    height, width = _tile(channels)
+    blocks = triton.cdiv(_pixels(x), SUMMED * height)
+    partial = x.new_empty(batch, blocks, 2, channels, dtype=torch.float32)
+    grid = (blocks, triton.cdiv(channels, width), batch)
+    _sums[grid](
+        *(x, partial, _pixels(x), channels, pixel, image),
+        STEPS=SUMMED,
+        PIXELS=height,
+        CHANNELS=width,
+    )
+    return partial.sum(dim=1, dtype=torch.float64)
+
+
+def convolution(x: torch.Tensor, conv: Conv) -> tuple[torch.Tensor, torch.Tensor]:
+    y = _layout(conv(x))[0]
+    return y, statistics(y)
+
+
+# --- normalization and activation ---------------------------------------------------------------
+
+
+@triton.jit
+def _scale_and_shift(
+    totals,
+    weight,
+    bias,
+    scale,
+    shift,
+    channels,
+    count,
+    epsilon,
+    GROUP: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    batch = tl.program_id(0)
+    c = tl.arange(0, CHANNELS)
+    inside = c < channels
+    total = tl.load(totals + 2 * batch * channels + c, mask=inside, other=0.0)
+    squares = tl.load(totals + (2 * batch + 1) * channels + c, mask=inside, other=0.0)
+    if GROUP > 1:
+        shape: tl.constexpr = [CHANNELS // GROUP, GROUP]
+        total = tl.sum(tl.reshape(total, shape), axis=1)
+        squares = tl.sum(tl.reshape(squares, shape), axis=1)
+        total = tl.reshape(tl.broadcast_to(total[:, None], shape), [CHANNELS])
+        squares = tl.reshape(tl.broadcast_to(squares[:, None], shape), [CHANNELS])
+    mean = total / count
+    variance = squares / count - mean * mean
+    variance = tl.where(variance > 0, variance, 0.0) + epsilon
+    factor = tl.load(weight + c, mask=inside, other=0.0) / tl.sqrt(variance)
+    offset = tl.load(bias + c, mask=inside, other=0.0) - mean * factor
+    tl.store(scale + batch * channels + c, factor.to(tl.float32), mask=inside)
+    tl.store(shift + batch * channels + c, offset.to(tl.float32), mask=inside)
+
+
+def scale_and_shift(
+    totals: torch.Tensor, norm: Norm, pixels: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    batch, _, channels = totals.shape
+    group = channels // norm.groups
+    if group & (group - 1):  # no power of two
+        return kernels.scale_and_shift(totals, norm, pixels)
+    scale, shift = torch.empty(2, batch, channels, dtype=torch.float32, device=totals.device)
+    _scale_and_shift[(batch,)](
+        *(totals, norm.weight, norm.bias, scale, shift, channels, pixels * group, EPSILON),
+        GROUP=group,
+        CHANNELS=triton.next_power_of_2(channels),
+    )
+    return scale, shift
+
+
+@triton.jit
+def _normalize_activate(
+    x,
+    scale,
+    shift,
+    out,
+    pixels,
+    channels,
+    pixel,
+    image,
+    out_pixel,
+    out_image,
+    slope,
+    ELU: tl.constexpr,
+    PIXELS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    batch = tl.program_id(2).to(tl.int64)
+    p = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
+    c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    known = c < channels
+    inside = (p < pixels)[:, None] & known[None, :]
+    value = tl.load(x + batch * image + p[:, None] * pixel + c[None, :], mask=inside).to(tl.float32)
+    factor = tl.load(scale + batch * channels + c, mask=known)
+    offset = tl.load(shift + batch * channels + c, mask=known)
+    value = value * factor[None, :] + offset[None, :]
+    if ELU:
+        value = tl.where(value > 0, value, tl.exp(tl.minimum(value, 0.0)) - 1)
+    else:
+        value = tl.where(value > 0, value, value * slope)
+    to = out + batch * out_image + p[:, None] * out_pixel + c[None, :]
+    tl.store(to, value.to(out.dtype.element_ty), mask=inside)
+
+
+def normalize_activate(
+    x: torch.Tensor,
+    totals: torch.Tensor,
+    norm: Norm,
+    slope: float | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    x, pixel, image = _layout(x)
+    batch, channels = x.shape[:2]
+    scale, shift = scale_and_shift(totals, norm, _pixels(x))
+    out = _new(x, x.shape, x.dtype) if out is None else out
+    height, width = _tile(channels)
+    grid = (triton.cdiv(_pixels(x), height), triton.cdiv(channels, width), batch)
+    _normalize_activate[grid](
+        *(x, scale, shift, out, _pixels(x), channels, pixel, image, *_layout(out)[1:]),
+        *(slope or 0.0, slope is None),
+        PIXELS=height,
+        CHANNELS=width,
+    )
+    return out
+
+
+@triton.jit
+def _finish(
+    y,
+    bias,
+    plus,
+    pixels,
+    channels,
+    BIAS: tl.constexpr,
+    PLUS: tl.constexpr,
+    RELU: tl.constexpr,
+    PIXELS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    p = tl.program_id(0).to(tl.int64) * PIXELS + tl.arange(0, PIXELS)
+    c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    inside = (p < pixels)[:, None] & (c < channels)[None, :]
+    places = p[:, None] * channels + c[None, :]
+    value = tl.load(y + places, mask=inside).to(tl.float32)
+    if BIAS:
+        value += tl.load(bias + c, mask=c < channels).to(tl.float32)[None, :]
+    if PLUS:
+        value += tl.load(plus + places, mask=inside).to(tl.float32)
+    if RELU:
+        value = tl.maximum(value, 0.0)
+    tl.store(y + places, value.to(y.dtype.element_ty), mask=inside)
+
+
+def finish_convolution(
+    y: torch.Tensor, bias: torch.Tensor | None, plus: torch.Tensor | None, relu: bool
+) -> torch.Tensor:
+    """Add a bias (C,) and a map to a convolution's result (B, C, h, w), then ReLU; in place."""
+    y = _layout(y)[0]
+    plus = None if plus is None else _layout(plus)[0]
+    if bias is None and plus is None and not relu:
+        return y
+    batch, channels = y.shape[:2]
+    pixels = batch * _pixels(y)
+    height, width = _tile(channels)
+    _finish[(triton.cdiv(pixels, height), triton.cdiv(channels, width))](
+        *(y, y if bias is None else bias, y if plus is None else plus, pixels, channels),
+        BIAS=bias is not None,
+        PLUS=plus is not None,
+        RELU=relu,
+        PIXELS=height,
+        CHANNELS=width,
+    )
+    return y
+
+
+# --- upsampling ---------------------------------------------------------------------------------
+
+
+@triton.jit
+def _upsampled_sum(
+    taps,
+    plus,
+    out,
+    partial,
+    height,
+    width,
+    channels,
+    NINE: tl.constexpr,
+    PLUS: tl.constexpr,
+    FACTOR: tl.constexpr,
+    CELLS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """Of a few cells of a row: the FACTOR x FACTOR pixels of each.
+
+    A pixel is at most one cell away from its own, so every tap at every one of the nine cells
+    around contributes with a weight along x and one along y, which may be 0.
+    """
+    across = tl.cdiv(width, CELLS)
+    place, batch = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    row = place // across
+    column = (place % across) * CELLS + tl.arange(0, CELLS)
+    c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    inside = (column < width)[:, None] & (c < channels)[None, :]
+    phase = tl.arange(0, FACTOR)
+    SIDE: tl.constexpr = 3 if NINE else 1
+    REACH: tl.constexpr = SIDE // 2
+    result = tl.zeros([CELLS, FACTOR, FACTOR, CHANNELS], tl.float32)
+    # loops that are not unrolled: the loads of all 81 taps together would not fit the registers
+    for ky in range(SIDE):
+        y = phase + (ky - REACH)
+        # what a shift brings in from outside of the image is 0
+        in_y = (row * FACTOR + y >= 0) & (row * FACTOR + y < height * FACTOR)
+        at_y = (y + 0.5) / FACTOR - 0.5
+        for dy in range(-1, 2):
+            weight_y = tl.where(in_y, tl.maximum(1 - tl.abs(at_y - dy), 0.0), 0.0)
+            from_row = tl.minimum(tl.maximum(row + dy, 0), height - 1)
+            line = tl.zeros([CELLS, FACTOR, CHANNELS], tl.float32)
+            for kx in tl.static_range(SIDE):
+                x = phase + (kx - REACH)
+                to_x = column[:, None] * FACTOR + x[None, :]
+                in_x = (to_x >= 0) & (to_x < width * FACTOR)
+                at_x = (x + 0.5) / FACTOR - 0.5
+                for dx in tl.static_range(-1, 2):
+                    hat = tl.maximum(1 - tl.abs(at_x - dx), 0.0)
+                    weight_x = tl.where(in_x, hat[None, :], 0.0)
+                    from_column = tl.minimum(tl.maximum(column + dx, 0), width - 1)
+                    cell = (batch * height + from_row) * width + from_column
+                    tap = cell * (SIDE * SIDE) + (ky * SIDE + kx)
+                    places = taps + tap[:, None] * channels + c[None, :]
+                    value = tl.load(places, mask=inside, other=0.0).to(tl.float32)
+                    line += weight_x[:, :, None] * value[:, None, :]
+            result += weight_y[None, :, None, None] * line[:, None, :, :]
+    to_row = row * FACTOR + phase
+    to_column = column[:, None] * FACTOR + phase[None, :]
+    pixel = to_row[None, :, None] * (width * FACTOR) + to_column[:, None, :]
+    pixel += batch * (height * FACTOR) * (width * FACTOR)
+    places = pixel[:, :, :, None] * channels + c[None, None, None, :]
+    stored = inside[:, None, None, :] & (phase >= 0)[None, :, None, None]
+    stored = stored & (phase >= 0)[None, None, :, None]
+    if PLUS:
+        result += tl.load(plus + places, mask=stored, other=0.0).to(tl.float32)
+    tl.store(out + places, result.to(out.dtype.element_ty), mask=stored)
+    flat = tl.reshape(result, [CELLS * FACTOR * FACTOR, CHANNELS])
+    to = partial + (batch * tl.num_programs(0) + place) * 2 * channels + c
+    tl.store(to, tl.sum(flat, axis=0), mask=c < channels)
+    tl.store(to + channels, tl.sum(flat * flat, axis=0), mask=c < channels)
+
+
+def upsampled_sum(
+    taps: torch.Tensor, channels: int, factor: int, plus: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As in `kernels`; `plus` is overwritten, and the result has its type."""
+    taps = _layout(taps)[0]
+    batch, count, height, width = taps.shape
+    if plus is None:
+        out = _new(taps, (batch, channels, height * factor, width * factor), taps.dtype)
+    else:
+        out = _layout(plus)[0]
+    places = height * triton.cdiv(width, CELLS)
+    partial = taps.new_empty(batch, places, 2, channels, dtype=torch.float32)
+    _upsampled_sum[(places, triton.cdiv(channels, CELL_CHANNELS), batch)](
+        *(taps, out, out, partial, height, width, channels),
+        NINE=count != channels,
+        PLUS=plus is not None,
+        FACTOR=factor,
+        CELLS=CELLS,
+        CHANNELS=CELL_CHANNELS,
+    )
+    return out, partial.sum(dim=1, dtype=torch.float64)
+
+
+def up_conv(taps: torch.Tensor, channels: int, factor: int, norm: Norm, out: torch.Tensor) -> None:
+    x, totals = upsampled_sum(taps, channels, factor)
+    normalize_activate(x, totals, norm, out=out)
+
+
+# --- bridge -------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _moments(
+    x, mean, inverse, pixels, channels, epsilon, PIXELS: tl.constexpr, CHANNELS: tl.constexpr
+):
+    p = tl.program_id(0).to(tl.int64) * PIXELS + tl.arange(0, PIXELS)
+    c = tl.arange(0, CHANNELS)
+    inside = (p < pixels)[:, None] & (c < channels)[None, :]
+    value = tl.load(x + p[:, None] * channels + c[None, :], mask=inside, other=0.0).to(tl.float32)
+    average = tl.sum(value, axis=1) / channels
+    centred = tl.where(inside, value - average[:, None], 0.0)
+    variance = tl.sum(centred * centred, axis=1) / channels
+    tl.store(mean + p, average, mask=p < pixels)
+    tl.store(inverse + p, 1 / tl.sqrt(variance + epsilon), mask=p < pixels)
+
+
+@triton.jit
+def _bridge(
+    x,
+    mean,
+    inverse,
+    spatial,
+    scale,
+    shift,
+    reliability_weight,
+    reliability_bias,
+    out,
+    reliability,
+    pixels,
+    channels,
+    PIXELS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    batch = tl.program_id(1).to(tl.int64)
+    p = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
+    c = tl.arange(0, CHANNELS)
+    known, there = c < channels, p < pixels
+    inside = there[:, None] & known[None, :]
+    pixel = batch * pixels + p
+    places = pixel[:, None] * channels + c[None, :]
+    value = tl.load(x + places, mask=inside, other=0.0).to(tl.float32)
+    average = tl.load(mean + pixel, mask=there, other=0.0)
+    factor = tl.load(spatial + 2 * batch * pixels + p, mask=there, other=0.0)
+    factor *= tl.load(inverse + pixel, mask=there, other=0.0)
+    offset = tl.load(spatial + (2 * batch + 1) * pixels + p, mask=there, other=0.0)
+    across = (value - average[:, None]) * factor[:, None] + offset[:, None]
+    by_channel = tl.load(scale + batch * channels + c, mask=known, other=0.0)
+    plus = tl.load(shift + batch * channels + c, mask=known, other=0.0)
+    result = tl.where(inside, across + value * by_channel[None, :] + plus[None, :], 0.0)
+    tl.store(out + places, result, mask=inside)
+    along = tl.sum(result * tl.load(reliability_weight + c, mask=known, other=0.0)[None, :], axis=1)
+    length = tl.maximum(tl.sqrt(tl.sum(result * result, axis=1)), 1e-12)
+    factor = tl.exp(along / length + tl.load(reliability_bias))
+    tl.store(reliability + pixel, factor, mask=there)
+
+
+def bridge(
+    descriptors: torch.Tensor,
+    stem: torch.Tensor,
+    spatial: torch.nn.Conv2d,
+    channel: Norm,
+    reliability: Reliability,
+) -> DetectorInput:
+    descriptors = _layout(descriptors)[0]
+    batch, channels, height, width = descriptors.shape
+    pixels, across = height * width, triton.next_power_of_2(channels)
+    tile = {"PIXELS": max(1, TILE // across), "CHANNELS": across}
+    mean, inverse, factors = descriptors.new_empty(3, batch, 1, height, width, dtype=torch.float32)
+    _moments[(triton.cdiv(batch * pixels, tile["PIXELS"]),)](
+        *(descriptors, mean, inverse, batch * pixels, channels, EPSILON), **tile
+    )
+    spatially = spatial(mean).contiguous(memory_format=torch.contiguous_format)
+    scale, shift = scale_and_shift(statistics(descriptors), channel, pixels)
+    bridged = _new(descriptors, descriptors.shape, torch.float32)
+    _bridge[(triton.cdiv(pixels, tile["PIXELS"]), batch)](
+        *(descriptors, mean, inverse, spatially, scale, shift),
+        *(reliability.weight, reliability.bias, bridged, factors, pixels, channels),
+        **tile,
+    )
+    return DetectorInput(bridged, stem, factors)
+
+
+# --- detector -----------------------------------------------------------------------------------
+
+
+@triton.jit
+def _softplus(x):
+    return tl.maximum(x, 0.0) + tl.log(1 + tl.exp(-tl.abs(x)))
+
+
+@triton.jit
+def _weigh_by_peakiness(
+    x,
+    largest,
+    peaks,
+    weighted,
+    height,
+    width,
+    channels,
+    PIXELS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    across = tl.cdiv(width, PIXELS)
+    place, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    row = place // across
+    column = (place % across) * PIXELS + tl.arange(0, PIXELS)
+    c = tl.arange(0, CHANNELS)
+    inside = (column < width)[:, None] & (c < channels)[None, :]
+    around = tl.zeros([PIXELS, CHANNELS], tl.float32)
+    for dy in tl.static_range(-1, 2):
+        from_row = tl.abs(row + dy)  # the border is reflected
+        from_row = tl.where(from_row < height, from_row, 2 * height - 2 - from_row)
+        for dx in tl.static_range(-1, 2):
+            from_column = tl.abs(column + dx)
+            mirrored = 2 * width - 2 - from_column
+            from_column = tl.where(from_column < width, from_column, mirrored)
+            pixel = (batch * height + from_row) * width + from_column
+            places = x + pixel[:, None] * channels + c[None, :]
+            around += tl.load(places, mask=inside, other=0.0)
+    pixel = (batch * height + row) * width + column
+    places = pixel[:, None] * channels + c[None, :]
+    value = tl.load(x + places, mask=inside, other=0.0)
+    unit = 1 / tl.maximum(tl.load(largest + batch), 1e-6)
+    scaled = value * unit
+    average = tl.sum(scaled, axis=1) / channels
+    score = _softplus(scaled - average[:, None]) * _softplus(scaled - around * (unit / 9))
+    peak = tl.max(tl.where(inside, score, 0.0), axis=1)
+    tl.store(peaks + pixel, peak, mask=column < width)
+    tl.store(weighted + places, (peak[:, None] * value).to(weighted.dtype.element_ty), mask=inside)
+
+
+def _weighted(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Peakiness (B, 1, h, w) of an fp32 map, and the map times it."""
+    x = _layout(x)[0]
+    batch, channels, height, width = x.shape
+    largest = torch.linalg.vector_norm(x, torch.inf, dim=(1, 2, 3))
+    peaks = x.new_empty(batch, 1, height, width)
+    weighted = _new(x, x.shape, dtype)
+    across = triton.next_power_of_2(channels)
+    tile = min(128, max(1, TILE // across))
+    _weigh_by_peakiness[(height * triton.cdiv(width, tile), batch)](
+        *(x, largest, peaks, weighted, height, width, channels),
+        PIXELS=tile,
+        CHANNELS=across,
+    )
+    return peaks, weighted
+
+
+def weigh_by_peakiness(
+    maps: DetectorInput, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _weighted(maps.values, dtype)
+
+
+def image_branch(image: Image, conv: Conv) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    peaks, weighted = _weighted(image.values, torch.float32)
+    return peaks, *convolution(weighted, conv)
+
+
+def hidden(
+    right: torch.Tensor,
+    totals: torch.Tensor,
+    norm: Norm,
+    slope: float,
+    conv: Conv,
+    left: torch.Tensor,
+    left_taps: Conv,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As in `kernels`; `right` is overwritten."""
+    right = conv(normalize_activate(right, totals, norm, slope, out=right))
+    factor = right.shape[-1] // left.shape[-1]
+    return upsampled_sum(left_taps(left), right.shape[1], factor, right)
+
+
+@triton.jit
+def _response(
+    x,
+    scale,
+    shift,
+    weight,
+    out,
+    partial,
+    pixels,
+    channels,
+    slope,
+    PIXELS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    block, batch = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    p = block * PIXELS + tl.arange(0, PIXELS)
+    c = tl.arange(0, CHANNELS)
+    known, there = c < channels, p < pixels
+    places = x + (batch * pixels + p)[:, None] * channels + c[None, :]
+    value = tl.load(places, mask=there[:, None] & known[None, :], other=0.0)
+    factor = tl.load(scale + batch * channels + c, mask=known, other=0.0)
+    offset = tl.load(shift + batch * channels + c, mask=known, other=0.0)
+    value = value * factor[None, :] + offset[None, :]
+    value = tl.where(value > 0, value, value * slope)
+    value *= tl.load(weight + c, mask=known, other=0.0)[None, :]
+    result = tl.where(there, tl.sum(value, axis=1), 0.0)
+    tl.store(out + batch * pixels + p, result, mask=there)
+    to = partial + (batch * tl.num_programs(0) + block) * 2
+    tl.store(to, tl.sum(result, axis=0))
+    tl.store(to + 1, tl.sum(result * result, axis=0))
+
+
+def response(
+    x: torch.Tensor, totals: torch.Tensor, norm: Norm, slope: float, weight: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    x = _layout(x)[0]
+    batch, channels, height, width = x.shape
+    pixels, across = height * width, triton.next_power_of_2(channels)
+    scale, shift = scale_and_shift(totals, norm, pixels)
+    tile = max(1, TILE // across)
+    blocks = triton.cdiv(pixels, tile)
+    out = x.new_empty(batch, 1, height, width)
+    partial = x.new_empty(batch, blocks, 2, 1)
+    _response[(blocks, batch)](
+        *(x, scale, shift, weight, out, partial, pixels, channels, slope),
+        PIXELS=tile,
+        CHANNELS=across,
+    )
+    return out, partial.sum(dim=1, dtype=torch.float64)
+
+
+@triton.jit
+def _score(value, scale, shift, left, right, pixels, PIXELS: tl.constexpr):
+    batch = tl.program_id(1).to(tl.int64)
+    p = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
+    inside = p < pixels
+    places = batch * pixels + p
+    result = tl.load(value + places, mask=inside) * tl.load(scale + batch) + tl.load(shift + batch)
+    result = _softplus(result) * tl.load(left + places, mask=inside)
+    tl.store(value + places, result * tl.load(right + places, mask=inside), mask=inside)
+
+
+def score(
+    value: torch.Tensor,
+    totals: torch.Tensor,
+    norm: Norm,
+    left_peaks: torch.Tensor,
+    reliability: torch.Tensor,
+    right_peaks: torch.Tensor,
+) -> torch.Tensor:
+    """As in `kernels`; `value` is overwritten."""
+    batch, _, height, width = value.shape
+    scale, shift = scale_and_shift(totals, norm, height * width)
+    left = upsample(left_peaks * reliability, width // left_peaks.shape[3]).contiguous()
+    _score[(triton.cdiv(height * width, TILE), batch)](
+        *(value, scale, shift, left, right_peaks, height * width), PIXELS=TILE
+    )
+    return value
