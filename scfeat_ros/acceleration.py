@@ -73,6 +73,11 @@ class Network(NamedTuple):
         return self.backend == COMPILED
 
     @property
+    def in_triton(self) -> bool:
+        """Whether the kernels of `model/triton_kernels.py` are used."""
+        return self.backend == TRITON
+
+    @property
     def graphed(self) -> bool:
         """Whether it runs through CUDA graphs."""
         return isinstance(self.run, CudaGraphs)

@@ -98,7 +98,9 @@ class _Finder:
     projection: Projection
     select: Callable[..., Selected]
     """`selection.on_cpu` or `selection.on_device`."""
-    compiled: bool
+    describe: Callable[..., torch.Tensor]
+    """`Projection.forward`, or as it."""
+    l2_normalize: Callable[[torch.Tensor], torch.Tensor]
 
     def __call__(
         self,
@@ -118,11 +120,8 @@ class _Finder:
         if self.options.descriptor_sampling == "bilinear":
             sampled = sample_one(maps.bridged, points, DESCRIPTOR_STRIDE)
         else:
-            describe = native_descriptors.describe if self.compiled else Projection.__call__
-            sampled = describe(self.projection, maps, points, self.options.descriptor_dim)
-        normalize = fusion_normalize
-        if self.options.descriptor_norm == "l2":
-            normalize = native_descriptors.l2_normalize if self.compiled else l2_normalize
+            sampled = self.describe(self.projection, maps, points, self.options.descriptor_dim)
+        normalize = self.l2_normalize if self.options.descriptor_norm == "l2" else fusion_normalize
         return _Found(points, scores, normalize(sampled))
 
 
@@ -184,11 +183,16 @@ class Extractor:
         projection = self.model.projection
         if not _fitted(self.options):
             projection = projection.unfitted()
-        compiled = self.network.compiled
-        select = selection.on_device
+        select, describe, normalize = selection.on_device, Projection.__call__, l2_normalize
         if self.device.type == "cpu":
-            select = partial(selection.on_cpu, compiled=compiled)
-        find = _Finder(self.options, projection, select, compiled)
+            select = partial(selection.on_cpu, compiled=self.network.compiled)
+        if self.network.compiled:
+            describe, normalize = native_descriptors.describe, native_descriptors.l2_normalize
+        elif self.network.in_triton:
+            from scfeat_ros.model import triton_kernels
+
+            select, describe = triton_kernels.select, triton_kernels.describe
+        find = _Finder(self.options, projection, select, describe, normalize)
         return CudaGraphs(find) if self.network.graphed else find
 
     @classmethod

@@ -106,15 +106,20 @@ def cudnn_conv2d(x, weight, bias=None, stride=1, padding=0, *_):
     )
 
 
+def idle_triton(monkeypatch):
+    """Let Triton's kernels do nothing; skips the test without Triton."""
+    module = pytest.importorskip("scfeat_ros.model.triton_kernels", reason="needs Triton")
+    idle = defaultdict(lambda: lambda *args, **kwargs: None)
+    for name, value in vars(module).items():
+        if hasattr(value, "arg_names"):
+            monkeypatch.setattr(module, name, idle)
+
+
 @pytest.mark.parametrize(("triton", "gibibytes"), [(False, 1), (True, 0.5)])
 @torch.inference_mode()
 def test_memory_of_the_largest_network(triton, gibibytes, monkeypatch):
     if triton:
-        kernels = pytest.importorskip("scfeat_ros.model.triton_kernels")
-        idle = defaultdict(lambda: lambda *args, **kwargs: None)
-        for name, value in vars(kernels).items():
-            if hasattr(value, "arg_names"):  # a kernel: it allocates nothing
-                monkeypatch.setattr(kernels, name, idle)
+        idle_triton(monkeypatch)
     monkeypatch.setattr(torch.nn.functional, "conv2d", cudnn_conv2d)
     model = SCFeat(CONFIGS["scfeat"]).eval()
     weights = sum(tensor.nbytes for tensor in model.state_dict().values())
@@ -151,12 +156,17 @@ def test_triton_is_taken_where_it_runs(model, works, monkeypatch, caplog):
     assert (warning in caplog.text) == (not works)
 
 
+@pytest.mark.parametrize("triton", [False, True])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @torch.inference_mode()
-def test_a_frame_neither_waits_for_the_device_nor_copies_to_it(model, options):
+def test_a_frame_neither_waits_for_the_device_nor_copies_to_it(model, options, triton, monkeypatch):
     """What CUDA graphs can capture. On `meta`, where every look at a value is an error."""
+    if triton:
+        idle_triton(monkeypatch)
     extractor = Extractor(copy.deepcopy(model), "cpu", compile="off", **options)
-    network = fused_on_meta(model)
+    network = fused_on_meta(model, triton=triton)
+    if triton:
+        extractor.network = extractor.network._replace(backend=acceleration.TRITON)
     extractor.model.to("meta")
     extractor.device = torch.device("meta")
     extractor.set_options()

@@ -385,12 +385,19 @@ def test_head_at_the_resolution_of_the_image(size, channels, kernel):
         torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-4)
 
 
-@needs_compiler
+@pytest.mark.parametrize(
+    "k",
+    [
+        pytest.param(descriptors, marks=needs_compiler),
+        pytest.param(triton_kernels, marks=needs_triton),
+    ],
+    ids=["compiled", "triton"],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
 @pytest.mark.parametrize(("dim", "length"), [(128, 0), (150, 0), (150, 20), (5, 0)])
 @torch.no_grad()
-def test_descriptors_of_places_and_their_surroundings(dtype, layout, dim, length):
+def test_descriptors_of_places_and_their_surroundings(k, dtype, layout, dim, length):
     torch.manual_seed(0)
     channels = 24, 48, 20
     projection = Projection(*channels)
@@ -402,9 +409,9 @@ def test_descriptors_of_places_and_their_surroundings(dtype, layout, dim, length
     )
     maps = Maps(bridged[0], layer2.to(dtype)[0], layer3.to(dtype)[0])
     points = torch.rand(50, 2) * torch.tensor([186.0, 130.0]) - 5  # some lie outside
-    for count in (0, 1, 50):
+    for count in (0, 1, 50) if k is descriptors else (0, 3):
         expected = projection(maps, points[:count], length)
-        found = descriptors.describe(projection, maps, points[:count], length)
+        found = k.describe(projection, maps, points[:count], length)
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from test_extractor import textured_image
-from test_fused import needs_compiler
+from test_fused import kernels_device, needs_compiler, needs_triton, triton_kernels
 
 from scfeat_ros import selection
 from scfeat_ros.parameters import ExtractorOptions
@@ -23,22 +23,28 @@ DEVICES = [
     ),
 ]
 
-WAYS = [pytest.param("compiled", marks=needs_compiler), *DEVICES]
+WAYS = [
+    pytest.param("compiled", marks=needs_compiler),
+    pytest.param("triton", marks=needs_triton),
+    *DEVICES,
+]
 
 
 def both(scores, image, mask, way, **options):
-    """Selected by OpenCV's operators and by a way, or by `on_device` on a device.
+    """Selected by OpenCV's operators, and by a way or by `on_device` on a device.
 
-    The empty rows of `on_device` are taken away.
+    Empty rows are taken away.
     """
     options = ExtractorOptions(**options)
     expected = selection.on_cpu(scores, image, mask, options)
     if way == "compiled":
         return expected, selection.on_cpu(scores, image, mask, options, compiled=True)
-    device = way
+    device, select = way, selection.on_device
+    if way == "triton":
+        device, select = kernels_device(triton_kernels), triton_kernels.select
     pixels = torch.from_numpy(image).to(device).permute(2, 0, 1)
     mask = None if mask is None else torch.from_numpy(mask).to(device) != 0
-    found = selection.on_device(scores.to(device), pixels, mask, options)
+    found = select(scores.to(device), pixels, mask, options)
     filled = found.scores > -torch.inf
     assert filled.sum() == filled.cumprod(0).sum(), "keypoints come before empty rows"
     return expected, selection.Selected(*(part[filled].cpu() for part in found))

@@ -1,4 +1,7 @@
-"""The functions of `model/kernels.py` in Triton, for GPUs: fewer launches and passes over memory.
+"""What runs between convolutions and behind the network in Triton, for GPUs.
+
+The functions of `kernels.py`, `Projection.forward` and `selection.on_device`, with fewer launches
+and passes over memory.
 
 Maps are channels-last, of any batch size. A program of a kernel computes a tile of pixels (where it
 upsamples, of cells of the small map) by channels; sums are taken in fp32 within a program and in
@@ -10,12 +13,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 
 from scfeat_ros.model import kernels
+from scfeat_ros.model.descriptors import BLOCKS, ENCODER_BLOCK, Maps, Projection
 from scfeat_ros.model.kernels import EPSILON, DetectorInput, Image, Norm, normalize_image
 from scfeat_ros.model.sampling import upsample
+from scfeat_ros.model.scfeat import DESCRIPTOR_STRIDE
+from scfeat_ros.parameters import ExtractorOptions
+from scfeat_ros.selection import TEXTURE_WINDOW, Selected
 
 if TYPE_CHECKING:
     from scfeat_ros.model.fused import Conv
@@ -24,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = [
     "bridge",
     "convolution",
+    "describe",
     "finish_convolution",
     "hidden",
     "image_branch",
@@ -32,6 +41,7 @@ __all__ = [
     "response",
     "scale_and_shift",
     "score",
+    "select",
     "statistics",
     "up_conv",
     "upsampled_sum",
@@ -40,6 +50,8 @@ __all__ = [
 
 TILE = 2048
 """Values that a program computes at a time."""
+KEYPOINT_TILE = 256
+"""The same for keypoints, and for pixels that may be some."""
 CELLS, CELL_CHANNELS = 4, 32
 """The same where it upsamples: cells of the small map by channels."""
 SUMMED = 8
@@ -647,3 +659,263 @@ def score(
         *(value, scale, shift, left, right_peaks, height * width), PIXELS=TILE
     )
     return value
+
+
+# --- keypoints and descriptors ------------------------------------------------------------------
+
+
+@triton.jit
+def _block_means(
+    x,
+    means,
+    units,
+    height,
+    width,
+    channels,
+    SIDE: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    row, column = tl.program_id(0), tl.program_id(1)
+    c = tl.arange(0, CHANNELS)
+    total = tl.zeros([CHANNELS], tl.float32)
+    for dy in range(SIDE):
+        y = row * SIDE + dy + 0 * c  # as wide as `c`: masks are no numbers
+        for dx in tl.static_range(SIDE):
+            at = column * SIDE + dx + 0 * c
+            inside = (c < channels) & (y < height) & (at < width)
+            value = tl.load(x + (y * width + at) * channels + c, mask=inside, other=0.0)
+            total += value.to(tl.float32)
+    rows = tl.minimum(height - row * SIDE, SIDE)
+    mean = total / (rows * tl.minimum(width - column * SIDE, SIDE))
+    length = tl.maximum(tl.sqrt(tl.sum(mean * mean, axis=0)), 1e-12)
+    to = (row * tl.num_programs(1) + column) * channels + c
+    tl.store(means + to, mean, mask=c < channels)
+    tl.store(units + to, mean / length, mask=c < channels)
+
+
+def _means_of_blocks(x: torch.Tensor, side: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(h, w, C) -> fp32 means of blocks of `side` x `side` cells, and these of unit length."""
+    height, width, channels = x.shape
+    rows, columns = triton.cdiv(height, side), triton.cdiv(width, side)
+    means, units = x.new_empty(2, rows, columns, channels, dtype=torch.float32)
+    _block_means[(rows, columns)](
+        *(x, means, units, height, width, channels),
+        SIDE=side,
+        CHANNELS=triton.next_power_of_2(channels),
+    )
+    return means, units
+
+
+@triton.jit
+def _spline(position, offset, size):
+    """A cell near a position along an axis, and its weight by a cubic B-spline."""
+    cell = tl.floor(position) + offset
+    distance = tl.abs(cell - position)
+    outer = tl.maximum(2 - distance, 0.0)
+    inner = tl.maximum(1 - distance, 0.0)
+    weight = (outer * outer * outer - 4 * inner * inner * inner) / 6
+    return tl.minimum(tl.maximum(cell.to(tl.int32), 0), size - 1), weight
+
+
+@triton.jit
+def _samples(
+    x,
+    points,
+    out,
+    height,
+    width,
+    channels,
+    stride,
+    ADD: tl.constexpr,
+    UNIT: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    n = tl.program_id(0)
+    c = tl.arange(0, CHANNELS)
+    known = c < channels
+    at_x = (tl.load(points + 2 * n) + 0.5) / stride - 0.5
+    at_y = (tl.load(points + 2 * n + 1) + 0.5) / stride - 0.5
+    result = tl.zeros([CHANNELS], tl.float32)
+    for dy in tl.static_range(-1, 3):
+        row, weight_y = _spline(at_y, dy, height)
+        for dx in tl.static_range(-1, 3):
+            column, weight_x = _spline(at_x, dx, width)
+            value = tl.load(x + (row * width + column) * channels + c, mask=known, other=0.0)
+            result += weight_y * weight_x * value.to(tl.float32)
+    if UNIT:
+        result /= tl.maximum(tl.sqrt(tl.sum(result * result, axis=0)), 1e-12)
+    to = out + n * channels + c
+    if ADD:
+        result += tl.load(to, mask=known, other=0.0)
+    tl.store(to, result, mask=known)
+
+
+def _sample(
+    x: torch.Tensor, points: torch.Tensor, stride: int, plus: torch.Tensor | None = None
+) -> torch.Tensor:
+    """As `sampling.sample_smooth` of an (h, w, C) map; added to `plus`, else of unit length."""
+    height, width, channels = x.shape
+    out = points.new_empty(len(points), channels) if plus is None else plus
+    if len(points):
+        _samples[(len(points),)](
+            *(x, points, out, height, width, channels, float(stride)),
+            ADD=plus is not None,
+            UNIT=plus is None,
+            CHANNELS=triton.next_power_of_2(channels),
+        )
+    return out
+
+
+def describe(
+    projection: Projection, maps: Maps, points: torch.Tensor, length: int = 0
+) -> torch.Tensor:
+    """As `Projection.forward`, with means of blocks as `sampling.block_means`."""
+    at_keypoint, *parts = projection.matrix[: length or None].split(projection.channels, dim=1)
+    bridged, layer2, layer3 = (part.permute(1, 2, 0).contiguous() for part in maps)
+    points = points.contiguous()
+    descriptors = F.linear(_sample(bridged, points, DESCRIPTOR_STRIDE), at_keypoint)
+    levels, means, side = [], bridged, 1
+    for block in BLOCKS:  # each divides the next
+        means, units = _means_of_blocks(means, block // side)
+        side = block
+        levels.append((units, DESCRIPTOR_STRIDE * block))
+    for layer, stride in ((layer2, 8), (layer3, 16)):
+        levels.append((_means_of_blocks(layer, ENCODER_BLOCK)[1], stride * ENCODER_BLOCK))
+    for (units, stride), part in zip(levels, parts, strict=True):
+        _sample(F.linear(units, part), points, stride, descriptors)
+    return descriptors
+
+
+@triton.jit
+def _candidates(
+    scores,
+    image,
+    mask,
+    out,
+    height,
+    width,
+    score_row,
+    image_channel,
+    image_row,
+    image_column,
+    threshold,
+    border,
+    MASKED: tl.constexpr,
+    RADIUS: tl.constexpr,
+    TEXTURE: tl.constexpr,
+    PIXELS: tl.constexpr,
+):
+    p = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
+    row, column = p // width, p % width
+    there = row < height
+    score = tl.load(scores + row * score_row + column, mask=there, other=0.0)
+    largest = score
+    smallest = score
+    for dy in range(-RADIUS, RADIUS + 1):
+        y = row + dy
+        for dx in range(-RADIUS, RADIUS + 1):
+            x = column + dx
+            inside = there & (y >= 0) & (y < height) & (x >= 0) & (x < width)
+            places = scores + y * score_row + x
+            largest = tl.maximum(largest, tl.load(places, mask=inside, other=float("-inf")))
+            smallest = tl.minimum(smallest, tl.load(places, mask=inside, other=float("inf")))
+    finite = (score > float("-inf")) & (score < float("inf"))
+    keep = finite & (score > threshold)
+    if RADIUS > 0:
+        keep = keep & (score == largest) & (score > smallest)
+    differs = tl.zeros([PIXELS], tl.int32)
+    for channel in range(3):
+        own = image + channel * image_channel
+        value = tl.load(own + row * image_row + column * image_column, mask=there, other=0)
+        brightest = value.to(tl.int32)
+        darkest = brightest
+        for dy in range(-TEXTURE, TEXTURE + 1):
+            y = row + dy
+            for dx in range(-TEXTURE, TEXTURE + 1):
+                x = column + dx
+                inside = there & (y >= 0) & (y < height) & (x >= 0) & (x < width)
+                value = tl.load(own + y * image_row + x * image_column, mask=inside, other=0)
+                value = tl.where(inside, value.to(tl.int32), brightest)
+                brightest = tl.maximum(brightest, value)
+                darkest = tl.minimum(darkest, value)
+        differs += brightest - darkest
+    keep = keep & (differs > 0)
+    keep = keep & (row >= border) & (row < height - border)
+    keep = keep & (column >= border) & (column < width - border)
+    if MASKED:
+        keep = keep & (tl.load(mask + p, mask=there, other=0) != 0)
+    tl.store(out + p, tl.where(keep, score, float("-inf")), mask=there)
+
+
+@triton.jit
+def _locate(
+    scores,
+    places,
+    points,
+    count,
+    height,
+    width,
+    score_row,
+    SUBPIXEL: tl.constexpr,
+    PIXELS: tl.constexpr,
+):
+    n = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
+    there = n < count
+    place = tl.load(places + n, mask=there, other=0).to(tl.int32)
+    row, column = place // width, place % width
+    at_x, at_y = column.to(tl.float32), row.to(tl.float32)
+    if SUBPIXEL:
+        least = tl.load(scores + row * score_row + column, mask=there, other=0.0)
+        for dy in tl.static_range(-1, 2):
+            y = tl.minimum(tl.maximum(row + dy, 0), height - 1)
+            for dx in tl.static_range(-1, 2):
+                x = tl.minimum(tl.maximum(column + dx, 0), width - 1)
+                value = tl.load(scores + y * score_row + x, mask=there, other=0.0)
+                least = tl.minimum(least, value)
+        total = tl.zeros([PIXELS], tl.float32)
+        sum_x = tl.zeros([PIXELS], tl.float32)
+        sum_y = tl.zeros([PIXELS], tl.float32)
+        for dy in tl.static_range(-1, 2):
+            y = tl.minimum(tl.maximum(row + dy, 0), height - 1)
+            for dx in tl.static_range(-1, 2):
+                x = tl.minimum(tl.maximum(column + dx, 0), width - 1)
+                weight = tl.load(scores + y * score_row + x, mask=there, other=0.0) - least
+                total += weight
+                sum_x += weight * (x - column)
+                sum_y += weight * (y - row)
+        total = tl.maximum(total, 1e-12)
+        at_x += sum_x / total
+        at_y += sum_y / total
+    tl.store(points + 2 * n, at_x, mask=there)
+    tl.store(points + 2 * n + 1, at_y, mask=there)
+
+
+def select(
+    scores: torch.Tensor,
+    image: torch.Tensor,
+    mask: torch.Tensor | None,
+    options: ExtractorOptions,
+) -> Selected:
+    """As `selection.on_device`."""
+    height, width = scores.shape
+    scores = scores.float()
+    if scores.stride(1) != 1:
+        scores = scores.contiguous()
+    values = scores.new_empty(height * width)
+    _candidates[(triton.cdiv(height * width, KEYPOINT_TILE),)](
+        *(scores, image, scores if mask is None else mask.contiguous(), values, height, width),
+        *(scores.stride(0), *image.stride(), options.score_threshold, options.border),
+        MASKED=mask is not None,
+        RADIUS=options.nms_radius,
+        TEXTURE=TEXTURE_WINDOW // 2,
+        PIXELS=KEYPOINT_TILE,
+    )
+    values, places = values.sort(descending=True, stable=True)
+    values, places = values[: options.max_keypoints], places[: options.max_keypoints]
+    points = scores.new_empty(len(places), 2)
+    _locate[(triton.cdiv(len(places), KEYPOINT_TILE),)](
+        *(scores, places, points, len(places), height, width, scores.stride(0)),
+        SUBPIXEL=options.subpixel,
+        PIXELS=KEYPOINT_TILE,
+    )
+    return Selected(points, values)
