@@ -415,6 +415,21 @@ def test_descriptors_of_places_and_their_surroundings(k, dtype, layout, dim, len
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
+@needs_triton
+@pytest.mark.parametrize("capability", [90, 87])
+def test_kernels_in_triton_compile_for_gpus(capability):
+    """For an H100 and a Jetson Orin: Triton brings the compiler, and takes no GPU."""
+    script = Path(__file__).with_name("compile_triton.py")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, script, str(capability)], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    compiled = {line.split()[0] for line in done.stdout.splitlines()}
+    names = {name for name, value in vars(triton_kernels).items() if hasattr(value, "arg_names")}
+    assert compiled == names - {"_softplus", "_spline"}  # which others call
+
+
 def idle_threads():
     """States of this process's threads in the scheduler's idle class: R runs or would, S sleeps."""
     stats = [(task / "stat").read_text() for task in Path("/proc/self/task").iterdir()]

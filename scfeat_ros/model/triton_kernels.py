@@ -52,8 +52,8 @@ TILE = 2048
 """Values that a program computes at a time."""
 KEYPOINT_TILE = 256
 """The same for keypoints, and for pixels that may be some."""
-CELLS, CELL_CHANNELS = 4, 32
-"""The same where it upsamples: cells of the small map by channels."""
+CELL_TILE = 128
+"""The same where it upsamples, of the small map."""
 SUMMED = 8
 """Tiles that a program sums."""
 WIDEST = 64
@@ -387,15 +387,16 @@ def upsampled_sum(
         out = _new(taps, (batch, channels, height * factor, width * factor), taps.dtype)
     else:
         out = _layout(plus)[0]
-    places = height * triton.cdiv(width, CELLS)
+    across = min(32, triton.next_power_of_2(channels))
+    places = height * triton.cdiv(width, CELL_TILE // across)
     partial = taps.new_empty(batch, places, 2, channels, dtype=torch.float32)
-    _upsampled_sum[(places, triton.cdiv(channels, CELL_CHANNELS), batch)](
+    _upsampled_sum[(places, triton.cdiv(channels, across), batch)](
         *(taps, out, out, partial, height, width, channels),
         NINE=count != channels,
         PLUS=plus is not None,
         FACTOR=factor,
-        CELLS=CELLS,
-        CHANNELS=CELL_CHANNELS,
+        CELLS=CELL_TILE // across,
+        CHANNELS=across,
     )
     return out, partial.sum(dim=1, dtype=torch.float64)
 
@@ -834,10 +835,10 @@ def _candidates(
             for dx in range(-TEXTURE, TEXTURE + 1):
                 x = column + dx
                 inside = there & (y >= 0) & (y < height) & (x >= 0) & (x < width)
-                value = tl.load(own + y * image_row + x * image_column, mask=inside, other=0)
-                value = tl.where(inside, value.to(tl.int32), brightest)
-                brightest = tl.maximum(brightest, value)
-                darkest = tl.minimum(darkest, value)
+                near = tl.load(own + y * image_row + x * image_column, mask=inside, other=0)
+                near = tl.where(inside, near.to(tl.int32), brightest)
+                brightest = tl.maximum(brightest, near)
+                darkest = tl.minimum(darkest, near)
         differs += brightest - darkest
     keep = keep & (differs > 0)
     keep = keep & (row >= border) & (row < height - border)
