@@ -37,11 +37,12 @@ def source_of(kernel, values):
     for i, name in enumerate(kernel.arg_names):
         value = values[name]
         kind = value.dtype if isinstance(value, torch.Tensor) else type(value)
-        if kernel.params[i].is_constexpr or value is True or (kind is int and value == 1):
+        fixed = kind is int and not kernel.params[i].do_not_specialize
+        if kernel.params[i].is_constexpr or (fixed and value == 1):
             types[name], constants[name] = "constexpr", value
             continue
         types[name] = TYPES[kind]
-        if isinstance(value, torch.Tensor) or (kind is int and value % 16 == 0):
+        if isinstance(value, torch.Tensor) or (fixed and value % 16 == 0):
             attributes[(i,)] = [["tt.divisibility", 16]]
     return ASTSource(kernel, types, constants, attributes)
 

@@ -5,7 +5,8 @@ and passes over memory.
 
 Maps are channels-last, of any batch size. A program of a kernel computes a tile of pixels (where it
 upsamples, of cells of the small map) by channels; sums are taken in fp32 within a program and in
-float64 over programs, in the same order every time.
+float64 over programs, in the same order every time. Sizes of images are not compiled in
+(`do_not_specialize`), so that a new size does not compile anything.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ def _pixels(x: torch.Tensor) -> int:
 # --- sums ---------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels"])
 def _sums(
     x,
     partial,
@@ -109,7 +110,7 @@ def _sums(
     PIXELS: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):
-    block, batch = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    block, batch = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     total = tl.zeros([CHANNELS], tl.float32)
     squares = tl.zeros([CHANNELS], tl.float32)
@@ -149,7 +150,7 @@ def convolution(x: torch.Tensor, conv: Conv) -> tuple[torch.Tensor, torch.Tensor
 # --- normalization and activation ---------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _scale_and_shift(
     totals,
     weight,
@@ -198,7 +199,7 @@ def scale_and_shift(
     return scale, shift
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels"])
 def _normalize_activate(
     x,
     scale,
@@ -216,7 +217,7 @@ def _normalize_activate(
     CHANNELS: tl.constexpr,
 ):
     batch = tl.program_id(2).to(tl.int64)
-    p = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
+    p = tl.program_id(0).to(tl.int64) * PIXELS + tl.arange(0, PIXELS)
     c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     known = c < channels
     inside = (p < pixels)[:, None] & known[None, :]
@@ -254,7 +255,7 @@ def normalize_activate(
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels"])
 def _finish(
     y,
     bias,
@@ -306,7 +307,7 @@ def finish_convolution(
 # --- upsampling ---------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["height", "width"])
 def _upsampled_sum(
     taps,
     plus,
@@ -409,7 +410,7 @@ def up_conv(taps: torch.Tensor, channels: int, factor: int, norm: Norm, out: tor
 # --- bridge -------------------------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels"])
 def _moments(
     x, mean, inverse, pixels, channels, epsilon, PIXELS: tl.constexpr, CHANNELS: tl.constexpr
 ):
@@ -424,7 +425,7 @@ def _moments(
     tl.store(inverse + p, 1 / tl.sqrt(variance + epsilon), mask=p < pixels)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels"])
 def _bridge(
     x,
     mean,
@@ -498,7 +499,7 @@ def _softplus(x):
     return tl.maximum(x, 0.0) + tl.log(1 + tl.exp(-tl.abs(x)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["height", "width"])
 def _weigh_by_peakiness(
     x,
     largest,
@@ -582,7 +583,7 @@ def hidden(
     return upsampled_sum(left_taps(left), right.shape[1], factor, right)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels"])
 def _response(
     x,
     scale,
@@ -633,7 +634,7 @@ def response(
     return out, partial.sum(dim=1, dtype=torch.float64)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels"])
 def _score(value, scale, shift, left, right, pixels, PIXELS: tl.constexpr):
     batch = tl.program_id(1).to(tl.int64)
     p = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
@@ -665,7 +666,7 @@ def score(
 # --- keypoints and descriptors ------------------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["height", "width"])
 def _block_means(
     x,
     means,
@@ -718,7 +719,7 @@ def _spline(position, offset, size):
     return tl.minimum(tl.maximum(cell.to(tl.int32), 0), size - 1), weight
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["height", "width"])
 def _samples(
     x,
     points,
@@ -787,7 +788,9 @@ def describe(
     return descriptors
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["height", "width", "score_row", "image_channel", "image_row", "border"]
+)
 def _candidates(
     scores,
     image,
@@ -848,7 +851,7 @@ def _candidates(
     tl.store(out + p, tl.where(keep, score, float("-inf")), mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "height", "width", "score_row"])
 def _locate(
     scores,
     places,
