@@ -53,8 +53,8 @@ TILE = 2048
 """Values that a program computes at a time."""
 KEYPOINT_TILE = 256
 """The same for keypoints, and for pixels that may be some."""
-CELL_TILE = 128
-"""The same where it upsamples, of the small map."""
+CELLS, MOST_CHANNELS = 4, 32
+"""Cells of the small map that a program upsamples, by channels."""
 SUMMED = 8
 """Tiles that a program sums."""
 WIDEST = 64
@@ -388,15 +388,15 @@ def upsampled_sum(
         out = _new(taps, (batch, channels, height * factor, width * factor), taps.dtype)
     else:
         out = _layout(plus)[0]
-    across = min(32, triton.next_power_of_2(channels))
-    places = height * triton.cdiv(width, CELL_TILE // across)
+    across = min(MOST_CHANNELS, triton.next_power_of_2(channels))
+    places = height * triton.cdiv(width, CELLS)
     partial = taps.new_empty(batch, places, 2, channels, dtype=torch.float32)
     _upsampled_sum[(places, triton.cdiv(channels, across), batch)](
         *(taps, out, out, partial, height, width, channels),
         NINE=count != channels,
         PLUS=plus is not None,
         FACTOR=factor,
-        CELLS=CELL_TILE // across,
+        CELLS=CELLS,
         CHANNELS=across,
     )
     return out, partial.sum(dim=1, dtype=torch.float64)
