@@ -67,8 +67,8 @@ def normalize_image(image: torch.Tensor, mean: torch.Tensor, deviation: torch.Te
 
 def statistics(x: torch.Tensor) -> torch.Tensor:
     """(B, C, h, w) -> (B, 2, C) sums and sums of squares."""
-    x = x.float().flatten(2)
-    return torch.stack([x.sum(dim=2), (x * x).sum(dim=2)], dim=1).double()
+    norm = torch.linalg.vector_norm(x, dim=(2, 3), dtype=torch.float32)
+    return torch.stack([x.sum(dim=(2, 3), dtype=torch.float32), norm * norm], dim=1).double()
 
 
 def convolution(
@@ -109,9 +109,9 @@ def normalize_activate(
         out: where to write the result: channels of a larger map.
     """
     scale, shift = scale_and_shift(totals, norm, x.shape[2] * x.shape[3])
-    y = x.float() * scale[:, :, None, None] + shift[:, :, None, None]
-    y = (F.elu(y) if slope is None else F.leaky_relu(y, slope)).to(x.dtype)
-    return y if out is None else out.copy_(y)
+    y = torch.addcmul(shift[:, :, None, None], x, scale[:, :, None, None])
+    y = F.elu_(y) if slope is None else F.leaky_relu_(y, slope)
+    return y.to(x.dtype) if out is None else out.copy_(y)
 
 
 def upsampled_sum(
@@ -132,7 +132,7 @@ def upsampled_sum(
     one = taps.shape[1] == channels
     result = upsample(taps, factor) if one else _sum_of_nine(taps, factor)
     if plus is not None:
-        result = result + plus
+        result += plus
     return result, statistics(result)
 
 
@@ -271,7 +271,7 @@ def response(
         (B, 1, H, W) in fp32 and its statistics.
     """
     hidden = normalize_activate(x.float(), totals, norm, slope)
-    result = (hidden * weight[None, :, None, None]).sum(dim=1, keepdim=True)
+    result = (hidden.permute(0, 2, 3, 1) @ weight)[:, None]
     return result, statistics(result)
 
 
