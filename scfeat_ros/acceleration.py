@@ -18,10 +18,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from scfeat_ros import selection
 from scfeat_ros.cpu import cpu_info
 from scfeat_ros.cuda_graphs import CudaGraphs
 from scfeat_ros.errors import ScfeatError
 from scfeat_ros.memory import keep_freed_memory
+from scfeat_ros.model.descriptors import Maps
 from scfeat_ros.model.fused import FusedSCFeat, cpu_computes
 from scfeat_ros.model.sampling import sample
 from scfeat_ros.model.scfeat import SCFeat, SCFeatOutput, fold_batch_norms
@@ -29,6 +31,7 @@ from scfeat_ros.native import library
 from scfeat_ros.native.replay import Replays
 from scfeat_ros.native.winograd import has_int16
 from scfeat_ros.onnx_export import OnnxSCFeat
+from scfeat_ros.parameters import ExtractorOptions
 
 LOG = logging.getLogger(__name__)
 
@@ -129,6 +132,8 @@ def choose(
             continue
         for network in _fast(model, device, candidate) if fast else [_plain(model, candidate)]:
             problem = check(network.run, model, device)
+            if problem is None and network.in_triton:
+                problem = _check_triton(network.run, model, device)
             if problem is None:
                 return network
             LOG.warning("%s was not taken: %s", network, problem)
@@ -201,7 +206,8 @@ def has_triton() -> bool:
     """Whether Triton is installed, as it is with PyTorch's CUDA builds for Linux."""
     try:
         import scfeat_ros.model.triton_kernels  # noqa: F401
-    except ImportError:
+    except Exception as error:  # it is not, or does not fit to this Python or PyTorch
+        LOG.info("the kernels in Triton are not used: %s", error)
         return False
     return True
 
@@ -243,10 +249,38 @@ def check(
             if isinstance(run, CudaGraphs) and not run.is_captured(image):
                 return "it cannot be captured in a CUDA graph"
         except Exception as error:  # the device lacks an operator, Triton cannot compile
-            return f"it does not run here ({(str(error) or repr(error)).splitlines()[0]})"
+            return _does_not_run(error)
         problem = _compare(expected, found)
     LOG.debug("self-check took %.0f ms", 1e3 * (time.perf_counter() - started))
     return problem
+
+
+@torch.inference_mode()
+def _check_triton(
+    run: Callable[[torch.Tensor], SCFeatOutput], model: SCFeat, device: torch.device
+) -> str | None:
+    """Compare keypoints and descriptors in Triton with those of PyTorch, as in `check`."""
+    from scfeat_ros.model import triton_kernels
+
+    image = check_image().to(device)
+    output, pixels = run(image), (255 * image[0]).byte()
+    maps = Maps(output.bridged[0], output.layer2[0], output.layer3[0])
+    rest = pixels, None, ExtractorOptions(max_keypoints=CHECK_KEYPOINTS)
+    expected = selection.on_device(output.scores[0, 0], *rest)
+    try:
+        with torch.cuda.device(device):
+            found = triton_kernels.select(output.scores[0, 0], *rest)
+            descriptors = triton_kernels.describe(model.projection, maps, expected.points)
+    except Exception as error:
+        return _does_not_run(error)
+    away = (found.points - expected.points).abs().amax(dim=1)
+    if (away > 0.1).any() or not torch.equal(found.scores, expected.scores):
+        return "it finds other keypoints than PyTorch's operators in the self-check's image"
+    return _dissimilar(descriptors, model.projection(maps, expected.points))
+
+
+def _does_not_run(error: Exception) -> str:
+    return f"it does not run here ({(str(error) or repr(error)).splitlines()[0]})"
 
 
 def check_image() -> torch.Tensor:
@@ -277,9 +311,17 @@ def _compare(expected: SCFeatOutput, found: SCFeatOutput) -> str | None:
         return f"it finds {again:.0%} of the keypoints of plain fp32 in the self-check's image"
     for field in ("bridged", "descriptors"):
         a, b = (sample(getattr(o, field).float(), points[None])[0] for o in (expected, found))
-        cosine = F.cosine_similarity(a, b).median().item()
-        if cosine < MIN_COSINE:
-            return f"its descriptors have a median cosine similarity of {cosine:.4f} to plain fp32"
+        problem = _dissimilar(a, b)
+        if problem is not None:
+            return problem
+    return None
+
+
+def _dissimilar(a: torch.Tensor, b: torch.Tensor) -> str | None:
+    """What is wrong if (N, D) descriptors differ; None if they do not."""
+    cosine = F.cosine_similarity(a, b).median().item()
+    if cosine < MIN_COSINE:
+        return f"its descriptors have a median cosine similarity of {cosine:.4f} to plain fp32"
     return None
 
 

@@ -20,13 +20,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import scfeat_ros.model
-from scfeat_ros import acceleration, cuda_graphs
+from scfeat_ros import acceleration, cuda_graphs, selection
 from scfeat_ros.cuda_graphs import KEPT, CudaGraphs
 from scfeat_ros.extractor import Extractor
 from scfeat_ros.features import Features
 from scfeat_ros.matcher import match
 from scfeat_ros.memory import free_memory
 from scfeat_ros.model import kernels
+from scfeat_ros.model.descriptors import Projection
 from scfeat_ros.model.fused import FusedSCFeat
 from scfeat_ros.model.scfeat import CONFIGS, SCFeat, load_model
 
@@ -131,29 +132,47 @@ def test_memory_of_the_largest_network(triton, gibibytes, monkeypatch):
     assert 1.5 * weights + allocated.most < gibibytes * 2**30
 
 
-@pytest.mark.parametrize("works", [True, False])
-def test_triton_is_taken_where_it_runs(model, works, monkeypatch, caplog):
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        (None, ""),
+        ("convolutions", "it does not run here (KeyError())"),
+        ("keypoints", "it finds other keypoints than PyTorch's operators"),
+        ("descriptors", "its descriptors have a median cosine similarity of -1.0000"),
+        ("all descriptors", "it does not run here (no such kernel)"),
+    ],
+)
+def test_triton_is_taken_where_it_runs(model, wrong, reason, monkeypatch, caplog):
     """With stand-ins for its kernels, as it does not run on a simulated GPU."""
     stand_in = ModuleType("triton_kernels")
     vars(stand_in).update(vars(kernels))
 
     def finish(y, bias, plus, relu):
-        if not works:
+        if wrong == "convolutions":
             raise KeyError
         y = y if bias is None else y + bias[:, None, None]
         y = y if plus is None else y + plus
         return y.relu() if relu else y
 
-    stand_in.finish_convolution = finish
+    def select(*args):
+        found = selection.on_device(*args)
+        return found._replace(points=found.points + (wrong == "keypoints"))
+
+    def describe(*args):
+        if wrong == "all descriptors":
+            raise RuntimeError("no such kernel")
+        return Projection.__call__(*args) * (-1 if wrong == "descriptors" else 1)
+
+    stand_in.finish_convolution, stand_in.select, stand_in.describe = finish, select, describe
     monkeypatch.setattr(scfeat_ros.model, "triton_kernels", stand_in, raising=False)
     monkeypatch.setitem(sys.modules, "scfeat_ros.model.triton_kernels", stand_in)
     with simulated_gpu() as device:
         monkeypatch.setattr(acceleration, "has_triton", lambda: True)
         network = acceleration.choose(copy.deepcopy(model).to(device), device, "auto", "auto")
     assert network.graphed and network.precision == "bf16"
-    assert network.backend == (acceleration.TRITON if works else acceleration.GRAPHED)
-    warning = "bf16, fused, Triton kernels, CUDA graphs was not taken: it does not run here (KeyEr"
-    assert (warning in caplog.text) == (not works)
+    assert network.backend == (acceleration.GRAPHED if wrong else acceleration.TRITON)
+    warning = f"bf16, fused, Triton kernels, CUDA graphs was not taken: {reason}"
+    assert (warning in caplog.text) == (wrong is not None)
 
 
 @pytest.mark.parametrize("triton", [False, True])
