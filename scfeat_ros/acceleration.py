@@ -276,7 +276,7 @@ def _check_triton(
     away = (found.points - expected.points).abs().amax(dim=1)
     if (away > 0.1).any() or not torch.equal(found.scores, expected.scores):
         return "it finds other keypoints than PyTorch's operators in the self-check's image"
-    return _dissimilar(descriptors, model.projection(maps, expected.points))
+    return _dissimilar(descriptors, model.projection(maps, expected.points), "PyTorch's operators")
 
 
 def _does_not_run(error: Exception) -> str:
@@ -311,17 +311,17 @@ def _compare(expected: SCFeatOutput, found: SCFeatOutput) -> str | None:
         return f"it finds {again:.0%} of the keypoints of plain fp32 in the self-check's image"
     for field in ("bridged", "descriptors"):
         a, b = (sample(getattr(o, field).float(), points[None])[0] for o in (expected, found))
-        problem = _dissimilar(a, b)
+        problem = _dissimilar(a, b, "plain fp32")
         if problem is not None:
             return problem
     return None
 
 
-def _dissimilar(a: torch.Tensor, b: torch.Tensor) -> str | None:
-    """What is wrong if (N, D) descriptors differ; None if they do not."""
+def _dissimilar(a: torch.Tensor, b: torch.Tensor, reference: str) -> str | None:
+    """What is wrong if (N, D) descriptors differ from those of a reference; None if nothing is."""
     cosine = F.cosine_similarity(a, b).median().item()
     if cosine < MIN_COSINE:
-        return f"its descriptors have a median cosine similarity of {cosine:.4f} to plain fp32"
+        return f"its descriptors have a median cosine similarity of {cosine:.4f} to {reference}"
     return None
 
 

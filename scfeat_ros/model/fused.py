@@ -111,11 +111,13 @@ class Conv(nn.Module):
         if DirectConv.fits(self.weight):
             self._direct = DirectConv.of(self.weight, self.bias, self.stride)
 
-    def use_triton(self) -> None:
-        """Add bias and map, and apply ReLU, by one kernel from now on."""
-        from scfeat_ros.model import triton_kernels  # needs triton
+    def use_finish(self, finish: Callable[..., torch.Tensor]) -> None:
+        """Add bias and map, and apply ReLU, by one function from now on.
 
-        self._finish = triton_kernels.finish_convolution
+        Args:
+            finish: as `triton_kernels.finish_convolution`.
+        """
+        self._finish = finish
 
     @functools.cached_property
     def by_outputs(self) -> torch.Tensor:
@@ -290,7 +292,7 @@ class FusedSCFeat(nn.Module):
             library.load()
             self.kernels = native_kernels
         elif triton:
-            from scfeat_ros.model import triton_kernels
+            from scfeat_ros.model import triton_kernels  # needs triton
 
             self.kernels = triton_kernels
         self.dtype = dtype
@@ -342,7 +344,7 @@ class FusedSCFeat(nn.Module):
                 if compiled:
                     module.use_kernels(int16)
                 elif triton:
-                    module.use_triton()
+                    module.use_finish(self.kernels.finish_convolution)
         self.eval().requires_grad_(False)
 
     @torch.inference_mode()

@@ -367,8 +367,7 @@ def _upsampled_sum(
     pixel = to_row[None, :, None] * (width * FACTOR) + to_column[:, None, :]
     pixel += batch * (height * FACTOR) * (width * FACTOR)
     places = pixel[:, :, :, None] * channels + c[None, None, None, :]
-    stored = inside[:, None, None, :] & (phase >= 0)[None, :, None, None]
-    stored = stored & (phase >= 0)[None, None, :, None]
+    stored = inside[:, None, None, :]
     if PLUS:
         result += tl.load(plus + places, mask=stored, other=0.0).to(tl.float32)
     tl.store(out + places, result.to(out.dtype.element_ty), mask=stored)
@@ -869,7 +868,7 @@ def _locate(
     row, column = place // width, place % width
     at_x, at_y = column.to(tl.float32), row.to(tl.float32)
     if SUBPIXEL:
-        least = tl.load(scores + row * score_row + column, mask=there, other=0.0)
+        least = tl.full([PIXELS], float("inf"), tl.float32)
         for dy in tl.static_range(-1, 2):
             y = tl.minimum(tl.maximum(row + dy, 0), height - 1)
             for dx in tl.static_range(-1, 2):
